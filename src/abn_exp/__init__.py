@@ -1,0 +1,1 @@
+"""Experiments on normalisation layers for binary neural networks."""

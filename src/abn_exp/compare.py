@@ -1,0 +1,186 @@
+"""Cells of a study, their comparison with a reference norm, and the verdicts that follow from the numbers.
+
+Scores are kept as fractions; samples are percent, differences and stds percentage points.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from abn_exp import stats
+from abn_exp.figures import NORM_STYLES
+from abn_exp.results import Run, read_metrics
+
+METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
+
+Decision = Literal["confirmed", "refuted", "not decided"]
+Group = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one (dataset, model, norm, variant). Scores are fractions, by metric and seed."""
+
+    dataset: str
+    model: str
+    norm: str
+    variant: str
+    runs: tuple[Run, ...]
+    scores: dict[str, dict[int, float]]
+    failed: dict[int, str]  # by seed: why it has no score
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.dataset, self.model, self.norm, self.variant
+
+    @property
+    def group(self) -> Group:
+        """What a comparison of norms holds fixed: (dataset, model, variant)."""
+        return self.dataset, self.model, self.variant
+
+    def sample(self, metric: str, seeds: Iterable[int]) -> stats.Array:
+        """Return the scores of ``seeds`` in percent, (num_seeds,), NaN where there is none."""
+        return np.array([100 * self.scores[metric].get(seed, stats.NAN) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One norm against the reference in the same group, by test_acc."""
+
+    cell: Cell
+    reference: str
+    mean: stats.MeanComparison
+    spread: stats.SpreadComparison
+    mean_p_holm: float = stats.NAN
+    spread_p_holm: float = stats.NAN
+    family: int = 1  # how many p values Holm's correction of the means is over
+
+
+def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
+    """Group runs by cell, sorted by dataset, model and variant; within these the reference comes first.
+
+    Raises ValueError where two directories hold the same seed of the same cell.
+    """
+    by_cell: dict[tuple[str, str, str, str], dict[int, Run]] = {}
+    for run in runs:
+        other = by_cell.setdefault(run.cell, {}).setdefault(run.seed, run)
+        if other is not run:
+            raise ValueError(
+                f"{other.directory} and {run.directory} hold the same run twice; give the folder of one study."
+            )
+    cells = []
+    for key, by_seed in by_cell.items():
+        ordered = dict(sorted(by_seed.items()))
+        results = {seed: run.result for seed, run in ordered.items() if run.result is not None}
+        scores = {
+            metric: {seed: value for seed, r in results.items() if (value := getattr(r, metric)) is not None}
+            for metric in METRICS
+        }
+        failed = {seed: _why(run) for seed, run in ordered.items() if run.result is None}
+        cells.append(Cell(*key, tuple(ordered.values()), scores, failed))
+    order = [reference, *(norm for norm in NORM_STYLES if norm != reference)]
+    return sorted(cells, key=lambda c: (c.group, order.index(c.norm) if c.norm in order else len(order), c.norm))
+
+
+def _why(run: Run) -> str:
+    """Say why a run has no score, and how far it came."""
+    reason = run.reason if run.reason is not None else ""
+    text = reason if reason.startswith(run.status) else f"{run.status}: {reason}" if reason else run.status
+    return f"{text} ({len(read_metrics(run.directory))} epochs recorded)"
+
+
+def group_cells(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
+    """Return the cells by (dataset, model, variant): the norms that can be compared with each other."""
+    groups: dict[Group, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.group, []).append(cell)
+    return groups
+
+
+def started_seeds(cells: Iterable[Cell]) -> list[int]:
+    """Return every seed that was started in any of these cells."""
+    return sorted({run.seed for cell in cells for run in cell.runs})
+
+
+def compare_cells(cells: Sequence[Cell], reference: str = "bn") -> list[Comparison]:
+    """Compare each norm with the reference norm of its group, where the group has one."""
+    found = []
+    for group in group_cells(cells).values():
+        seeds = started_seeds(group)
+        base = next((cell for cell in group if cell.norm == reference), None)
+        if base is None:
+            continue
+        for cell in group:
+            if cell is not base:
+                pair = cell.sample("test_acc", seeds), base.sample("test_acc", seeds)
+                # A generator of its own each: no comparison's p depends on what else is in the folder.
+                mean = stats.compare_means(*pair, np.random.default_rng(0))
+                spread = stats.compare_spreads(*pair, np.random.default_rng(0))
+                found.append(Comparison(cell, reference, mean, spread))
+    means, spreads = stats.holm([c.mean.p for c in found]), stats.holm([c.spread.p for c in found])
+    family = sum(not math.isnan(p) for p in means)
+    return [
+        replace(c, mean_p_holm=p, spread_p_holm=q, family=family)
+        for c, p, q in zip(found, means, spreads, strict=True)
+    ]
+
+
+def verdict_mean(comparison: Comparison, place: str | None = None) -> tuple[Decision, str]:
+    """Judge the claim that the norm's mean test accuracy is above the reference's; ``place`` is where, in words."""
+    c, m = comparison, comparison.mean
+    head = f"On {place if place is not None else f'{c.cell.dataset} with {c.cell.model}'}, {c.cell.norm}"
+    n = f"n = {m.n[0]} paired seeds" if m.method == "paired" else f"n = {m.n[0]} and {m.n[1]} unpaired seeds"
+    if math.isnan(m.difference):
+        return "not decided", f"{head} cannot be compared with {c.reference} ({n}): not decided."
+    differs = f"differs from {c.reference} by {m.difference:+.2f} points"
+    if math.isnan(m.p):
+        why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
+        return "not decided", f"{head} {differs} ({n}): not decided, {why}."
+    numbers = f"95 % interval {interval_text(m.interval)}, {n}, {_equation(m.p)}, Holm {p_text(c.mean_p_holm)}"
+    if c.mean_p_holm < stats.ALPHA:
+        if m.difference > 0:
+            return "confirmed", f"{head} is {m.difference:+.2f} points above {c.reference} ({numbers})."
+        return "refuted", f"{head} is {-m.difference:.2f} points below {c.reference} ({numbers})."
+    why = "the interval holds a loss as well as a gain"
+    if m.p < stats.ALPHA:
+        why = f"the interval leaves out zero, but not after Holm's correction over {c.family} comparisons"
+    return "not decided", f"{head} {differs} ({numbers}): not decided at this n, {why}."
+
+
+def verdict_spread(comparison: Comparison, place: str | None = None) -> tuple[Decision, str]:
+    """Judge the claim that the norm's std between seeds is below the reference's; ``place`` is where, in words."""
+    c, s = comparison, comparison.spread
+    head = f"On {place if place is not None else f'{c.cell.dataset} with {c.cell.model}'}, {c.cell.norm}"
+    n = f"n = {s.n[0]}" if s.n[0] == s.n[1] else f"n = {s.n[0]} and {s.n[1]}"
+    if math.isnan(s.ratio):
+        why = "that takes two seeds of each, with different scores"
+        return "not decided", f"{head}'s spread cannot be compared with {c.reference}'s ({n}): not decided, {why}."
+    numbers = (
+        f"{s.std[0]:.2f} against {s.std[1]:.2f} points, 95 % interval of the ratio "
+        f"{interval_text(s.ratio_interval)}, {n}, Brown-Forsythe {_equation(s.p)}, Holm {p_text(c.spread_p_holm)}"
+    )
+    text = f"{head} has {s.ratio:.2f} times the std of {c.reference} between seeds ({numbers})"
+    if c.spread_p_holm < stats.ALPHA:
+        return ("confirmed" if s.ratio < 1 else "refuted"), f"{text}."
+    power = f"the test would notice a ratio of 2 in {'only ' if s.power < 0.8 else ''}{100 * s.power:.0f} % of cases"
+    needed = f" (80 % takes {stats.seeds_needed()} seeds a norm)" if s.power < 0.8 else ""
+    return "not decided", f"{text}: not decided, at {n} {power}{needed}."
+
+
+def number_text(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    return "-" if math.isnan(interval[0]) else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else number_text(p, 3)
+
+
+def _equation(p: float) -> str:
+    return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"

@@ -1,0 +1,347 @@
+"""Get a data set, convert it once into one file, and load it.
+
+The converted file, ``<root>/<name>.npz``, holds ``train_images`` and ``test_images`` (uint8, N x 3 x S x S),
+``train_labels`` and ``test_labels`` (int64, N), ``classes`` (their names) and, where there are boxes,
+``test_boxes`` (int64, N x 4). Its members carry checksums, verified at each load.
+"""
+
+import hashlib
+import http.client
+import itertools
+import logging
+import os
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn import functional as F
+
+from abn_exp.data.catalog import CATALOG, Channels, DatasetInfo
+from abn_exp.data.sources import (
+    Arrays,
+    file_digest,
+    list_image_folder,
+    progress,
+    read_cifar,
+    read_image_folder,
+    read_tinyimagenet,
+)
+from abn_exp.randomness import generator
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 30.0  # seconds without an answer before a download is given up
+BLOCK = 2**20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 (N, 3, S, S), and their labels, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set in memory. ``test_boxes``: int64 (N, 4), x0, y0, x1, y1 in pixels, if the set has them."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    test_boxes: Tensor | None = None
+
+
+def load(
+    name: str,
+    root: str | Path,
+    *,
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    download: bool = True,
+) -> ImageDataset:
+    """Return a data set, prepared first where that has not happened yet.
+
+    Args:
+        name: a name in the catalog, or "folder" for ``<path>/{train,test}/<class>/*``.
+        root: where converted files and original archives lie.
+        path: the image folder, for "folder" only.
+        image_size: what images of a "folder" are resized to; elsewhere None or the set's own.
+        download: whether the original may be downloaded.
+
+    Raises:
+        ValueError: an argument, an archive or an image is wrong, or a file is damaged.
+        OSError: the set is not there and cannot be downloaded, or the disk fails.
+    """
+    file = prepare(name, root, path=path, image_size=image_size, download=download)
+    if file is None:
+        return _digits()
+    arrays = _read(file)
+    info = CATALOG.get(name)
+    try:
+        _check(arrays, info)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file} is not what it should be ({error}): {_REMEDY}") from error
+    tensors = {key: torch.from_numpy(arrays[key]) for key in arrays if key.startswith(("train", "test"))}
+    train = Split(tensors["train_images"], tensors["train_labels"])
+    test = Split(tensors["test_images"], tensors["test_labels"])
+    if info is not None and (len(train.labels), len(test.labels)) != (info.train_count, info.test_count):
+        log.warning(
+            f"{name} has {len(train.labels)} + {len(test.labels)} images here; the full set has "
+            f"{info.train_count} + {info.test_count}"
+        )
+    classes = tuple(str(name) for name in arrays["classes"])
+    return ImageDataset(name, train, test, classes, tensors.get("test_boxes"))
+
+
+def prepare(
+    name: str,
+    root: str | Path,
+    *,
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    download: bool = True,
+) -> Path | None:
+    """Convert a data set unless it has been, and return the converted file (None for the embedded digits).
+
+    Sources, in order: the converted file, the original archive in ``root``, the image folder
+    ``<root>/<name>/{train,test}/<class>/*``, the download. Of several processes that ask at once, one
+    converts and the others wait. Arguments and errors: see `load`.
+    """
+    root = Path(root).expanduser()
+    if name == "folder":
+        return _prepare_folder(root, path, image_size)
+    if name not in CATALOG:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(CATALOG)} and folder")
+    info = CATALOG[name]
+    if path is not None:
+        raise ValueError(f"path={path} is for name='folder' only; {name} is looked for in root={root}")
+    if image_size not in (None, info.image_size):
+        raise ValueError(f"{name} has images of {info.image_size} pixels a side, not image_size={image_size}")
+    if name == "digits":
+        return None
+    target = root / f"{name}.npz"
+    if not target.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            if not target.exists():
+                _write(target, _read_source(info, root, download), info)
+    return target
+
+
+def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None) -> Path:
+    if path is None or image_size is None:
+        raise ValueError("name='folder' needs path= (a folder with train and test) and image_size= (in pixels)")
+    folder = Path(path).expanduser().resolve()
+    key = hashlib.sha256(f"{folder}\0{image_size}".encode()).hexdigest()[:8]
+    target = root / f"folder-{key}.npz"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".folder-{key}.lock"):
+        fingerprint = list_image_folder(folder).fingerprint
+        if not target.exists() or _read(target, only="fingerprint")["fingerprint"] != fingerprint:
+            arrays = read_image_folder(folder, image_size, resize=True)
+            _write(target, arrays | {"fingerprint": np.array(fingerprint)}, None)
+    return target
+
+
+def _read_source(info: DatasetInfo, root: Path, download: bool) -> Arrays:
+    archive = root / info.archive
+    if info.name == "tinyimagenet" and not archive.exists():  # parts of the set go by longer names
+        archive = next(iter(sorted(root.glob("tiny-imagenet-200*.zip"))), archive)
+    folder = root / info.name
+    if not archive.exists() and folder.is_dir():
+        return read_image_folder(folder, info.image_size, resize=False)
+    if not archive.exists():
+        if not download:
+            raise FileNotFoundError(_how_to_get(info, root, "downloads are off"))
+        _download(info, root)
+    return (read_tinyimagenet if info.name == "tinyimagenet" else read_cifar)(archive, info)
+
+
+def _how_to_get(info: DatasetInfo, root: Path, why: str) -> str:
+    md5 = f" (md5 {info.md5})" if info.md5 is not None else ""
+    return (
+        f"{info.name} is not in {root.resolve()} and {why}: put {info.url}{md5} there as {info.archive}, or "
+        f"its images as {info.name}/{{train,test}}/<class>/*, or say where they are with dataset.root= (for "
+        "images of your own: dataset=folder dataset.path=)"
+    )
+
+
+def _download(info: DatasetInfo, root: Path) -> None:
+    part = root / f"{info.archive}.part"
+    try:
+        with urllib.request.urlopen(info.url, timeout=TIMEOUT) as response, part.open("wb") as stream:
+            length = response.headers.get("Content-Length")
+            blocks = iter(lambda: response.read(BLOCK), b"")
+            total = None if length is None else -(-int(length) // BLOCK)
+            for block in progress(blocks, total, f"Downloading {info.url}"):
+                stream.write(block)
+        if length is not None and part.stat().st_size != int(length):
+            raise OSError(f"only {part.stat().st_size} of {length} bytes came")
+        if info.md5 is not None and (digest := file_digest(part, "md5")) != info.md5:
+            raise OSError(f"what came has md5 {digest}")
+        part.replace(root / info.archive)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(_how_to_get(info, root, f"its download failed ({error})")) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- The converted file ---
+
+_REMEDY = "delete it, and it will be made again from its source"
+
+
+def _check(arrays: Arrays, info: DatasetInfo | None) -> None:
+    """Raise ValueError where shapes, types and labels contradict each other or the catalog."""
+    size = arrays["train_images"].shape[-1] if info is None else info.image_size
+    num_classes = len(arrays["classes"]) if info is None else info.num_classes
+    if len(arrays["classes"]) != num_classes:
+        raise ValueError(f"it has {len(arrays['classes'])} classes instead of {num_classes}")
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3, size, size) or labels.dtype != np.int64:
+            raise ValueError(f"its {split} images are {images.dtype} {images.shape} for {len(labels)} labels")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"its {split} labels are not all from 0 to {num_classes - 1}")
+
+
+def _write(target: Path, arrays: Arrays, info: DatasetInfo | None) -> None:
+    """Write the arrays so that the target is always whole: to a part beside it, flushed, then renamed."""
+    try:
+        _check(arrays, info)
+    except ValueError as error:
+        raise ValueError(f"the source of {target.name} is not what it should be: {error}") from error
+    part = target.with_name(f"{target.name}.part")
+    try:
+        with part.open("wb") as stream:
+            with zipfile.ZipFile(stream, "w") as archive:
+                for (
+                    key,
+                    array,
+                ) in arrays.items():  # a ZipInfo of its own has a fixed date: same data, same file
+                    with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(file: Path, only: str | None = None) -> Arrays:
+    arrays = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.namelist():
+                key = member.removesuffix(".npy")
+                if only in (None, key):
+                    with archive.open(member) as stream:
+                        arrays[key] = np.lib.format.read_array(stream, allow_pickle=False)
+                        stream.read()  # the checksum is verified at the end, which a damaged header may hide
+        return arrays if only is None else {only: arrays[only]}
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error
+
+
+def _digits() -> ImageDataset:
+    """Return scikit-learn's digits, 8 x 8 to 32 x 32 (bilinear), in three equal channels; a fifth is test."""
+    from sklearn.datasets import load_digits  # slow to import, and no other set needs it
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
+    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images = images.repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(bunch.target).long()
+    train, test = stratified_split(labels, 0.2, seed=0)
+    classes = tuple(str(name) for name in bunch.target_names)
+    return ImageDataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), classes)
+
+
+# --- Pure functions of images and labels ---
+
+
+def channel_statistics(images: Tensor) -> tuple[Channels, Channels]:
+    """Return each channel's mean and (population) standard deviation in uint8 (N, 3, H, W), for [0, 1]."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(3):  # exact, and without a float copy of the images
+        weights = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+        weights /= weights.sum()
+        mean.append(float(weights @ levels))
+        std.append(float((weights @ (levels - mean[-1]) ** 2).sqrt()))
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split 0 ... N-1 at random into (train, val), the same fraction of each class in val.
+
+    ``val`` has round(fraction * N) indices, a class's share rounded down or up (largest remainder). A pure
+    function of its arguments. Both are sorted int64; fraction 0 gives an empty val.
+
+    Raises:
+        ValueError: fraction is not in [0, 1), or a class would have nothing in one of the two.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the fraction to hold out must be in [0, 1), not {fraction}")
+    everything = torch.arange(len(labels))
+    if fraction == 0:
+        return everything, everything[:0]
+    val = _draw(labels, round(fraction * len(labels)), seed, "split")
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    is_val[val] = True
+    train = everything[~is_val]
+    for indices, part in ((train, "training"), (val, "validation")):
+        if len(labels[indices].unique()) < len(labels.unique()):
+            raise ValueError(
+                f"holding out {fraction} of {len(labels)} images leaves a class without {part} images: "
+                "change the fraction"
+            )
+    return train, val
+
+
+def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Draw ``count`` of the indices 0 ... N-1, the same share of each class; sorted int64 (count,).
+
+    A pure function of its arguments. Of classes of equal size, a larger subset contains every smaller one.
+
+    Raises:
+        ValueError: count is not in [1, N], or a class would have no image.
+    """
+    num_classes = len(labels.unique())
+    if not 1 <= count <= len(labels):
+        raise ValueError(f"a subset can have 1 to {len(labels)} images, not {count}")
+    subset = _draw(labels, count, seed, "subset")
+    if len(labels[subset].unique()) < num_classes:
+        raise ValueError(f"{count} images leave one of the {num_classes} classes empty: ask for more")
+    return subset
+
+
+def _draw(labels: Tensor, count: int, seed: int, purpose: str) -> Tensor:
+    random = generator(seed, purpose)
+    members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    share = [count * len(member) / len(labels) for member in members]
+    take = [int(s) for s in share]
+    by_remainder = sorted(range(len(share)), key=lambda c: take[c] - share[c])  # stable: ties go to the first
+    for c in itertools.islice(by_remainder, count - sum(take)):
+        take[c] += 1
+    drawn = [m[torch.randperm(len(m), generator=random)][:k] for m, k in zip(members, take, strict=True)]
+    return torch.cat(drawn).sort().values

@@ -1,0 +1,302 @@
+"""Read a data set from where it comes: the original archives and image folders.
+
+Archives are read in place: nothing is extracted to disk, no path inside an archive is ever used as one. Each
+reader returns the arrays of the converted file (see ``prepare``); its errors are ValueErrors that name a file.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+
+from abn_exp.data.catalog import DatasetInfo
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+MAX_UNCOMPRESSED_BYTES = 4 * 2**30  # an original archive unpacks to less than a tenth of this
+CHUNK = 256  # images decoded between two steps of the progress bar
+
+
+def progress(steps: Iterable[Any], total: int | None, description: str) -> Iterable[Any]:
+    """Pass steps on, with a bar on a terminal and one line in a log elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        return track(steps, description, total=total, console=console)
+    log.info(description)
+    return steps
+
+
+# --- CIFAR ---
+
+
+class CifarLayout(NamedTuple):
+    """Which members of the archive hold what, and under which keys."""
+
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: bytes
+    names: bytes
+
+
+CIFAR_LAYOUTS = {
+    "cifar10": CifarLayout(
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        labels=b"labels",
+        names=b"label_names",
+    ),
+    "cifar100": CifarLayout(("train",), "test", "meta", b"fine_labels", b"fine_label_names"),
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickle arrays, bytes, numbers, lists and dictionaries; anything else is refused before it can run."""
+
+    _RECONSTRUCT = np.empty(0).__reduce__()[0]
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image data needs") from None
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def read_cifar(archive: Path, info: DatasetInfo) -> Arrays:
+    """Read the python version of CIFAR-10 or CIFAR-100 out of its ``.tar.gz``, once its md5 is right."""
+    digest = file_digest(archive, "md5")
+    if digest != info.md5:
+        raise ValueError(
+            f"{archive} is not the original: its md5 is {digest} instead of {info.md5}; delete it and get it "
+            f"again from {info.url}"
+        )
+    layout = CIFAR_LAYOUTS[info.name]
+    wanted = {*layout.train, layout.test, layout.meta}
+    content: dict[str, dict[bytes, Any]] = {}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                name = PurePosixPath(member.name).name
+                if stream is not None and name in wanted:
+                    content[name] = ArrayUnpickler(stream, encoding="bytes").load()
+        classes = [name.decode() for name in content[layout.meta][layout.names]]
+        train = [content[name] for name in layout.train]
+        test = content[layout.test]
+        shape = (-1, 3, info.image_size, info.image_size)
+        arrays = {
+            "train_images": np.concatenate([batch[b"data"] for batch in train]).reshape(shape),
+            "train_labels": np.concatenate([batch[layout.labels] for batch in train]).astype(np.int64),
+            "test_images": test[b"data"].reshape(shape),
+            "test_labels": np.asarray(test[layout.labels], np.int64),
+        }
+    except (
+        tarfile.TarError,
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        zlib.error,
+        ValueError,
+        TypeError,
+    ) as error:
+        raise ValueError(f"{archive} cannot be read: {error!s}") from error
+    if classes != sorted(classes):  # image folders are numbered alphabetically: the two must agree
+        raise ValueError(f"{archive} lists its classes in another order than the alphabetical one")
+    return arrays | {"classes": np.array(classes)}
+
+
+# --- TinyImageNet ---
+
+
+def read_tinyimagenet(archive: Path, info: DatasetInfo) -> Arrays:
+    """Read ``tiny-imagenet-200.zip``: ``val/`` is the test set, classes are the sorted ids of ``train/``.
+
+    ``test_boxes`` is int64 (N, 4): x0, y0, x1, y1 in pixels, both corners inside the box.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            return _read_tinyimagenet(zipped, info)
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{archive} is cut or damaged ({error}): get it again from {info.url}") from error
+    except ValueError as error:
+        raise ValueError(f"{archive}: {error}") from error
+
+
+def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
+    size = sum(member.file_size for member in zipped.infolist())
+    if size > MAX_UNCOMPRESSED_BYTES:
+        raise ValueError(
+            f"it would unpack to {size / 2**30:.1f} GiB, more than the {MAX_UNCOMPRESSED_BYTES / 2**30:.0f} "
+            "GiB that are allowed: get the original"
+        )
+    train: list[tuple[str, str]] = []  # (class, member)
+    val: list[str] = []
+    annotations = None
+    for member in sorted(zipped.namelist()):
+        match PurePosixPath(member).parts:
+            case [*_, file] if file.startswith("."):  # another system's notes beside the images
+                pass
+            case [*_, "train", wnid, "images", file] if file.endswith(".JPEG"):
+                train.append((wnid, member))
+            case [*_, "val", "images", file] if file.endswith(".JPEG"):
+                val.append(member)
+            case [*_, "val", "val_annotations.txt"]:
+                annotations = member
+    if annotations is None:
+        raise ValueError("it has no val/val_annotations.txt, which says what the test images show")
+    classes = sorted({wnid for wnid, _ in train})
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    train.sort()
+
+    labels, boxes = {}, {}
+    for number, line in enumerate(zipped.read(annotations).decode().splitlines(), 1):
+        try:
+            file, wnid, *corners = line.split("\t")
+            labels[file] = label_of[wnid]
+            boxes[file] = [int(corner) for corner in corners]
+        except KeyError:
+            raise ValueError(f"val_annotations.txt, line {number}: {wnid!r} has no training images") from None
+        except ValueError:
+            raise ValueError(f"val_annotations.txt, line {number} is not FILE CLASS X0 Y0 X1 Y1") from None
+        if len(corners) != 4:
+            raise ValueError(f"val_annotations.txt, line {number} has {len(corners)} coordinates instead of 4")
+    files = [PurePosixPath(member).name for member in val]
+    if missing := [file for file in files if file not in labels]:
+        raise ValueError(f"val_annotations.txt does not say what val/images/{missing[0]} shows")
+
+    def read(members: list[str], what: str) -> np.ndarray:
+        def decode(i: int) -> np.ndarray:
+            return _decode(io.BytesIO(zipped.read(members[i])), members[i], info.image_size)
+
+        return _decode_all(decode, len(members), info.image_size, f"Decoding {info.name}, {what}")
+
+    return {
+        "train_images": read([member for _, member in train], "train"),
+        "train_labels": np.array([label_of[wnid] for wnid, _ in train], np.int64),
+        "test_images": read(val, "test"),
+        "test_labels": np.array([labels[file] for file in files], np.int64),
+        "test_boxes": np.array([boxes[file] for file in files], np.int64).reshape(-1, 4),
+        "classes": np.array(classes),
+    }
+
+
+# --- Image folders ---
+
+
+class FolderListing(NamedTuple):
+    """The images of ``<folder>/{train,test}/<class>/*``; classes are numbered alphabetically."""
+
+    classes: list[str]
+    files: dict[str, list[tuple[Path, int]]]  # split -> (file, label)
+    fingerprint: str  # changes when a file is added, removed, renamed or written
+
+
+def list_image_folder(folder: Path) -> FolderListing:
+    files: dict[str, list[tuple[Path, int]]] = {}
+    classes: dict[str, list[str]] = {}
+    facts = hashlib.sha256()
+    for split in ("train", "test"):
+        if not (folder / split).is_dir():
+            raise ValueError(f"{folder} has no folder {split!r}: images belong in {folder}/{{train,test}}/<class>/")
+        classes[split] = sorted(entry.name for entry in _entries(folder / split) if entry.is_dir())
+        files[split] = []
+        for label, name in enumerate(classes[split]):
+            entries = sorted(_entries(folder / split / name), key=lambda entry: entry.name)
+            if not entries:
+                raise ValueError(f"{folder / split / name} is empty: put its images there or remove the folder")
+            for entry in entries:
+                stat = entry.stat()
+                facts.update(f"{split}/{name}/{entry.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                files[split].append((Path(entry.path), label))
+    if odd := sorted(set(classes["train"]) ^ set(classes["test"])):
+        where = "train" if odd[0] in classes["train"] else "test"
+        raise ValueError(f"{folder}: train and test must have the same classes, but only {where} has {odd[0]!r}")
+    if not classes["train"]:
+        raise ValueError(f"{folder}/train has no class folders: images belong in {folder}/{{train,test}}/<class>/")
+    return FolderListing(classes["train"], files, facts.hexdigest())
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def read_image_folder(folder: Path, image_size: int, *, resize: bool) -> Arrays:
+    """Read ``<folder>/{train,test}/<class>/*``.
+
+    With ``resize`` the largest centred square is scaled to ``image_size`` (bilinear, antialiased); without,
+    every image must have that size already.
+    """
+    listing = list_image_folder(folder)
+    arrays = {"classes": np.array(listing.classes)}
+    for split, files in listing.files.items():
+
+        def decode(i: int, files: list[tuple[Path, int]] = files) -> np.ndarray:
+            try:
+                with files[i][0].open("rb") as stream:
+                    return _decode(stream, str(files[i][0]), image_size, resize=resize)
+            except OSError as error:
+                raise ValueError(f"{files[i][0]} cannot be read: {error}") from error
+
+        arrays[f"{split}_images"] = _decode_all(decode, len(files), image_size, f"Decoding {folder}, {split}")
+        arrays[f"{split}_labels"] = np.array([label for _, label in files], np.int64)
+    return arrays
+
+
+def _decode(stream: IO[bytes], where: str, image_size: int, *, resize: bool = False) -> np.ndarray:
+    """Return uint8 (3, image_size, image_size), red, green, blue."""
+    try:
+        with Image.open(stream) as image:
+            if image.size != (image_size, image_size) and not resize:
+                width, height = image.size
+                raise ValueError(f"{where} has {width} x {height} pixels instead of {image_size} x {image_size}")
+            if image.mode.startswith(("I", "F")):  # PIL would clip these to 255
+                raise ValueError(f"{where} has more than 8 bits a pixel: convert it to 8 bits a channel")
+            rgb = image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
+    if rgb.size != (image_size, image_size):
+        rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _decode_all(decode: Callable[[int], np.ndarray], count: int, size: int, description: str) -> np.ndarray:
+    """Return uint8 (count, 3, size, size), image i from decode(i), which runs in several threads."""
+    images = np.empty((count, 3, size, size), np.uint8)
+
+    def fill(start: int) -> None:
+        for i in range(start, min(start + CHUNK, count)):
+            images[i] = decode(i)
+
+    starts = range(0, count, CHUNK)
+    with ThreadPoolExecutor() as pool:
+        for _ in progress(pool.map(fill, starts), len(starts), description):
+            pass
+    return images

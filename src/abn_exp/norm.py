@@ -1,0 +1,180 @@
+"""Normalisation of feature maps: Attention-Based Batch Normalisation, its ablations, and a control.
+
+All of them run torch's own batch-norm kernel and keep torch's interface: buffers ``running_mean``,
+``running_var``, ``num_batches_tracked``, parameters ``weight`` and ``bias``, and ``momentum`` as the share of the
+new batch in the running statistics.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gate = Literal["full", "forward", "backward", "none"]
+Scale = Literal["none", "output", "gate"]
+
+
+class _GateForward(torch.autograd.Function):
+    """The gate's value with the gradient of no gate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _GateBackward(torch.autograd.Function):
+    """No gate, with the gradient of one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
+
+
+class _FeatureMapNorm(nn.BatchNorm2d):
+    """torch's BatchNorm2d, opened between the standardisation and what follows it."""
+
+    def __init__(self, num_features: int, eps: float, momentum: float, unbiased: bool = True) -> None:
+        super().__init__(num_features, eps, momentum, affine=False)
+        self.unbiased = unbiased
+
+    def standardize(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return (x - mean) / sqrt(var + eps), times `weight` per channel; update the statistics in training."""
+        self._check_input_dim(x)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, weight, None, False, 0.0, self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        if self.unbiased:
+            mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        else:
+            # With momentum 1 the kernel hands over this batch's own statistics; it still adds 0 times the old ones,
+            # so those must be finite.
+            mean, var, momentum = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var), 1.0
+        y = F.batch_norm(x, mean, var, weight, None, True, momentum, self.eps)
+        if not self.unbiased:
+            n = x.numel() // x.size(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * ((n - 1) / n), self.momentum)
+        return y
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class AttentionBatchNorm2d(_FeatureMapNorm):
+    r"""Batch normalisation whose output is multiplied by its own sigmoid, an element-wise attention gate.
+
+    .. math:: y = \sigma(\hat x)\, \hat x + \beta = \mathrm{SiLU}(\hat x) + \beta, \qquad
+              \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}
+
+    Shapes: x and y (B, C, H, W); mu, sigma^2 (over B, H, W; biased, as in every batch norm) and beta (C,).
+
+    Args:
+        gate: where the gate acts. ``full``: as above. ``forward``: y as above, the gradient that of
+            :math:`\hat x + \beta`. ``backward``: :math:`y = \hat x + \beta`, the gradient that of the gated output.
+            ``none``: nowhere, y = xhat + beta.
+        scale: where a learned gamma per channel (``weight``, 1 at the start) acts. ``none``: nowhere, ``weight`` is
+            None. ``output``: gamma SiLU(xhat) + beta. ``gate``: SiLU(gamma xhat) + beta.
+        shift: whether there is a beta (``bias``, 0 at the start, None where there is none).
+        momentum: share of the new batch in the running statistics, torch's convention.
+        unbiased: whether the running variance holds n / (n - 1) times the biased variance, as torch's does.
+        persistent_stats: whether the running mean and variance belong to the state dict. Without them a reloaded
+            network evaluates with mean 0 and variance 1, as one of the published code does.
+
+    Raises ValueError for an unknown gate or scale, and, as torch does, for one value per channel in training.
+
+    Source: Gu, Zhang, Jia, Wu, Entropy 27(6):645, 2025, doi 10.3390/e27060645. Differs from the authors' code, by
+    default, in: momentum (theirs is 0.9 in this convention), the running variance (theirs is biased), the
+    state dict (theirs lacks the statistics), and an unused gamma (theirs has one, drawn at random).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        gate: Gate = "full",
+        scale: Scale = "none",
+        shift: bool = True,
+        unbiased: bool = True,
+        persistent_stats: bool = True,
+    ) -> None:
+        for name, value, allowed in (("gate", gate, get_args(Gate)), ("scale", scale, get_args(Scale))):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}.")
+        super().__init__(num_features, eps, momentum, unbiased)
+        self.gate, self.scale = gate, scale
+        if scale != "none":
+            self.weight = nn.Parameter(torch.ones(num_features))
+        if shift:
+            self.bias = nn.Parameter(torch.zeros(num_features))
+        if not persistent_stats:
+            self.register_buffer("running_mean", self.running_mean, persistent=False)
+            self.register_buffer("running_var", self.running_var, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.standardize(input, self.weight if self.scale == "gate" else None)
+        if self.gate == "full":
+            x = F.silu(x)
+        elif self.gate == "forward":
+            x = _GateForward.apply(x)
+        elif self.gate == "backward":
+            x = _GateBackward.apply(x)
+        if self.scale == "output":
+            x = x * self.weight.view(1, -1, 1, 1)
+        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, gate={self.gate}, "
+            f"scale={self.scale}, shift={self.bias is not None}, unbiased={self.unbiased}"
+        )
+
+
+class InstanceEnhancementBatchNorm2d(_FeatureMapNorm):
+    r"""Batch normalisation whose scale is gated per image and channel: the channel-attention control.
+
+    .. math:: y = \gamma\, \sigma(w\, \bar x + b)\, \hat x + \beta, \qquad \bar x = \mathrm{mean}_{H, W}(x)
+
+    Shapes: x and y (B, C, H, W); xbar (B, C); gamma, beta, w, b (C,), parameters ``weight``, ``bias``,
+    ``gate_weight``, ``gate_bias``, which start at 1, 0, 0 and -1. xbar is the mean of the layer's *input*, before
+    standardisation, in the paper's published code as here.
+
+    Source: Liang, Huang, Liang, Yang, AAAI 2020, arXiv 1908.04008.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.gate_weight = nn.Parameter(torch.empty(num_features))
+        self.gate_bias = nn.Parameter(torch.empty(num_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "gate_weight"):  # torch's constructor calls this before there is a gate
+            nn.init.zeros_(self.gate_weight)
+            nn.init.constant_(self.gate_bias, -1.0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.standardize(input)
+        gate = torch.sigmoid(self.gate_weight * input.mean((2, 3)) + self.gate_bias)
+        return x * (self.weight * gate)[:, :, None, None] + self.bias.view(1, -1, 1, 1)

@@ -1,0 +1,136 @@
+"""The report of a folder of runs: what was found, how sure it is, and what is missing.
+
+A report is a function of the records below its folder and of nothing else: written twice, it is byte for byte the
+same.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abn_exp import figures, stats
+from abn_exp.compare import Cell, collect_cells, compare_cells, group_cells
+from abn_exp.results import find_runs, read_metrics, write_text_atomic
+from abn_exp.tables import (
+    Report,
+    accuracy_table,
+    cells_csv,
+    latex,
+    markdown,
+    missing,
+    no_comparison,
+    runs_csv,
+)
+
+
+def build_report(
+    folder: Path, *, command: str | None = None, question: str | None = None, reference: str = "bn"
+) -> Report:
+    """Read every run below ``folder`` and compare each norm with ``reference``.
+
+    ``question`` is by default the key of that name in the folder's study.yaml, if there is one; ``command`` what
+    Hydra recorded in multirun.yaml, or else one command a cell.
+    Raises ValueError where there are no runs, or where a record cannot be read.
+    """
+    folder = Path(folder).resolve()
+    cells = collect_cells(find_runs(folder), reference)
+    if not cells:
+        raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
+    if question is None and (folder / "study.yaml").is_file():
+        study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+        question = study.get("question") if isinstance(study, dict) else None
+    if command is None:
+        command = _command(folder, cells)
+    return Report(folder.name, question, command, reference, cells, compare_cells(cells, reference))
+
+
+def _command(folder: Path, cells: list[Cell]) -> str:
+    if (folder / "multirun.yaml").is_file():
+        record = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))
+        overrides = record["hydra"]["overrides"]
+        words = [word for word in overrides["hydra"] if word != "hydra.mode=MULTIRUN"]
+        multirun = ["-m"] if len(words) < len(overrides["hydra"]) else []
+        return shlex.join(["python", "train.py", *multirun, *overrides["task"], *words])
+    lines = []
+    for cell in cells:
+        recipe = next((run.result.recipe for run in cell.runs if run.result is not None), None)
+        choices = {"dataset": cell.dataset, "model": cell.model, "norm": cell.norm}
+        choices |= {"recipe": recipe} if recipe is not None else {}
+        choices |= {"seed": ",".join(str(run.seed) for run in cell.runs), "name": folder.name}
+        line = shlex.join(["python", "train.py", "-m", *(f"{key}={value}" for key, value in choices.items())])
+        lines.append(line if cell.variant == recipe else f"{line}  # {cell.variant}: see config.yaml of its runs")
+    return "\n".join(lines)
+
+
+def write_report(
+    folder: Path, *, command: str | None = None, question: str | None = None, reference: str = "bn"
+) -> Report:
+    """Write report.md, report.csv, runs.csv, report.tex and figures/ into ``folder``; see :func:`build_report`."""
+    folder = Path(folder)
+    report = build_report(folder, command=command, question=question, reference=reference)
+    (folder / "figures").mkdir(exist_ok=True)
+    drawn = []
+    for name, figure in draw(report).items():
+        if figure is not None:
+            figures.save(figure, folder / "figures", name)
+            drawn.append(name)
+        else:
+            for suffix in ("png", "pdf"):
+                (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
+    write_text_atomic(folder / "report.md", markdown(report, drawn))
+    write_text_atomic(folder / "report.tex", latex(report))
+    write_text_atomic(folder / "report.csv", cells_csv(report))
+    write_text_atomic(folder / "runs.csv", runs_csv(report))
+    return report
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the accuracies, the verdicts and what is missing on a terminal."""
+    console = Console() if console is None else console
+    header, rows = accuracy_table(report)
+    table = Table(*header, title=f"{report.name}: test accuracy (%)")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for claim, decisions in report.verdicts().items():
+        for decision, sentence in decisions:
+            console.print(f"{claim}? {decision.capitalize()}. {sentence}", markup=False, highlight=False)
+    for line in no_comparison(report) + missing(report):
+        console.print(line, markup=False, highlight=False)
+
+
+def draw(report: Report) -> Mapping[str, Figure | None]:
+    """Return every figure of a report by its file's name; None where there is nothing to draw."""
+    groups = group_cells(report.cells)
+    titles = {group: report.place(group) for group in groups}
+    samples = {
+        titles[group]: {cell.norm: cell.sample("test_acc", cell.scores["test_acc"]) for cell in cells}
+        for group, cells in groups.items()
+    }
+    differences: dict[str, dict[str, stats.MeanComparison]] = {}
+    for c in report.comparisons:
+        differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean
+    validated = any(result.val_acc_last is not None for result in report.results)
+    key, label = ("val/acc", "Validation") if validated else ("test/acc", "Test")
+    curves = {titles[group]: {c.norm: _curves(c, key) for c in cells} for group, cells in groups.items()}
+    return {
+        "learning_curves": figures.learning_curves(curves, f"{label} accuracy (%)"),
+        "seeds": figures.seeds_and_means(samples),
+        "differences": figures.paired_differences(differences, report.reference),
+        "spreads": figures.spreads(samples),
+    }
+
+
+def _curves(cell: Cell, key: str) -> stats.Array:
+    """Return ``key`` in percent over the epochs that all finished runs have, (num_seeds, num_epochs)."""
+    runs = [read_metrics(run.directory) for run in cell.runs if run.status == "finished"]
+    series = [{line["epoch"]: line[key] for line in lines if key in line} for lines in runs]
+    epochs = sorted(set.intersection(*(set(one) for one in series))) if series else []
+    return 100 * np.array([[one[epoch] for epoch in epochs] for one in series]).reshape(len(series), len(epochs))

@@ -1,0 +1,281 @@
+"""Means, spreads and comparisons of scores over seeds.
+
+Pure functions on a sample (num_seeds,) or on scores (num_seeds, num_cells), where row i of every column is
+the same seed. NaN marks a seed without a score: it is left out, never filled in. What cannot be computed (too few
+seeds, no spread) is NaN. Where chance is used, the generator is an argument.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+from scipy import stats as st
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float]
+
+NAN = float("nan")
+CONFIDENCE = 0.95
+ALPHA = 0.05
+EXACT_SIGN_FLIPS = 20  # 2^20 sums are 8 MB; above this, flips are drawn at random
+EXACT_SPLITS = 20_000  # all ways to split two samples of up to 8 seeds each
+RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One cell over its seeds, in the unit of its scores; ``std`` has ddof = 1."""
+
+    n: int
+    mean: float
+    std: float
+    mean_interval: Interval
+    std_interval: Interval
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class MeanComparison:
+    """Candidate minus reference. ``effect`` is in standard deviations, named by ``effect_name``."""
+
+    method: Literal["paired", "welch"]
+    n: tuple[int, int]  # seeds used of the candidate, of the reference; equal where paired
+    differences: tuple[float, ...]  # one a common seed; empty where not paired
+    difference: float
+    interval: Interval
+    p: float
+    p_sign_flip: float
+    effect: float
+    effect_name: str
+
+
+@dataclass(frozen=True)
+class SpreadComparison:
+    """Candidate's std over the reference's; ``power`` is Brown-Forsythe's for a ratio of 2 at these n."""
+
+    n: tuple[int, int]
+    std: tuple[float, float]
+    ratio: float
+    ratio_interval: Interval
+    p: float
+    p_permutation: float
+    power: float
+
+
+def present(sample: ArrayLike) -> Array:
+    """Return the scores that are there, as float64."""
+    values = np.asarray(sample, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"A sample has one axis, the seeds; got an array of shape {values.shape}.")
+    return values[~np.isnan(values)]
+
+
+def has_spread(values: Array) -> bool:
+    """Tell whether a sample varies by more than the rounding of floating-point subtraction."""
+    return len(values) >= 2 and bool(np.ptp(values) > 1e-9 * np.abs(values).max())
+
+
+def t_interval(sample: ArrayLike) -> Interval:
+    """Return Student's 95 % interval of the mean, mean +- t(n - 1) std / sqrt(n)."""
+    values = present(sample)
+    if not has_spread(values):
+        return NAN, NAN
+    n = len(values)
+    half = st.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def std_interval(sample: ArrayLike) -> Interval:
+    """Return the 95 % interval of the std under normality, std sqrt((n - 1) / chi2(n - 1))."""
+    values = present(sample)
+    if not has_spread(values):
+        return NAN, NAN
+    tails = st.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], len(values) - 1)
+    low, high = values.std(ddof=1) * np.sqrt((len(values) - 1) / tails)
+    return float(low), float(high)
+
+
+def summarize(sample: ArrayLike) -> Summary:
+    values = present(sample)
+    n = len(values)
+    if n == 0:
+        return Summary(0, NAN, NAN, (NAN, NAN), (NAN, NAN), NAN, NAN)
+    std = float(values.std(ddof=1)) if n > 1 else NAN
+    mean, low, high = float(values.mean()), float(values.min()), float(values.max())
+    return Summary(n, mean, std, t_interval(values), std_interval(values), low, high)
+
+
+def summarize_cells(scores: ArrayLike) -> list[Summary]:
+    """Return one summary a column of ``scores`` (num_seeds, num_cells)."""
+    return [summarize(column) for column in np.asarray(scores, dtype=np.float64).T]
+
+
+def hedges_correction(degrees_of_freedom: float) -> float:
+    """Return J = Gamma(m / 2) / (sqrt(m / 2) Gamma((m - 1) / 2)), which takes the bias out of a standardised
+    effect (Hedges 1981, eq. 6e); it is 0 at m = 1, so the effect is NaN there."""
+    m = degrees_of_freedom
+    if m <= 1:
+        return NAN
+    return float(np.exp(special.gammaln(m / 2) - special.gammaln((m - 1) / 2)) / math.sqrt(m / 2))
+
+
+def sign_flip_p(differences: ArrayLike, rng: np.random.Generator) -> float:
+    """Return the two-sided p of the mean difference when each pair's sign is a coin's.
+
+    Exact, over all 2^n signs, up to n = 20; from random signs above. The smallest value is 2 / 2^n.
+    """
+    values = present(differences)
+    if len(values) == 0:
+        return NAN
+    observed = abs(values.sum())
+    tolerance = 1e-12 * np.abs(values).sum()  # sums in another order round differently
+    if len(values) <= EXACT_SIGN_FLIPS:
+        sums = np.zeros(1)
+        for value in values:
+            sums = np.concatenate([sums + value, sums - value])
+        return float(np.mean(np.abs(sums) >= observed - tolerance))
+    sums = rng.choice([-1.0, 1.0], size=(RESAMPLES, len(values))) @ values
+    return float((1 + np.sum(np.abs(sums) >= observed - tolerance)) / (1 + RESAMPLES))
+
+
+def compare_means(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> MeanComparison:
+    """Compare two columns, row i being the same seed in both.
+
+    Paired by seed (t test, sign flips, Cohen's dz with Hedges' correction) where at least two seeds, and half
+    of the smaller sample, are common; else Welch's t test and Hedges' g with the mean of the two variances.
+    """
+    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"Rows are seeds, the same in both columns; got shapes {a.shape} and {b.shape}.")
+    common = ~np.isnan(a) & ~np.isnan(b)
+    x, y = present(a), present(b)
+    if common.sum() < 2 or 2 * common.sum() < min(len(x), len(y)):
+        return _welch(x, y) if min(len(x), len(y)) >= 2 else _paired((a - b)[common], rng)
+    return _paired((a - b)[common], rng)
+
+
+def _paired(differences: Array, rng: np.random.Generator) -> MeanComparison:
+    n = len(differences)
+    difference = float(differences.mean()) if n else NAN
+    p = effect = NAN
+    if has_spread(differences):
+        std = differences.std(ddof=1)
+        p = float(2 * st.t.sf(abs(difference) / (std / math.sqrt(n)), n - 1))
+        effect = hedges_correction(n - 1) * difference / float(std)
+    flips = sign_flip_p(differences, rng)
+    values = tuple(map(float, differences))
+    interval = t_interval(differences)
+    return MeanComparison("paired", (n, n), values, difference, interval, p, flips, effect, "dz")
+
+
+def _welch(x: Array, y: Array) -> MeanComparison:
+    difference = float(x.mean() - y.mean())
+    p = effect = NAN
+    interval: Interval = (NAN, NAN)
+    if has_spread(x) and has_spread(y):
+        test: Any = st.ttest_ind(x, y, equal_var=False)
+        p, ci = float(test.pvalue), test.confidence_interval(CONFIDENCE)
+        interval = float(ci.low), float(ci.high)
+        pooled = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+        effect = hedges_correction(float(test.df)) * difference / pooled
+    return MeanComparison("welch", (len(x), len(y)), (), difference, interval, p, NAN, effect, "g")
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's step-down adjusted p values; NaN stays NaN and does not count (Holm 1979)."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = [i for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
+    adjusted, largest = [NAN] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, float(p[i]) * (len(order) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def brown_forsythe(x: Array, y: Array) -> Array:
+    """Return Brown and Forsythe's F, the analysis of variance of |x - median|, along the last axis.
+
+    x is (..., n), y is (..., m); the result (...) has F(1, n + m - 2) as its approximate law under equal
+    spreads. NaN where |x - median| varies in neither sample, as with two seeds each.
+    """
+    z = [np.abs(v - np.median(v, axis=-1, keepdims=True)) for v in (x, y)]
+    n, m = x.shape[-1], y.shape[-1]
+    within = sum(((v - v.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1) for v in z)
+    within = np.where(within > 1e-18 * sum((v**2).sum(axis=-1) for v in z), within, np.nan)
+    between = (z[0].mean(axis=-1) - z[1].mean(axis=-1)) ** 2 * n * m / (n + m)
+    return np.asarray(between * (n + m - 2) / within)
+
+
+def log_variance_ratio_p(x: Array, y: Array, rng: np.random.Generator) -> float:
+    """Return the two-sided permutation p of log(var x / var y), both samples centred on their mean.
+
+    Over all splits where there are at most 20,000 of them, over random ones above. Centring makes it
+    approximate: for normal scores it keeps its level from n = 5 on (centred on the median it would stay far
+    below).
+    """
+    if min(len(x), len(y)) < 2 or not (has_spread(x) or has_spread(y)):
+        return NAN
+    pool, n = np.concatenate([x - x.mean(), y - y.mean()]), len(x)
+
+    def statistic(rows: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(np.log(rows[..., :n].var(axis=-1, ddof=1) / rows[..., n:].var(axis=-1, ddof=1)))
+
+    observed = statistic(pool) * (1 - 1e-12)
+    if math.comb(len(pool), n) <= EXACT_SPLITS:
+        return float(np.mean(statistic(pool[_splits(n, len(y))]) >= observed))
+    drawn = statistic(rng.permuted(np.tile(pool, (RESAMPLES, 1)), axis=1))
+    return float((1 + np.sum(drawn >= observed)) / (1 + RESAMPLES))
+
+
+@lru_cache(maxsize=8)
+def _splits(n: int, m: int) -> NDArray[np.intp]:
+    """Return all ways to choose n of n + m, (num_splits, n + m): the chosen first, then the rest."""
+    everything = range(n + m)
+    first = itertools.combinations(everything, n)
+    return np.array([[*chosen, *sorted(set(everything).difference(chosen))] for chosen in first])
+
+
+def compare_spreads(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> SpreadComparison:
+    """Compare two stds as independent samples: ratio with its F interval (normality), Brown-Forsythe,
+    permutation of the log variance ratio, and the power to notice a ratio of 2."""
+    x, y = present(candidate), present(reference)
+    n, m = len(x), len(y)
+    std = (summarize(x).std, summarize(y).std)
+    power = power_at(n, m)
+    if not (has_spread(x) and has_spread(y)):
+        return SpreadComparison((n, m), std, NAN, (NAN, NAN), NAN, NAN, power)
+    ratio = std[0] / std[1]
+    tails = st.f.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], n - 1, m - 1)
+    low, high = ratio / np.sqrt(tails)
+    p = float(st.f.sf(brown_forsythe(x, y), 1, n + m - 2))
+    interval = float(low), float(high)
+    return SpreadComparison((n, m), std, ratio, interval, p, log_variance_ratio_p(x, y, rng), power)
+
+
+def brown_forsythe_power(n: int, m: int, ratio: float, rng: np.random.Generator, simulations: int = 4_000) -> float:
+    """Return the share of simulated normal samples, of n and m seeds with stds 1 and ``ratio``, in which
+    Brown-Forsythe finds p < 0.05."""
+    x, y = rng.standard_normal((simulations, n)), ratio * rng.standard_normal((simulations, m))
+    return float(np.mean(brown_forsythe(x, y) > st.f.isf(ALPHA, 1, n + m - 2)))
+
+
+@lru_cache
+def power_at(n: int, m: int, ratio: float = 2.0) -> float:
+    """Return :func:`brown_forsythe_power` from a fixed generator, always the same number; NaN below n = 2."""
+    if min(n, m) < 2:
+        return NAN
+    return brown_forsythe_power(n, m, ratio, np.random.default_rng([n, m]))
+
+
+@lru_cache
+def seeds_needed(ratio: float = 2.0, power: float = 0.8) -> int:
+    """Return the smallest n a cell at which Brown-Forsythe notices ``ratio`` with ``power``."""
+    return next(n for n in itertools.count(3) if power_at(n, n, ratio) >= power)

@@ -1,0 +1,115 @@
+"""What a network costs: parameters, bytes, and multiply-accumulates, binary and real apart."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from abn_exp.binarize import BinaryConv2d, BinaryLinear
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer that holds parameters. MACs are those of one image's forward pass."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # without the batch
+    parameters: int
+    binary_parameters: int
+    bytes_real: int  # all parameters as float32
+    bytes_packed: int  # one bit a binary weight (whole bytes a layer), float32 for the rest
+    binary_macs: int
+    real_macs: int
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """The layers in the order they run. Norms' element-wise work and running statistics are not counted."""
+
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The sums over all layers: total, binary (parameters), bytes_real, bytes_packed, binary_macs, real_macs."""
+        return {
+            "total": sum(layer.parameters for layer in self.layers),
+            "binary": sum(layer.binary_parameters for layer in self.layers),
+            "bytes_real": sum(layer.bytes_real for layer in self.layers),
+            "bytes_packed": sum(layer.bytes_packed for layer in self.layers),
+            "binary_macs": sum(layer.binary_macs for layer in self.layers),
+            "real_macs": sum(layer.real_macs for layer in self.layers),
+        }
+
+    def table(self) -> Table:
+        """Return the summary as a table for a terminal, with the totals in its last row."""
+        table = Table("layer", "kind", "output")
+        for heading in ("parameters", "1-bit", "MB float32", "MB packed", "binary MMAC", "real MMAC"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            shape = " x ".join(str(size) for size in layer.output_shape)
+            table.add_row(layer.name, layer.kind, shape, *_cells(vars(layer)))
+        table.add_section()
+        totals = self.totals
+        named = {**totals, "parameters": totals["total"], "binary_parameters": totals["binary"]}
+        table.add_row("total", "", "", *_cells(named))
+        return table
+
+
+def _cells(numbers: dict[str, Any]) -> list[str]:
+    counts = [f"{numbers[key]:,}" for key in ("parameters", "binary_parameters")]
+    keys = ("bytes_real", "bytes_packed", "binary_macs", "real_macs")
+    return counts + [f"{numbers[key] / 1e6:,.3f}" for key in keys]
+
+
+def summarize(network: nn.Module, image_size: int, channels: int = 3) -> NetworkSummary:
+    """Count what `network` holds and does for one image (channels, image_size, image_size).
+
+    Runs one forward pass in evaluation mode without gradients; buffers, generators and every module's training flag
+    are afterwards as they were. Works on the meta device, too.
+    """
+    layers: list[LayerSummary] = []
+
+    def record(name: str, layer: nn.Module, output: Tensor) -> None:
+        parameters = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        is_binary = isinstance(layer, BinaryConv2d | BinaryLinear)
+        binary = layer.weight.numel() if isinstance(layer, BinaryConv2d | BinaryLinear) else 0
+        macs = 0
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            positions = output[0].numel() // layer.weight.size(0)
+            macs = positions * layer.weight.numel()
+        layers.append(
+            LayerSummary(
+                name=name,
+                kind=type(layer).__name__,
+                output_shape=tuple(output.shape[1:]),
+                parameters=parameters,
+                binary_parameters=binary,
+                bytes_real=4 * parameters,
+                bytes_packed=math.ceil(binary / 8) + 4 * (parameters - binary),
+                binary_macs=macs if is_binary else 0,
+                real_macs=0 if is_binary else macs,
+            )
+        )
+
+    modules = list(network.named_modules())
+    training = [module.training for _, module in modules]
+    hooks = [
+        module.register_forward_hook(lambda layer, _, output, name=name: record(name, layer, output))
+        for name, module in modules
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    weight = next(network.parameters())
+    image = torch.zeros(1, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            network.eval()(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for (_, module), flag in zip(modules, training, strict=True):
+            module.training = flag
+    return NetworkSummary(tuple(layers))

@@ -1,0 +1,32 @@
+"""What several test files share: composing a configuration as the command line would, on a small machine."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
+torch.set_num_threads(1)
+
+from abn_exp.experiment import RunPlan, plan  # noqa: E402  (the environment must be set before)
+
+REPOSITORY = Path(__file__).parent.parent
+
+# A run of a few seconds: 200 of the embedded images, a network of 8 channels.
+TINY = ["dataset.train_images=200", "model.width=0.0625", "recipe.epochs=2", "recipe.batch_size=32"]
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path) -> Callable[..., RunPlan]:
+    """Return a function from overrides to a plan whose results go to the test's own folder."""
+
+    def make(*overrides: str, tiny: bool = True) -> RunPlan:
+        with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+            base = [f"results_dir={tmp_path}/results", *(TINY if tiny else []), *overrides]
+            cfg = compose("config", base, return_hydra_config=True)
+            return plan(cfg, dict(cfg.hydra.runtime.choices))
+
+    return make

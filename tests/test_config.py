@@ -1,0 +1,121 @@
+"""A configuration is refused before anything starts, or it is right; its name and hash follow from it alone."""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from abn_exp.config import ConfigError, config_hash
+from abn_exp.experiment import RunPlan
+
+Make = Callable[..., RunPlan]
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("model", "norm"), product(options("model"), options("norm")))
+def test_every_model_takes_every_norm(make_plan: Make, model: str, norm: str) -> None:
+    make_plan(f"model={model}", f"norm={norm}", "dataset=cifar100", tiny=False)
+
+
+@pytest.mark.parametrize(("dataset", "recipe"), product(options("dataset"), options("recipe")))
+def test_every_dataset_takes_every_recipe(make_plan: Make, dataset: str, recipe: str) -> None:
+    extra = ["dataset.path=somewhere"] if dataset == "folder" else []
+    make_plan(f"dataset={dataset}", f"recipe={recipe}", *extra, tiny=False)
+
+
+def test_full_experiment_is_at_full_size(make_plan: Make) -> None:
+    """What makes the embedded set quick leaves no trace in any other."""
+    config = make_plan("norm=abn", "dataset=cifar100", tiny=False).config
+    assert (config.model["width"], config.recipe.epochs, config.recipe.batch_size) == (3, 200, 256)
+    quick = make_plan(tiny=False).config
+    assert quick.model["width"] < 1
+    assert quick.recipe.epochs < 50
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("recipe.epochs=0", "recipe.epochs=0 is not allowed: it should be greater than 0"),
+        ("recipe.epochs=1.5", "recipe.epochs=1.5 is not allowed: it should be a valid integer"),
+        ("seed=abc", "seed=abc is not allowed: it should be a valid integer"),
+        ("seed=true", "seed=True is not allowed"),
+        ("seed=-1", "seed=-1 is not allowed"),
+        ("recipe.optimizer.name=adm", "it should be 'adam' or 'sgd'"),
+        ("recipe.val_fraction=1", "it should be less than 1"),
+        ("recipe.schedule.warmup_epochs=9", "recipe.schedule.warmup_epochs=9 must be less than"),
+        ("precision=fp8", "precision=fp8 is not allowed"),
+        ("dataset.image_size=30", "dataset.image_size=30 is not allowed"),
+        ("dataset.padding=32", "dataset.padding=32 must be less than"),
+        ("dataset.path=x", "dataset.path is for dataset=folder"),
+        ("model.width=wide", "model.width=wide is not allowed"),
+        ("model.width=-1", "width"),
+        ("model.binarization.weight_estimator=foo", "model.binarization.weight_estimator=foo is not allowed"),
+        ("norm.eps=small", "norm.eps=small is not allowed"),
+        ("+norm.gamma=1", "norm.gamma is not a key of abn_exp.norm.AttentionBatchNorm2d; it takes"),
+        ("+lr=1", "lr is not a key of the configuration"),
+        ("+recipe.lr=1", "recipe.lr is not a key of the configuration"),
+        ("norm._target_=abn_exp.norm.Nothing", "cannot be imported"),
+        ("name=a/b", "name=a/b is not allowed"),
+        ("wandb.project=a/b", "wandb.project=a/b is not allowed"),
+    ],
+)
+def test_a_mistake_is_one_sentence(make_plan: Make, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(override)
+    assert sentence in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("override", ["norm=abm", "recipe.optimizer.lrr=1", "nrom=abn", "optimizer.lr=1"])
+def test_hydra_refuses_names_that_do_not_exist(make_plan: Make, override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        make_plan(override)
+
+
+def test_folder_needs_a_path(make_plan: Make) -> None:
+    with pytest.raises(ConfigError, match=r"dataset=folder needs dataset\.path=FOLDER"):
+        make_plan("dataset=folder")
+
+
+def test_same_configuration_same_directory(make_plan: Make) -> None:
+    plain = make_plan(tiny=False)
+    same = [
+        make_plan("recipe.optimizer.lr=1e-3", "norm=abn", tiny=False),
+        make_plan("wandb=offline", "device=cpu", "dataset.root=elsewhere", "force=true", "threads=2", tiny=False),
+        make_plan(f"model.width={float(plain.config.model['width'])}", tiny=False),
+    ]
+    for other in same:
+        assert other.directory == plain.directory
+        assert config_hash(other.config) == config_hash(plain.config)
+    assert plain.directory.parts[-6:] == ("runs", "digits", "binarynet", "abn", "fixed", "seed-0")
+
+
+def test_different_configurations_differ_in_directory_and_hash(make_plan: Make) -> None:
+    overrides = [
+        "seed=1",
+        "norm=bn",
+        "norm.momentum=0.9",
+        "model=vgg_small",
+        "model.width=0.5",
+        "model.binarization.pad_value=-1",
+        "recipe=quick",
+        "recipe.epochs=3",
+        "recipe.optimizer.lr=0.01",
+        "dataset.train_images=300",
+        "precision=bf16",
+    ]
+    plans = [make_plan(tiny=False)] + [make_plan(override, tiny=False) for override in overrides]
+    assert len({plan.directory for plan in plans}) == len(plans)
+    assert len({config_hash(plan.config) for plan in plans}) == len(plans)
+    assert not any("=" in str(plan.directory) for plan in plans)
+
+
+def test_the_name_tells_what_differs(make_plan: Make) -> None:
+    plan = make_plan("recipe.epochs=3", "norm.momentum=0.9", tiny=False)
+    assert plan.variant == "fixed_norm.momentum-0.9_epochs-3"

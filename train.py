@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Train one cell with one seed, or sweep over several: `python train.py norm=abn dataset=cifar100`.
+
+`python train.py --help` lists the groups and keys; `-m norm=bn,abn seeds=five` runs all combinations.
+"""
+
+import logging
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from abn_exp import experiment
+from abn_exp.callbacks import Diverged
+from abn_exp.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Run what Hydra composed; return the test accuracy, or None for a run that failed inside a multirun."""
+    hydra_config = HydraConfig.get()
+    command = " ".join(["python train.py", *hydra_config.overrides.task])
+    try:
+        this = experiment.plan(cfg, dict(hydra_config.runtime.choices))
+        return experiment.run(this, command).test_acc
+    except SIGTERMException:
+        print("stopped by SIGTERM; the same command goes on from the last whole epoch", file=sys.stderr)
+        raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success
+    except (ConfigError, Diverged, OSError) as error:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            log.error("error: %s", error)
+            return None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception:
+        if hydra_config.mode != RunMode.MULTIRUN:
+            raise
+        log.exception("this run failed; the others go on")
+        return None
+
+
+if __name__ == "__main__":
+    main()
