@@ -6,6 +6,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; return the test accuracy, or None for a run that failed inside a multirun."""
     hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
+    if multirun:
+        _say_which_run(cfg, hydra_config.runtime.choices)
     command = " ".join(["python train.py", *hydra_config.overrides.task])
     try:
         this = experiment.plan(cfg, dict(hydra_config.runtime.choices))
@@ -32,16 +36,24 @@ def main(cfg: DictConfig) -> float | None:
         print("stopped by SIGTERM; the same command goes on from the last whole epoch", file=sys.stderr)
         raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success
     except (ConfigError, Diverged, OSError) as error:
-        if hydra_config.mode == RunMode.MULTIRUN:
+        if multirun:
             log.error("error: %s", error)
             return None
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception:
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if not multirun:
             raise
         log.exception("this run failed; the others go on")
         return None
+
+
+def _say_which_run(cfg: DictConfig, choices: Mapping[str, str]) -> None:
+    """Begin every line on the console with the run it is about; tables stay in the runs' own train.log."""
+    label = " ".join(choices[group] for group in ("dataset", "model", "norm"))
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"[{label} s{cfg.seed}] %(message)s"))
+        handler.addFilter(lambda record: "\n" not in record.getMessage())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ do it here first. `dataset.root=` says where the files lie.
 """
 
 import sys
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -20,7 +21,11 @@ def main(cfg: DictConfig) -> None:
     """Prepare and load the data set of the configuration, and describe it on stdout."""
     try:
         options = read(cfg).dataset
-        source = {"path": options.path, "image_size": options.image_size, "download": options.download}
+        source: dict[str, Any] = {
+            "path": options.path,
+            "image_size": options.image_size,
+            "download": options.download,
+        }
         file = prepare(options.name, options.root, **source)
         data = load(options.name, options.root, **source)
         digest = None if file is None else file_digest(file, "sha256")

@@ -23,8 +23,8 @@ NEAR = 0.1 ** (-2 / 3)  # ReSTE's chord through the origin: 0.1^(1/3) / 0.1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_sign_has_two_values_and_both_zeros_are_plus(dtype):
     tiny = torch.finfo(dtype).tiny
-    x = torch.tensor([0.0, -0.0, tiny, -tiny, 3.0, -3.0, INF, -INF], dtype=dtype)
-    assert sign(x).tolist() == [1, 1, 1, -1, 1, -1, 1, -1]
+    x = torch.tensor([0.0, -0.0, tiny, -tiny, 3.0, -3.0, INF, -INF, math.nan], dtype=dtype)
+    assert sign(x).tolist() == [1, 1, 1, -1, 1, -1, 1, -1, 1]
     assert sign(x).dtype is dtype
 
 

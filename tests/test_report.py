@@ -1,9 +1,8 @@
 import csv
 import json
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -63,6 +62,12 @@ def folder(tmp_path):
     return study(tmp_path / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave out what takes most of a report's time, where a test is about its text."""
+    monkeypatch.setattr("abn_exp.report.draw", lambda report: {})
+
+
 def only(report):
     (comparison,) = report.comparisons
     return comparison
@@ -116,11 +121,11 @@ def test_a_difference_within_the_noise_is_not_decided(tmp_path):
 
 
 def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path):
-    barely = [0.701, 0.718, 0.706, 0.722, 0.722]  # differences 0.1, 0.8, 0.1, 0.7, 0.2: t = 2.5, p = 0.066
-    above = [0.703, 0.716, 0.707, 0.721, 0.722]  # 0.3, 0.6, 0.2, 0.6, 0.2: t = 4.2, p = 0.013
+    barely = [0.701, 0.718, 0.706, 0.722, 0.722]  # differences 0.1, 0.8, 0.1, 0.7, 0.2: t = 2.5, p = 0.068
+    above = [0.703, 0.716, 0.707, 0.721, 0.722]  # 0.3, 0.6, 0.2, 0.6, 0.2: t = 4.1, p = 0.014
     study(tmp_path / "one", {"bn": BN, "abn": above})
     assert verdict_mean(only(build_report(tmp_path / "one")))[0] == "confirmed"
-    others = {norm: barely for norm in ("a", "b", "c", "d")}
+    others = dict.fromkeys(("a", "b", "c", "d"), barely)
     study(tmp_path / "many", {"bn": BN, "abn": above, **others})
     comparison = build_report(tmp_path / "many").comparisons[0]
     decision, sentence = verdict_mean(comparison)
@@ -160,6 +165,7 @@ def test_too_little_to_compare_is_said_and_never_a_warning(accuracies, tmp_path)
     print_report(report, Console(width=200, quiet=True))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_report_says_what_is_missing_and_why(folder):
     shutil.rmtree(folder / "digits/binarynet/abn/fixed/seed-4")
     (start_run(folder, "bn", 5) / "FAILED").write_text("OutOfMemoryError: 2 GB | wanted\nmore")
@@ -176,12 +182,13 @@ def test_report_says_what_is_missing_and_why(folder):
     seeds = table_rows(section(text, "Test accuracy (%) of every seed"))
     assert seeds[1] == {
         "norm": "abn",
-        **{f"seed {i}": v for i, v in enumerate("70.80 72.00 71.60 72.20 - -".split())},
+        **{f"seed {i}": v for i, v in enumerate(["70.80", "72.00", "71.60", "72.20", "-", "-"])},
     }
     (difference,) = table_rows(section(text, "Differences to bn"))
     assert difference["n"] == "4 pairs"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder, tmp_path):
     write_report(folder)
     assert "peeking" not in (folder / "report.md").read_text()
@@ -192,6 +199,7 @@ def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder, tmp_pa
     assert row["best test epoch (peeking)"] == "75.00 ± 0.00"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_only_equal_dataset_model_and_variant_are_compared(tmp_path):
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, dataset="cifar10")
@@ -226,7 +234,7 @@ def test_written_twice_and_elsewhere_it_is_byte_for_byte_the_same(folder, tmp_pa
     first = everything_in(folder)
     assert {
         f"{name}.{kind}" for name in ("learning_curves", "seeds", "differences", "spreads") for kind in ("png", "pdf")
-    } < set(first)  # noqa: E501
+    } < set(first)
     assert str(tmp_path).encode() not in b"".join(first.values())
     elsewhere = tmp_path / "deeper" / folder.name
     shutil.copytree(folder, elsewhere, ignore=shutil.ignore_patterns("figures", "report.*", "*.csv"))
@@ -244,9 +252,10 @@ def test_figures_are_embedded_relatively_and_stale_ones_removed(folder):
     assert not list((folder / "figures").glob("differences.*"))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_csv_files_hold_the_numbers(folder):
     write_report(folder)
-    runs = list(csv.DictReader((folder / "runs.csv").open()))
+    runs = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
     assert [float(row["test_acc"]) for row in runs] == BN + CLEARLY_ABOVE
     assert (runs[0]["status"], runs[0]["seed"], runs[0]["test_acc_peak"], runs[0]["binary"]) == (
         "finished",
@@ -254,13 +263,14 @@ def test_csv_files_hold_the_numbers(folder):
         "",
         "900",
     )
-    bn, abn = csv.DictReader((folder / "report.csv").open())
+    bn, abn = csv.DictReader((folder / "report.csv").read_text().splitlines())
     assert float(bn["test_acc_mean"]) == pytest.approx(71.0)
     assert bn["difference"] == ""
     assert float(abn["difference"]) == pytest.approx(0.94)
     assert (abn["higher"], abn["less_spread"]) == ("confirmed", "not decided")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
     study(tmp_path, {"bn": BN, "abn_noshift": CLEARLY_ABOVE})
     write_report(tmp_path)
@@ -273,6 +283,7 @@ def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
     assert {line.count(" & ") for line in text.splitlines() if "&" in line} == {7}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_question_and_command(folder):
     assert build_report(folder).command.splitlines() == [
         f"python train.py -m dataset=digits model=binarynet norm={norm} recipe=fixed seed=0,1,2,3,4 name=claims"
@@ -291,6 +302,7 @@ def test_question_and_command(folder):
     assert (report.command, report.question) == ("make study", "Why?")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_provenance_counts_what_differs(folder):
     path = folder / "digits/binarynet/bn/fixed/seed-0/result.json"
     path.write_text(path.read_text().replace("2.15.0", "2.14.0"))
@@ -324,18 +336,19 @@ def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
     assert alone[0].mean == both[1].mean
 
 
-def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_path):
-    def run(*arguments):
-        return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
-
-    good = run(folder, "--reference", "abn")
-    assert good.returncode == 0, good.stderr
-    assert "below abn" in good.stdout
+@pytest.mark.usefixtures("no_figures")
+def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_path, capsys, monkeypatch):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    monkeypatch.setattr("sys.argv", ["report.py", str(folder), "--reference", "abn"])
+    assert main() == 0
+    assert "below abn" in capsys.readouterr().out
     assert (folder / "report.md").is_file()
-    bad = run(tmp_path / "nothing")
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr.startswith("There are no runs below ")
-    assert len(bad.stderr.splitlines()) == 1
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "nothing")])
+    assert main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("There are no runs below ")
+    assert len(err.splitlines()) == 1
 
 
 def test_every_norm_has_its_own_style_everywhere():

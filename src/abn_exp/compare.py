@@ -179,7 +179,7 @@ def interval_text(interval: tuple[float, float]) -> str:
 
 
 def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else number_text(p, 3)
+    return "< 0.001" if p < 0.001 else number_text(p, 4 if p < 0.1 else 3)
 
 
 def _equation(p: float) -> str:

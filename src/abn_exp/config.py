@@ -118,6 +118,7 @@ class Config(Section):
     seed: NonNegativeInt
     precision: Literal["fp32", "bf16"]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    question: str | None
     results_dir: str = Field(min_length=1)
     force: bool
     device: Literal["auto", "cpu", "cuda"]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -36,7 +37,7 @@ from abn_exp.config import (
     science,
 )
 from abn_exp.data.loader import BatchLoader
-from abn_exp.data.prepare import ImageDataset, load, stratified_split, stratified_subset
+from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
 from abn_exp.models import initialize_
 from abn_exp.results import (
     RunResult,
@@ -130,6 +131,7 @@ def _train_and_test(this: RunPlan) -> RunResult:
     norm = "" if recipe.paired_init else f"/{this.choices['norm']}"
     network = build_network(config.model, config.norm, len(data.classes), config.dataset.image_size)
     initialize_(network, config.seed, f"init{norm}")
+    network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU, and what tensor cores want
     summary = summarize(network, config.dataset.image_size)
     log.info("%s seed %d on %s\n%s", this.cell, config.seed, _device_name(device, config), as_text(summary.table()))
 
@@ -176,9 +178,8 @@ def loaders_of(config: Config, data: ImageDataset, device: torch.device) -> dict
     elif options.mean is not None and options.std is not None:
         mean, std = options.mean, options.std
     else:
-        pixels = data.train.images.float() / 255
-        mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
-    common = {"mean": mean, "std": std, "device": device}
+        mean, std = map(list, channel_statistics(data.train.images))
+    common: dict[str, Any] = {"mean": mean, "std": std, "device": device}
     try:
         indices = torch.arange(len(data.train.labels))
         if options.train_images is not None:
@@ -218,7 +219,7 @@ def _trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=config.devices,
         max_epochs=config.recipe.epochs,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         deterministic=config.deterministic,
         benchmark=not config.deterministic,
         callbacks=[EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)],
@@ -256,7 +257,10 @@ def _test(
         test_best = trainer.test(classifier, loader, verbose=False)[0]["test/acc"]
     peaks = [line["test/acc"] for line in metrics if "test/acc" in line]
     return RunResult(
-        **{group: this.choices[group] for group in GROUPS},
+        dataset=this.choices["dataset"],
+        model=this.choices["model"],
+        norm=this.choices["norm"],
+        recipe=this.choices["recipe"],
         variant=this.variant,
         seed=config.seed,
         config_hash=config_hash(config),

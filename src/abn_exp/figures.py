@@ -41,6 +41,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.handlelength": 3.0,
     "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # outlines that publishers take, and text that can be searched
 }
 MOST_BANDS = 3  # more bands in one panel hide each other
 TICKS: Any = {"nbins": 6, "steps": [1, 2, 2.5, 5, 10]}

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from abn_exp import figures, stats
 from abn_exp.compare import Cell, collect_cells, compare_cells, group_cells
-from abn_exp.results import find_runs, read_metrics, write_text_atomic
+from abn_exp.results import find_runs, read_config, read_metrics, write_text_atomic
 from abn_exp.tables import (
     Report,
     accuracy_table,
@@ -30,28 +31,21 @@ from abn_exp.tables import (
 )
 
 
-def build_report(
-    folder: Path, *, command: str | None = None, question: str | None = None, reference: str = "bn"
-) -> Report:
+def build_report(folder: Path, *, reference: str = "bn") -> Report:
     """Read every run below ``folder`` and compare each norm with ``reference``.
 
-    ``question`` is by default the key of that name in the folder's study.yaml, if there is one; ``command`` what
-    Hydra recorded in multirun.yaml, or else one command a cell.
     Raises ValueError where there are no runs, or where a record cannot be read.
     """
     folder = Path(folder).resolve()
     cells = collect_cells(find_runs(folder), reference)
     if not cells:
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
-    if question is None and (folder / "study.yaml").is_file():
-        study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-        question = study.get("question") if isinstance(study, dict) else None
-    if command is None:
-        command = _command(folder, cells)
-    return Report(folder.name, question, command, reference, cells, compare_cells(cells, reference))
+    question = read_config(cells[0].runs[0].directory).get("question")
+    return Report(folder.name, question, _command(folder, cells), reference, cells, compare_cells(cells, reference))
 
 
 def _command(folder: Path, cells: list[Cell]) -> str:
+    """Return what was typed, as Hydra recorded it for a multirun, or else one command a cell."""
     if (folder / "multirun.yaml").is_file():
         record = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))
         overrides = record["hydra"]["overrides"]
@@ -69,12 +63,10 @@ def _command(folder: Path, cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def write_report(
-    folder: Path, *, command: str | None = None, question: str | None = None, reference: str = "bn"
-) -> Report:
+def write_report(folder: Path, *, reference: str = "bn") -> Report:
     """Write report.md, report.csv, runs.csv, report.tex and figures/ into ``folder``; see :func:`build_report`."""
     folder = Path(folder)
-    report = build_report(folder, command=command, question=question, reference=reference)
+    report = build_report(folder, reference=reference)
     (folder / "figures").mkdir(exist_ok=True)
     drawn = []
     for name, figure in draw(report).items():
@@ -95,9 +87,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print the accuracies, the verdicts and what is missing on a terminal."""
     console = Console() if console is None else console
     header, rows = accuracy_table(report)
-    table = Table(*header, title=f"{report.name}: test accuracy (%)")
+    shown = header.index("n") + 3  # what fits into 80 columns; the rest is in report.md
+    table = Table(*header[:shown], title=f"{report.name}: test accuracy (%)", box=SIMPLE, padding=0)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row[:shown]))
     console.print(table)
     for claim, decisions in report.verdicts().items():
         for decision, sentence in decisions:
@@ -110,10 +103,10 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
     """Return every figure of a report by its file's name; None where there is nothing to draw."""
     groups = group_cells(report.cells)
     titles = {group: report.place(group) for group in groups}
-    samples = {
-        titles[group]: {cell.norm: cell.sample("test_acc", cell.scores["test_acc"]) for cell in cells}
-        for group, cells in groups.items()
-    }
+    samples: dict[str, dict[str, stats.Array]] = {}
+    for cell in report.cells:
+        if finished := cell.scores["test_acc"]:
+            samples.setdefault(titles[cell.group], {})[cell.norm] = cell.sample("test_acc", finished)
     differences: dict[str, dict[str, stats.MeanComparison]] = {}
     for c in report.comparisons:
         differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -46,14 +47,17 @@ class NetworkSummary:
 
     def table(self) -> Table:
         """Return the summary as a table for a terminal, with the totals in its last row."""
-        table = Table("layer", "kind", "output")
-        for heading in ("parameters", "1-bit", "MB float32", "MB packed", "binary MMAC", "real MMAC"):
+        totals = self.totals
+        caption = f"{totals['bytes_real'] / 1e6:.1f} MB as float32, {totals['bytes_packed'] / 1e6:.1f} MB packed"
+        table = Table(box=SIMPLE, padding=0, caption=caption)
+        for heading in ("layer", "kind", "output"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("params", "one-bit", "MB packed", "binary MMAC", "real MMAC"):
             table.add_column(heading, justify="right")
         for layer in self.layers:
-            shape = " x ".join(str(size) for size in layer.output_shape)
+            shape = "x".join(str(size) for size in layer.output_shape)
             table.add_row(layer.name, layer.kind, shape, *_cells(vars(layer)))
         table.add_section()
-        totals = self.totals
         named = {**totals, "parameters": totals["total"], "binary_parameters": totals["binary"]}
         table.add_row("total", "", "", *_cells(named))
         return table
@@ -61,8 +65,7 @@ class NetworkSummary:
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
     counts = [f"{numbers[key]:,}" for key in ("parameters", "binary_parameters")]
-    keys = ("bytes_real", "bytes_packed", "binary_macs", "real_macs")
-    return counts + [f"{numbers[key] / 1e6:,.3f}" for key in keys]
+    return counts + [f"{numbers[key] / 1e6:,.3f}" for key in ("bytes_packed", "binary_macs", "real_macs")]
 
 
 def summarize(network: nn.Module, image_size: int, channels: int = 3) -> NetworkSummary:

@@ -11,7 +11,9 @@ from omegaconf import DictConfig
 
 from abn_exp.config import ConfigError
 from abn_exp.experiment import RunPlan, plan
-from abn_exp.results import find_runs
+from abn_exp.report import Report, print_report, write_report
+from abn_exp.results import Run, find_runs
+from abn_exp.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +27,34 @@ class SweepCallback(Callback):
             self.plans = expand(config)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
-        status = {run.directory: run.status for run in find_runs(self.plans[0].directory.parents[4])}
-        states = [status.get(this.directory, "new") for this in self.plans]
-        log.info(
-            "%d runs: %d finished, %d to go on with or begin",
-            len(states),
-            states.count("finished"),
-            len(states) - states.count("finished"),
-        )
+        finished = sum(run.status == "finished" for run in self._runs())
+        self.complete = finished == len(self.plans) and not self.plans[0].config.force
+        log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        pass
+        """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
+        for folder in sorted({this.directory.parents[4] for this in self.plans}):
+            report = write_report(folder)
+            print_report(report)
+            log.info("%s", folder / "report.md")
+            if not self.complete:
+                self._log_report(report, folder)
+        if failed := [run for run in self._runs() if run.status != "finished"]:
+            for run in failed:
+                log.error("%s %s: %s", run.status.upper(), run.directory, run.reason or "no reason recorded")
+            raise SystemExit(1)
+
+    def _runs(self) -> list[Run]:
+        """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
+        ours = {this.directory for this in self.plans}
+        folders = {directory.parents[4] for directory in ours}
+        return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
+
+    def _log_report(self, report: Report, folder: Any) -> None:
+        settings = self.plans[0].config.wandb
+        name = f"{report.name}-report"
+        with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
+            tracker.log_report(folder)
 
 
 def expand(config: DictConfig) -> list[RunPlan]:

@@ -46,11 +46,12 @@ CONVENTIONS = """\
 - ± is the standard deviation between seeds (ddof = 1). The 95 % interval of a mean is Student's, that of a standard
   deviation chi-square's, that of a ratio of two F's; all three take scores as normally distributed.
 - Differences are paired by seed where the seeds match (t test; dz is Cohen's with Hedges' correction), else unpaired
-  (Welch; g is Hedges'). The p of sign flips assumes no distribution, but cannot fall below 2 / 2^n, 0.062 at n = 5.
+  (Welch; g is Hedges'). The p of sign flips assumes no distribution, but cannot fall below 2 / 2^n, 0.0625 at n = 5.
 - Spreads are compared by Brown and Forsythe's test, which takes the two samples as independent, and by permuting the
   log variance ratio. Power is simulated: how often the former finds p < 0.05 at this n if the true ratio is 2.
 - A verdict asks for p < 0.05 after Holm's correction over all comparisons of its table. "Not decided" is no evidence
-  that two norms are equal."""
+  that two norms are equal.
+- report.csv has these numbers, in percent and points, and runs.csv every run as recorded, accuracies as fractions."""
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 

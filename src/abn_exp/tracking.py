@@ -4,6 +4,7 @@ Without a key a run is written offline (`wandb sync` uploads it later); a server
 wait a process, and then everything goes offline. `wandb` is imported only where it is used.
 """
 
+import csv
 import logging
 import os
 from pathlib import Path
@@ -27,8 +28,6 @@ class Tracker:
         self.run: Any = None
         if (mode := _resolve_mode(settings.mode)) == "disabled":
             return
-        import wandb
-
         os.environ.setdefault("WANDB_SILENT", "true")
         arguments = {"project": settings.project, "entity": settings.entity, "dir": settings.dir, **init}
         Path(settings.dir).mkdir(parents=True, exist_ok=True)
@@ -40,7 +39,6 @@ class Tracker:
         log.info("W&B: %s, run %s", where, self.run.id)
         if mode == "offline":
             log.info("W&B: `wandb sync --yes` uploads it once you are logged in")
-        del wandb
 
     @property
     def run_id(self) -> str | None:
@@ -55,6 +53,19 @@ class Tracker:
         """Write the numbers that the run is remembered by."""
         if self.run is not None:
             self.run.summary.update(values)
+
+    def log_report(self, folder: Path) -> None:
+        """Log a report's tables and figures."""
+        if self.run is None:
+            return
+        import wandb
+
+        for name in ("report", "runs"):
+            with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            self.run.log({name: wandb.Table(columns=header, data=rows)})
+        figures = sorted((folder / "figures").glob("*.png"))
+        self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
 
     def __enter__(self) -> Self:
         return self

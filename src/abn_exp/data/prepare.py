@@ -145,9 +145,9 @@ def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None)
     folder = Path(path).expanduser().resolve()
     key = hashlib.sha256(f"{folder}\0{image_size}".encode()).hexdigest()[:8]
     target = root / f"folder-{key}.npz"
+    fingerprint = list_image_folder(folder).fingerprint
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".folder-{key}.lock"):
-        fingerprint = list_image_folder(folder).fingerprint
         if not target.exists() or _read(target, only="fingerprint")["fingerprint"] != fingerprint:
             arrays = read_image_folder(folder, image_size, resize=True)
             _write(target, arrays | {"fingerprint": np.array(fingerprint)}, None)
@@ -192,7 +192,8 @@ def _download(info: DatasetInfo, root: Path) -> None:
             raise OSError(f"what came has md5 {digest}")
         part.replace(root / info.archive)
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(_how_to_get(info, root, f"its download failed ({error})")) from error
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(_how_to_get(info, root, f"its download failed ({reason})")) from error
     finally:
         part.unlink(missing_ok=True)
 

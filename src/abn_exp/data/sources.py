@@ -173,7 +173,6 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
         raise ValueError("it has no val/val_annotations.txt, which says what the test images show")
     classes = sorted({wnid for wnid, _ in train})
     label_of = {wnid: label for label, wnid in enumerate(classes)}
-    train.sort()
 
     labels, boxes = {}, {}
     for number, line in enumerate(zipped.read(annotations).decode().splitlines(), 1):
@@ -251,8 +250,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def read_image_folder(folder: Path, image_size: int, *, resize: bool) -> Arrays:
     """Read ``<folder>/{train,test}/<class>/*``.
 
-    With ``resize`` the largest centred square is scaled to ``image_size`` (bilinear, antialiased); without,
-    every image must have that size already.
+    With ``resize`` the largest centred square is scaled to ``image_size`` (bilinear, antialiased), as
+    torchvision's ``Resize`` and ``CenterCrop`` do; without, every image must have that size already.
     """
     listing = list_image_folder(folder)
     arrays = {"classes": np.array(listing.classes)}
