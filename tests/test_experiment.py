@@ -218,11 +218,13 @@ def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> Non
 def test_two_processes_do_not_share_a_directory(make_plan: Make) -> None:
     plan = make_plan()
     plan.directory.mkdir(parents=True)
+    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print(1, flush=True)\n    input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(1, flush=1); input()",
-         str(plan.directory / ".lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", hold, str(plan.directory / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout is not None
     holder.stdout.readline()
     try:

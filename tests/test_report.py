@@ -289,17 +289,14 @@ def test_question_and_command(folder):
         f"python train.py -m dataset=digits model=binarynet norm={norm} recipe=fixed seed=0,1,2,3,4 name=claims"
         for norm in ("bn", "abn")
     ]
-    (folder / "multirun.yaml").write_text(
-        "hydra:\n  overrides:\n    hydra: ['hydra.mode=MULTIRUN', 'hydra/launcher=joblib']\n"
-        "    task: ['norm=bn,abn', 'seeds=five', 'model.width=[1, 2]']\n"
-    )
-    (folder / "study.yaml").write_text("question: Does the gate help?\n")
+    command = "python train.py -m norm=bn,abn seeds=five 'model.width=[1, 2]' hydra/launcher=joblib"
+    (folder / "command.txt").write_text(f"{command}\n")
+    for path in folder.rglob("config.yaml"):
+        path.write_text("question: Does the gate help?\n")
     write_report(folder)
     text = (folder / "report.md").read_text()
-    assert "python train.py -m norm=bn,abn seeds=five 'model.width=[1, 2]' hydra/launcher=joblib" in text
+    assert command in text
     assert "Does the gate help?" in text
-    report = build_report(folder, command="make study", question="Why?")
-    assert (report.command, report.question) == ("make study", "Why?")
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -144,23 +144,18 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
 
     Only ends of epochs are saved: what Lightning saves inside an epoch resumes on other batches.
     """
-    folder, common = (
-        directory / "checkpoints",
-        {"enable_version_counter": False, "auto_insert_metric_name": False},
-    )
-    last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, **common)
-    if not keep_best:
-        return [last]
-    best = ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="val/acc",
-        mode="max",
-        save_weights_only=True,
-        save_on_train_epoch_end=True,
-        **common,
-    )
-    return [best, last]  # in this order, so that last.ckpt knows what best.ckpt holds
+    best_weights = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
+    kinds: list[dict[str, Any]] = [best_weights, {"filename": "last"}] if keep_best else [{"filename": "last"}]
+    return [  # the best first, so that last.ckpt knows what best.ckpt holds
+        ModelCheckpoint(
+            directory / "checkpoints",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            **kind,
+        )
+        for kind in kinds
+    ]
 
 
 def usable_checkpoint(path: Path) -> Path | None:

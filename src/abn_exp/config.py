@@ -157,7 +157,7 @@ def read(cfg: DictConfig) -> Config:
 
     Raises ConfigError with one sentence for each mistake.
     """
-    ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
@@ -45,13 +44,9 @@ def build_report(folder: Path, *, reference: str = "bn") -> Report:
 
 
 def _command(folder: Path, cells: list[Cell]) -> str:
-    """Return what was typed, as Hydra recorded it for a multirun, or else one command a cell."""
-    if (folder / "multirun.yaml").is_file():
-        record = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))
-        overrides = record["hydra"]["overrides"]
-        words = [word for word in overrides["hydra"] if word != "hydra.mode=MULTIRUN"]
-        multirun = ["-m"] if len(words) < len(overrides["hydra"]) else []
-        return shlex.join(["python", "train.py", *multirun, *overrides["task"], *words])
+    """Return what was typed, as a multirun recorded it, or else one command a cell."""
+    if (folder / "command.txt").is_file():
+        return (folder / "command.txt").read_text(encoding="utf-8").strip()
     lines = []
     for cell in cells:
         recipe = next((run.result.recipe for run in cell.runs if run.result is not None), None)

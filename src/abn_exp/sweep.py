@@ -1,6 +1,7 @@
 """What a multirun adds to its runs: a check of all of them before the first, and the account at its end."""
 
 import logging
+import shlex
 from typing import Any
 
 from hydra import compose
@@ -12,7 +13,7 @@ from omegaconf import DictConfig
 from abn_exp.config import ConfigError
 from abn_exp.experiment import RunPlan, plan
 from abn_exp.report import Report, print_report, write_report
-from abn_exp.results import Run, find_runs
+from abn_exp.results import Run, find_runs, write_text_atomic
 from abn_exp.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class SweepCallback(Callback):
             raise SystemExit(f"error: {error}") from None
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not self.plans[0].config.force
+        for folder in {this.directory.parents[4] for this in self.plans}:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(folder / "command.txt", command(config) + "\n")
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
@@ -55,6 +59,14 @@ class SweepCallback(Callback):
         name = f"{report.name}-report"
         with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
             tracker.log_report(folder)
+
+
+def command(config: DictConfig) -> str:
+    """Return what was typed to start a multirun."""
+    overrides = config.hydra.overrides
+    words = [word for word in overrides.hydra if word != "hydra.mode=MULTIRUN"]
+    flag = ["-m"] if len(words) < len(overrides.hydra) else []
+    return shlex.join(["python", "train.py", *flag, *overrides.task, *words])
 
 
 def expand(config: DictConfig) -> list[RunPlan]:

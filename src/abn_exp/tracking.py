@@ -63,7 +63,7 @@ class Tracker:
         for name in ("report", "runs"):
             with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
                 header, *rows = csv.reader(file)
-            self.run.log({name: wandb.Table(columns=header, data=rows)})
+            self.run.log({name: wandb.Table(columns=list[str | int](header), data=rows)})
         figures = sorted((folder / "figures").glob("*.png"))
         self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
 
@@ -98,7 +98,7 @@ def _resolve_mode(mode: str) -> str:
     return "online" if has_key else "offline"
 
 
-def _init(mode: str, arguments: dict[str, Any]) -> Any:
+def _init(mode: Any, arguments: dict[str, Any]) -> Any:
     """Start the run, offline where the server does not answer in time."""
     import wandb
 
