@@ -53,7 +53,8 @@ def _say_which_run(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     label = " ".join(choices[group] for group in ("dataset", "model", "norm"))
     for handler in logging.getLogger().handlers:
         handler.setFormatter(logging.Formatter(f"[{label} s{cfg.seed}] %(message)s"))
-        handler.addFilter(lambda record: "\n" not in record.getMessage())
+        if not handler.filters:  # one process runs all jobs of a sweep
+            handler.addFilter(lambda record: "\n" not in record.getMessage())
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_different_configurations_differ_in_directory_and_hash(make_plan: Make) 
         "model=vgg_small",
         "model.width=0.5",
         "model.binarization.pad_value=-1",
-        "recipe=quick",
+        "recipe=strong",
         "recipe.epochs=3",
         "recipe.optimizer.lr=0.01",
         "dataset.train_images=300",

@@ -53,6 +53,7 @@ from abn_exp.tracking import Tracker
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
 
 GROUPS = ("dataset", "model", "norm", "recipe")
 
