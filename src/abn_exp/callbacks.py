@@ -4,15 +4,17 @@ import io
 import json
 import logging
 import os
+import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
@@ -98,6 +100,34 @@ class EpochRecord(pl.Callback):
         parts.append(f"lr {metrics['lr']:.1e}  {metrics['images_per_second']:.0f} img/s")
         parts.append("ETA " + time.strftime("%H:%M:%S", time.gmtime(eta)))
         log.info("  ".join(parts))
+
+
+class Bar(pl.Callback):
+    """One bar over all steps of a run, with the time left; what is logged meanwhile appears above it."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        total = int(trainer.estimated_stepping_batches)
+        self.task = self.progress.add_task("", total=total, completed=trainer.global_step, epoch=1)
+        self.progress.start()
+        self._send_logs_to(sys.stdout)  # which the bar has replaced by a stream that prints above it
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.progress.update(self.task, completed=trainer.global_step, epoch=trainer.current_epoch + 1)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.progress.stop()
+        self._send_logs_to(sys.stdout)
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+    @staticmethod
+    def _send_logs_to(stream: TextIO) -> None:
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(stream)
 
 
 def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from abn_exp.callbacks import AtomicCheckpointIO, EpochRecord, checkpoints, usable_checkpoint
+from abn_exp.callbacks import AtomicCheckpointIO, Bar, EpochRecord, checkpoints, usable_checkpoint
 from abn_exp.classifier import LitClassifier, Stage
 from abn_exp.config import (
     IMAGENET_MEAN,
@@ -215,7 +216,9 @@ def loaders_of(config: Config, data: ImageDataset, device: torch.device) -> dict
 def _trainer(
     config: Config, device: torch.device, directory: Path, tracker: Tracker, stages: tuple[Stage, ...]
 ) -> pl.Trainer:
-    show_bar = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
+    alone = sys.stdout.isatty() and current_process().name == "MainProcess"
+    show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
+    callbacks = [EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=config.devices,
@@ -223,13 +226,13 @@ def _trainer(
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         deterministic=config.deterministic,
         benchmark=not config.deterministic,
-        callbacks=[EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)],
+        callbacks=[*callbacks, Bar()] if show_bar else callbacks,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
         logger=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if stages else 0,
-        enable_progress_bar=show_bar,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
@@ -289,11 +292,8 @@ def _test(
 
 def show(result: RunResult) -> None:
     """Print a finished run's numbers as a table."""
-    table = Table(
-        "",
-        "top-1",
-        title=f"{result.dataset} {result.model} {result.norm} {result.variant} seed {result.seed}",
-    )
+    log.info("%s, seed %d", "-".join(result.cell), result.seed)
+    table = Table("", "top-1")
     rows = {
         "test, last epoch (headline)": result.test_acc,
         "test, best validation epoch": result.test_acc_best_val,
