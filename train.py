@@ -5,14 +5,19 @@
 """
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Mapping
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from yaml import YAMLError
 
 from abn_exp import experiment
 from abn_exp.callbacks import Diverged
@@ -57,5 +62,24 @@ def _say_which_run(cfg: DictConfig, choices: Mapping[str, str]) -> None:
             handler.addFilter(lambda record: "\n" not in record.getMessage())
 
 
+def _stop(*_: object) -> None:
+    """Unwind, so that a launcher on this machine takes its workers down with it."""
+    raise SIGTERMException(143)
+
+
+def _sentence(error: Exception) -> str:
+    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
+    return " ".join(str(error).split("\nConfig search path")[0].split())
+
+
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        sys.exit(f"error: {_sentence(error)}")
+    except ValueError as error:
+        if HydraConfig.initialized():
+            raise
+        sys.exit(f"error: {_sentence(error)}")  # of an override that Hydra does not expect

@@ -424,7 +424,7 @@ def test_folder_mistakes(tmp_path: Path) -> None:
         prepare("folder", tmp_path, **options)
     broken.unlink()
     (folder / "test" / "bee" / "nested").mkdir()
-    with pytest.raises(ValueError, match="bee/nested cannot be read"):
+    with pytest.raises(ValueError, match="bee/nested is not a file"):
         prepare("folder", tmp_path, **options)
     (folder / "test" / "bee" / "nested").rmdir()
     (folder / "test" / "dog").mkdir()

@@ -19,10 +19,10 @@ from abn_exp.results import RunResult, find_runs, write_result
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 
 
-def start_run(folder, norm, seed, dataset="digits", model="binarynet", variant="fixed", epochs=4):
+def start_run(folder, norm, seed, dataset="digits", model="binarynet", variant="fixed", epochs=4, config="a: 1\n"):
     directory = folder / dataset / model / norm / variant / f"seed-{seed}"
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(f"seed: {seed}\n")
+    (directory / "config.yaml").write_text(config)
     curve = 0.9 - 0.5 / np.arange(1, epochs + 1) + 0.001 * seed
     lines = [json.dumps({"epoch": e, "val/acc": acc, "lr": 0.1}) + "\n" for e, acc in enumerate(curve)]
     (directory / "metrics.jsonl").write_text("".join(lines))
@@ -291,8 +291,7 @@ def test_question_and_command(folder):
     ]
     command = "python train.py -m norm=bn,abn seeds=five 'model.width=[1, 2]' hydra/launcher=joblib"
     (folder / "command.txt").write_text(f"{command}\n")
-    for path in folder.rglob("config.yaml"):
-        path.write_text("question: Does the gate help?\n")
+    finish_run(folder, "bn", 5, 0.7, variant="asked", config="question: Does the gate help?\n")
     write_report(folder)
     text = (folder / "report.md").read_text()
     assert command in text
@@ -303,6 +302,8 @@ def test_question_and_command(folder):
 def test_provenance_counts_what_differs(folder):
     path = folder / "digits/binarynet/bn/fixed/seed-0/result.json"
     path.write_text(path.read_text().replace("2.15.0", "2.14.0"))
+    (path.parent / "SHA256SUMS").unlink(missing_ok=True)
+    (path.parent / "SHA256SUMS").unlink(missing_ok=True)
     write_report(folder)
     assert "- torch: 2.14.0 (1 runs), 2.15.0 (9 runs)" in (folder / "report.md").read_text()
 

@@ -1,12 +1,13 @@
 """What a run watches while it trains: the record of each epoch, sign flips, divergence, progress, checkpoints."""
 
+import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,14 +20,15 @@ from torch import Tensor
 
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.classifier import LitClassifier
-from abn_exp.results import read_metrics, write_text_atomic
+from abn_exp.files import write_text_atomic, writing
+from abn_exp.results import DamagedFile, read_checkpoint, read_metrics
 from abn_exp.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """The loss or a weight is no longer a finite number."""
+    """A loss, a weight or a running statistic is no longer a finite number."""
 
 
 class EpochRecord(pl.Callback):
@@ -34,20 +36,39 @@ class EpochRecord(pl.Callback):
 
     flip_ratio of a layer: the share of its binary weights whose sign at the epoch's end is not the one at its
     start. latent_beyond_one: the share of its latent weights with |w| > 1.
-    Raises Diverged where the training loss or a weight is not finite.
+    What was written so far is also in every checkpoint, under its checksums: a run that goes on writes the file anew
+    from there, so that nothing that befell the file, and no epoch that has to be repeated, is left in it.
+
+    Raises Diverged where a loss, a weight or a running statistic is not finite, OSError where the disk is full.
     """
 
     def __init__(self, directory: Path, tracker: Tracker) -> None:
         self.path = directory / "metrics.jsonl"
         self.tracker = tracker
 
+        self.lines: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lines = list(state_dict["lines"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.lines:  # also where all epochs are done, and on_train_start is not called
+            self._write(trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A run that goes on repeats the epochs after its last checkpoint; their old lines must not stay.
-        kept = [line for line in read_metrics(self.path.parent) if line["epoch"] < trainer.current_epoch]
-        if trainer.is_global_zero:
-            write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.best = max((line["val/acc"], -line["epoch"]) for line in kept) if kept and "val/acc" in kept[0] else None
+        if len(self.lines) < trainer.current_epoch:  # a checkpoint of before it held the lines
+            self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] < trainer.current_epoch]
+        self._write(trainer)
+        scores = [(line["val/acc"], -line["epoch"]) for line in self.lines if "val/acc" in line]
+        self.best = max(scores, default=None)
         self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signs = {name: weight > 0 for name, weight in binary_weights(pl_module)}
@@ -62,21 +83,23 @@ class EpochRecord(pl.Callback):
         metrics: dict[str, Any] = {"epoch": epoch, **pl_module.epoch_metrics("train")}
         seconds = time.monotonic() - self.epoch_started
         training = self.train_seconds if pl_module.eval_stages else seconds
-        for stage in pl_module.eval_stages:
-            for key in (f"{stage}/loss", f"{stage}/acc", f"{stage}/acc_top5"):
-                metrics[key] = float(trainer.callback_metrics[key])
+        if pl_module.eval_stages:
+            metrics |= pl_module.evaluated
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self._binary_metrics(pl_module)
         images = len(trainer.train_dataloader.labels)  # type: ignore[union-attr]
         metrics |= {"seconds": seconds, "images_per_second": images / training}
+        self.lines.append(metrics)
         if trainer.is_global_zero:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append_line(self.path, json.dumps(metrics))
         self.tracker.log(metrics)
         self._say(metrics, trainer)
-        finite = torch.stack([parameter.isfinite().all() for parameter in pl_module.parameters()]).all()
-        if not (metrics["train/loss"] < float("inf") and bool(finite)):
-            raise Diverged(f"diverged in epoch {epoch + 1}: loss {metrics['train/loss']}, weights not finite")
+        bad = _not_finite(metrics, pl_module)
+        if trainer.strategy.reduce_boolean_decision(
+            bad is not None, all=False
+        ):  # running statistics are each device's
+            bad = bad if bad is not None else "a running statistic of another device"
+            raise Diverged(f"diverged in epoch {epoch + 1}: {bad} is not finite")
 
     def _binary_metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
         metrics = {}
@@ -130,6 +153,31 @@ class Bar(pl.Callback):
                 handler.setStream(stream)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line, or nothing of it. Raises OSError that names the file, which a full disk's own error does not."""
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        content = line.encode() + b"\n"
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _not_finite(metrics: dict[str, Any], module: torch.nn.Module) -> str | None:
+    """Name a loss, a weight or a running statistic that is not finite: a sign hides a NaN weight from the loss."""
+    for key, value in metrics.items():
+        if key.endswith("/loss") and not math.isfinite(value):
+            return key
+    values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    finite = torch.stack([value.isfinite().all() for value in values.values()])
+    if finite.all():  # the one wait for the device
+        return None
+    return list(values)[finite.tolist().index(False)].removeprefix("network.")
+
+
 def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     """Return the latent weights of a network's binary layers with the layers' names."""
     return [
@@ -151,17 +199,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            with open(part, "wb") as file:
-                file.write(buffer.getbuffer())
+        with writing(path) as file:
+            file.write(buffer.getbuffer())
+            if path.name == "last.ckpt" and path.exists():
                 file.flush()
                 os.fsync(file.fileno())
-            if path.name == "last.ckpt" and path.exists():
                 os.replace(path, previous(path))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Return what `read_checkpoint` does: verified, and without executing anything, whatever is asked for."""
+        return read_checkpoint(path)
 
 
 def previous(path: Path) -> Path:
@@ -189,19 +236,14 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
 
 
 def usable_checkpoint(path: Path) -> Path | None:
-    """Return `path` where it is whole, else the checkpoint before it with a warning, else None.
-
-    A checkpoint is a zip archive; its checksums find what loading does not notice, down to a single bit.
-    """
+    """Return `path` where it is whole, else the checkpoint before it, else None; say so where there was one."""
     for candidate in (path, previous(path)):
-        if not candidate.is_file():
-            continue
         try:
-            with zipfile.ZipFile(candidate) as archive:
-                broken = archive.testzip()
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            broken = str(error)
-        if broken is None:
-            return candidate
-        log.warning("%s is damaged (%s); going on from the checkpoint before it, if there is one", candidate, broken)
+            read_checkpoint(candidate)
+        except FileNotFoundError:
+            continue
+        except (DamagedFile, OSError) as error:
+            log.warning("%s; going on from the checkpoint before it, or from the start where there is none", error)
+            continue
+        return candidate
     return None

@@ -1,16 +1,19 @@
 """What is learned and how: loss, metrics, optimizer. The network comes from outside."""
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
+from abn_exp.norm import SynchronizedStatistics
 from abn_exp.randomness import derive_seed
 
 Stage = Literal["train", "val", "test"]
@@ -30,14 +33,20 @@ class LitClassifier(pl.LightningModule):
         seed: int,
         num_classes: int,
         eval_stages: tuple[Stage, ...] = ("val",),
+        sync_norm: bool = False,
     ) -> None:
-        """`eval_stages` names the loaders that are evaluated after every epoch, in their order."""
+        """`eval_stages` names the loaders that are evaluated after every epoch, in their order.
+
+        `sync_norm`: whether batch norms take their statistics over the batches of all processes.
+        """
         super().__init__()
         self.network = network
         self.num_classes = num_classes
         self.recipe = recipe
         self.seed = seed
         self.eval_stages = eval_stages
+        self.sync_norm = sync_norm
+        self.evaluated: dict[str, float] = {}  # what the last evaluation found
         self._sums: dict[Stage, Tensor] = {}
 
     def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
@@ -69,21 +78,37 @@ class LitClassifier(pl.LightningModule):
             self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        return self._shared_step(batch, "train")
+        with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
+            return self._shared_step(batch, "train")
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.recipe.clip_latent_weights:
             clip_latent_weights_(self.network)
 
+    def on_validation_epoch_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_epoch_start(self) -> None:
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        """Evaluate the first process's running statistics everywhere: they are what a checkpoint holds."""
+        if self.trainer.world_size > 1:
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, 0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int, dataloader_idx: int = 0) -> None:
         self._shared_step(batch, self.eval_stages[dataloader_idx])
 
     def on_validation_epoch_end(self) -> None:
-        for stage in self.eval_stages:
-            self.log_dict(self.epoch_metrics(stage))
+        self.evaluated = {
+            key: value for stage in self.eval_stages for key, value in self.epoch_metrics(stage).items()
+        }
+        if "val/acc" in self.evaluated:
+            self.log("val/acc", self.evaluated["val/acc"])  # in float32, for the best checkpoint
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict(self.epoch_metrics("test"))
+        self.evaluated = self.epoch_metrics("test")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._shared_step(batch, "test")

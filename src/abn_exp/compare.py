@@ -6,7 +6,7 @@ Scores are kept as fractions; samples are percent, differences and stds percenta
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from abn_exp.results import Run, read_metrics
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
 
 Decision = Literal["confirmed", "refuted", "not decided"]
+Claim = Literal["mean", "spread"]
 Group = tuple[str, str, str]
 
 
@@ -88,6 +89,8 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
 def _why(run: Run) -> str:
     """Say why a run has no score, and how far it came."""
     reason = run.reason if run.reason is not None else ""
+    if run.status == "damaged":
+        return reason
     text = reason if reason.startswith(run.status) else f"{run.status}: {reason}" if reason else run.status
     return f"{text} ({len(read_metrics(run.directory))} epochs recorded)"
 
@@ -132,14 +135,14 @@ def verdict_mean(comparison: Comparison, place: str | None = None) -> tuple[Deci
     """Judge the claim that the norm's mean test accuracy is above the reference's; ``place`` is where, in words."""
     c, m = comparison, comparison.mean
     head = f"On {place if place is not None else f'{c.cell.dataset} with {c.cell.model}'}, {c.cell.norm}"
-    n = f"n = {m.n[0]} paired seeds" if m.method == "paired" else f"n = {m.n[0]} and {m.n[1]} unpaired seeds"
+    n = f"n = {count_text(m)}"
     if math.isnan(m.difference):
         return "not decided", f"{head} cannot be compared with {c.reference} ({n}): not decided."
     differs = f"differs from {c.reference} by {m.difference:+.2f} points"
     if math.isnan(m.p):
         why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
         return "not decided", f"{head} {differs} ({n}): not decided, {why}."
-    numbers = f"95 % interval {interval_text(m.interval)}, {n}, {_equation(m.p)}, Holm {p_text(c.mean_p_holm)}"
+    numbers = f"95 % interval {interval_text(m.interval)}, {n}, {p_equation(m.p)}, Holm {p_text(c.mean_p_holm)}"
     if c.mean_p_holm < stats.ALPHA:
         if m.difference > 0:
             return "confirmed", f"{head} is {m.difference:+.2f} points above {c.reference} ({numbers})."
@@ -160,7 +163,7 @@ def verdict_spread(comparison: Comparison, place: str | None = None) -> tuple[De
         return "not decided", f"{head}'s spread cannot be compared with {c.reference}'s ({n}): not decided, {why}."
     numbers = (
         f"{s.std[0]:.2f} against {s.std[1]:.2f} points, 95 % interval of the ratio "
-        f"{interval_text(s.ratio_interval)}, {n}, Brown-Forsythe {_equation(s.p)}, Holm {p_text(c.spread_p_holm)}"
+        f"{interval_text(s.ratio_interval)}, {n}, Brown-Forsythe {p_equation(s.p)}, Holm {p_text(c.spread_p_holm)}"
     )
     text = f"{head} has {s.ratio:.2f} times the std of {c.reference} between seeds ({numbers})"
     if c.spread_p_holm < stats.ALPHA:
@@ -170,8 +173,45 @@ def verdict_spread(comparison: Comparison, place: str | None = None) -> tuple[De
     return "not decided", f"{text}: not decided, at {n} {power}{needed}."
 
 
+def overall(comparisons: Sequence[Comparison], claim: Claim) -> str:
+    """Return one sentence for the claim as a whole: in how many places it is confirmed, refuted or not decided.
+
+    Norms with the same account share their words.
+    """
+    by_norm: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        by_norm.setdefault(c.cell.norm, []).append(c)
+    accounts: dict[str, list[str]] = {}
+    for norm, group in by_norm.items():
+        judge = verdict_mean if claim == "mean" else verdict_spread
+        decisions = [judge(c)[0] for c in group]
+        counts = {d: decisions.count(d) for d in get_args(Decision) if d in decisions}
+        first, *rest = counts.items()
+        if rest:
+            places = f"{first[0]} in {first[1]} of {len(group)}, " + ", ".join(f"{d} in {k}" for d, k in rest)
+        else:
+            places = first[0] + (f" in all {first[1]}" if len(group) > 1 else "")
+        n = sorted({size for c in group for size in (c.mean.n if claim == "mean" else c.spread.n)})
+        seeds = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
+        accounts.setdefault(f"{places} ({seeds})", []).append(norm)
+    what = "above {}" if claim == "mean" else "with less spread than {}"
+    reference = what.format(comparisons[0].reference)
+    return "; ".join(f"{', '.join(norms)} {reference}: {account}" for account, norms in accounts.items()) + "."
+
+
+def count_text(mean: stats.MeanComparison) -> str:
+    """Return how many seeds a comparison of means has."""
+    n = mean.n
+    return f"{n[0]} paired seeds" if mean.method == "paired" else f"{n[0]} and {n[1]} unpaired seeds"
+
+
 def number_text(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def signed_text(value: float) -> str:
+    """Return a difference with its sign; one that rounds to zero has a plus."""
+    return "-" if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def interval_text(interval: tuple[float, float]) -> str:
@@ -182,5 +222,5 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else number_text(p, 4 if p < 0.1 else 3)
 
 
-def _equation(p: float) -> str:
+def p_equation(p: float) -> str:
     return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"

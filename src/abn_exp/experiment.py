@@ -2,7 +2,10 @@
 
 import io
 import logging
+import math
+import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,14 +25,16 @@ import yaml
 from filelock import FileLock, Timeout
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
 
-from abn_exp.callbacks import AtomicCheckpointIO, Bar, EpochRecord, checkpoints, usable_checkpoint
+from abn_exp.callbacks import AtomicCheckpointIO, Bar, Diverged, EpochRecord, checkpoints, usable_checkpoint
 from abn_exp.classifier import LitClassifier, Stage
 from abn_exp.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    NAME,
     Config,
     ConfigError,
     build_network,
@@ -39,14 +44,17 @@ from abn_exp.config import (
 )
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
+from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.models import initialize_
 from abn_exp.results import (
+    DamagedFile,
     RunResult,
+    read_checkpoint,
+    read_config,
     read_metrics,
     read_result,
     variant_name,
     write_result,
-    write_text_atomic,
 )
 from abn_exp.summary import NetworkSummary, summarize
 from abn_exp.tracking import Tracker
@@ -54,6 +62,7 @@ from abn_exp.tracking import Tracker
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over processes
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
 
 GROUPS = ("dataset", "model", "norm", "recipe")
@@ -85,6 +94,9 @@ def plan(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     """
     config = read(cfg)
     choices = {group: choices[group] for group in GROUPS}
+    for group, choice in choices.items():
+        if not re.fullmatch(NAME, choice):  # it becomes a folder's name
+            raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
     own = compose("config", [f"{group}={choice}" for group, choice in choices.items()])
     plain = OmegaConf.to_container(own, resolve=True)
     assert isinstance(plain, dict)
@@ -99,8 +111,12 @@ def run(this: RunPlan, command: str) -> RunResult:
     Raises ConfigError for what the user can mend; whatever ends a run without a result is left in `FAILED`.
     """
     config, directory = this.config, this.directory
+    if _rank(config) > 0:
+        return _help(this)
     directory.mkdir(parents=True, exist_ok=True)
     with _owned(directory), _logged_to(directory / "train.log"):
+        remove_parts(directory)
+        remove_parts(directory / "checkpoints")
         if config.force:
             _start_anew(directory)
         finished = _check_same(this)
@@ -109,7 +125,8 @@ def run(this: RunPlan, command: str) -> RunResult:
             show(finished)
             return finished
         write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config.model_dump()))
-        (directory / "FAILED").unlink(missing_ok=True)
+        for name in ("result.json", "SHA256SUMS", "FAILED"):
+            (directory / name).unlink(missing_ok=True)
         try:
             result = _train_and_test(this)
         except Exception as error:
@@ -122,14 +139,30 @@ def run(this: RunPlan, command: str) -> RunResult:
         return result
 
 
+def _rank(config: Config) -> int:
+    """Return which of a run's processes this is. Lightning starts the others with the command of the first, 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if config.devices > 1 else 0
+
+
+def _help(this: RunPlan) -> RunResult:
+    """Train and test as one of the processes that share a run; the first one writes, logs and reports."""
+    logging.disable(logging.INFO)
+    try:
+        return _train_and_test(this)
+    except Diverged:
+        raise SystemExit(0) from None  # with any other code, Lightning would kill the first before it has said why
+
+
 def _train_and_test(this: RunPlan) -> RunResult:
     config, directory = this.config, this.directory
-    recipe = config.recipe
+    recipe, rank = config.recipe, _rank(config)
     torch.set_num_threads(config.threads)
+    if config.devices > 1:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
     device = _device(config)
 
     data = _load_data(config)
-    loaders = loaders_of(config, data, device)
+    loaders = loaders_of(config, data, device, rank=rank, world_size=config.devices)
     norm = "" if recipe.paired_init else f"/{this.choices['norm']}"
     network = build_network(config.model, config.norm, len(data.classes), config.dataset.image_size)
     initialize_(network, config.seed, f"init{norm}")
@@ -140,16 +173,18 @@ def _train_and_test(this: RunPlan) -> RunResult:
     stages = tuple(
         stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
     )
-    classifier = LitClassifier(network, recipe, config.seed, len(data.classes), stages)
-    with Tracker(config.wandb, **_wandb_arguments(this)) as tracker:
-        write_text_atomic(directory / "wandb-run-id", tracker.run_id or "")
+    classifier = LitClassifier(network, recipe, config.seed, len(data.classes), stages, config.sync_norm)
+    window = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
+    with Tracker(window, **_wandb_arguments(this)) as tracker:
+        if tracker.run_id is not None:
+            write_text_atomic(directory / "wandb-run-id", tracker.run_id)
         trainer = _trainer(config, device, directory, tracker, stages)
         last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
         if last is not None:
             log.info("going on from %s", last)
         trainer.fit(classifier, loaders["train"], [loaders[stage] for stage in stages] or None, ckpt_path=last)
         result = _test(this, trainer, classifier, loaders["test"], summary, tracker.run_id)
-        tracker.summarize({f"final/{key}": value for key, value in vars(result).items() if "acc" in key})
+        tracker.summarize(_headline(result))
     return result
 
 
@@ -172,8 +207,28 @@ def _load_data(config: Config) -> ImageDataset:
     return data
 
 
-def loaders_of(config: Config, data: ImageDataset, device: torch.device) -> dict[Stage, BatchLoader]:
-    """Return the loaders of the training, validation (where there is a split) and test images."""
+def _headline(result: RunResult) -> dict[str, float]:
+    """Return the numbers a W&B run is remembered by; those the recipe does not ask for are left out."""
+    values = {
+        "final/test_acc": result.test_acc,
+        "final/test_acc_top5": result.test_acc_top5,
+        "final/test_loss": result.test_loss,
+        "final/test_acc_best_val": result.test_acc_best_val,
+        "final/test_acc_peak": result.test_acc_peak,
+        "final/val_acc": result.val_acc_last,
+        "best/val_acc": result.val_acc_best,
+        "best/epoch": result.best_epoch,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def loaders_of(
+    config: Config, data: ImageDataset, device: torch.device, *, rank: int = 0, world_size: int = 1
+) -> dict[Stage, BatchLoader]:
+    """Return the loaders of the training, validation (where there is a split) and test images.
+
+    Of `world_size` processes, the one with `rank` gets its share of every batch.
+    """
     recipe, options = config.recipe, config.dataset
     if recipe.normalization == "imagenet":
         mean, std = IMAGENET_MEAN, IMAGENET_STD
@@ -181,7 +236,7 @@ def loaders_of(config: Config, data: ImageDataset, device: torch.device) -> dict
         mean, std = options.mean, options.std
     else:
         mean, std = map(list, channel_statistics(data.train.images))
-    common: dict[str, Any] = {"mean": mean, "std": std, "device": device}
+    common: dict[str, Any] = {"mean": mean, "std": std, "device": device, "rank": rank, "world_size": world_size}
     try:
         indices = torch.arange(len(data.train.labels))
         if options.train_images is not None:
@@ -216,18 +271,19 @@ def loaders_of(config: Config, data: ImageDataset, device: torch.device) -> dict
 def _trainer(
     config: Config, device: torch.device, directory: Path, tracker: Tracker, stages: tuple[Stage, ...]
 ) -> pl.Trainer:
-    alone = sys.stdout.isatty() and current_process().name == "MainProcess"
+    alone = sys.stdout.isatty() and current_process().name == "MainProcess" and _rank(config) == 0
     show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
     callbacks = [EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=config.devices,
+        devices=[device.index] if device.type == "cuda" and config.devices == 1 else config.devices,
+        strategy="ddp" if config.devices > 1 else "auto",
         max_epochs=config.recipe.epochs,
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         deterministic=config.deterministic,
         benchmark=not config.deterministic,
         callbacks=[*callbacks, Bar()] if show_bar else callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # SLURM and the like start runs, not their parts
         default_root_dir=directory,
         logger=False,
         num_sanity_val_steps=0,
@@ -249,16 +305,20 @@ def _test(
     """Read the test set with the last epoch's weights and, where there is a validation split, with the best one's."""
     directory, config = this.directory, this.config
     metrics = read_metrics(directory)
-    test = trainer.test(classifier, loader, verbose=False)[0]
+    trainer.test(classifier, loader, verbose=False)
+    test = classifier.evaluated
+    if not math.isfinite(test["test/loss"]):
+        raise Diverged(f"diverged in epoch {config.recipe.epochs}: test/loss is not finite")
     val = [line["val/acc"] for line in metrics if "val/acc" in line]
     test_best = None
-    if val:
+    if "val" in classifier.eval_stages:
         best = directory / "checkpoints" / "best.ckpt"
-        if usable_checkpoint(best) is None:
-            raise ConfigError(f"{best} is damaged or missing; force=true runs the run again from its start.")
-        state = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
-        classifier.load_state_dict(state)
-        test_best = trainer.test(classifier, loader, verbose=False)[0]["test/acc"]
+        try:
+            classifier.load_state_dict(read_checkpoint(best)["state_dict"])
+        except (DamagedFile, OSError) as error:
+            raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
+        trainer.test(classifier, loader, verbose=False)
+        test_best = classifier.evaluated["test/acc"]
     peaks = [line["test/acc"] for line in metrics if "test/acc" in line]
     return RunResult(
         dataset=this.choices["dataset"],
@@ -329,10 +389,18 @@ def _owned(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+class RunLog(logging.FileHandler):
+    """A log that says once, in a sentence, that it cannot be written: no traces on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        print(f"{self.baseFilename} cannot be written: {sys.exception()}", file=sys.stderr)
+        logging.getLogger().removeHandler(self)
+
+
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Append to a file whatever is logged inside."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = RunLog(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -345,24 +413,36 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 def _start_anew(directory: Path) -> None:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in ("result.json", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id"):
+    for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id"):
         (directory / name).unlink(missing_ok=True)
 
 
 def _check_same(this: RunPlan) -> RunResult | None:
-    """Return the directory's result if there is one; refuse a directory that another configuration has written."""
-    path = this.directory / "config.yaml"
-    if not path.is_file():
+    """Return the directory's result if there is one; refuse a directory that another configuration has written.
+
+    A damaged record is made again: the checkpoint, which has checksums of its own, holds all that it says.
+    """
+    directory, finished = this.directory, None
+    if not (directory / "config.yaml").is_file():
         return None
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        try:
+            finished = read_result(directory)
+        except DamagedFile as error:
+            if error.path.name == "config.yaml":
+                raise
+            log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
+        theirs = science(read_config(directory))
+    except (DamagedFile, KeyError) as error:
+        what = error if isinstance(error, DamagedFile) else f"{directory / 'config.yaml'} lacks {error}"
+        raise ConfigError(f"{what}; force=true runs the run again from its start.") from error
     ours = science(this.config.model_dump())
-    theirs = science(before)
     if different := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ConfigError(
-            f"{this.directory} was made by another configuration (different: {', '.join(different)}); "
+            f"{directory} was made by another configuration (different: {', '.join(different)}); "
             "choose another name=, or force=true to replace it."
         )
-    return read_result(this.directory)
+    return finished
 
 
 def _device(config: Config) -> torch.device:
@@ -373,7 +453,15 @@ def _device(config: Config) -> torch.device:
         raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto.")
     if kind == "cuda" and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision=bf16, but this GPU has no bfloat16; use precision=fp32.")
-    return torch.device(kind)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if config.devices > count:
+        raise ConfigError(f"devices={config.devices}, but torch sees {count} CUDA devices; choose fewer.")
+    # A run's own processes take one GPU each; the workers of a launcher on one machine (joblib) take turns.
+    worker = re.search(r"-(\d+)$", current_process().name)
+    turn = _rank(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
+    return torch.device("cuda", turn % count)
 
 
 def _device_name(device: torch.device, config: Config) -> str:
@@ -382,7 +470,7 @@ def _device_name(device: torch.device, config: Config) -> str:
     return f"CPU ({platform.machine()}, {config.threads} thread{'s' if config.threads > 1 else ''})"
 
 
-def _wandb_arguments(this: RunPlan) -> dict[str, object]:
+def _wandb_arguments(this: RunPlan) -> dict[str, Any]:
     config = this.config
     earlier = this.directory / "wandb-run-id"
     run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else ""
@@ -393,7 +481,13 @@ def _wandb_arguments(this: RunPlan) -> dict[str, object]:
         "job_type": "train",
         "name": f"{this.cell}-s{config.seed}",
         "tags": [this.choices["dataset"], this.choices["model"], this.choices["norm"]],
-        "config": {**this.choices, "variant": this.variant, "seed": config.seed, "cfg": config.model_dump()},
+        "config": {
+            **this.choices,
+            "variant": this.variant,
+            "study": config.name,
+            "seed": config.seed,
+            "cfg": config.model_dump(),
+        },
     }
 
 

@@ -6,7 +6,8 @@ that :func:`save` writes depend on the data alone: no dates, no program versions
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from abn_exp.stats import MeanComparison, summarize
 Array = NDArray[np.float64]
 Panels = Mapping[str, Mapping[str, Any]]
 
+TITLE_WIDTH = 48  # characters; a panel has no room for more
 PANEL_WIDTH = 3.5  # inches: one column of a paper; two panels fill a page or a README
 STYLE: Any = {
     "font.size": 8,
@@ -128,7 +130,7 @@ def learning_curves(panels: Panels, ylabel: str) -> Figure | None:
     styles = norm_styles(norm for norms in drawn.values() for norm in norms)
     handles: dict[str, Any] = {}
     with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(drawn), 2.1) if few else _grid(len(drawn), 3.2, 1, 2 * PANEL_WIDTH)
+        figure, axes = _grid(drawn, 2.1) if few else _grid(drawn, 3.2, 1, 2 * PANEL_WIDTH)
         for ax, (title, norms) in zip(axes, drawn.items(), strict=True):
             for i, (norm, curves) in enumerate(norms.items()):
                 color, marker, line = styles[norm]
@@ -144,7 +146,7 @@ def learning_curves(panels: Panels, ylabel: str) -> Figure | None:
                 skipped = max(curves.shape[1] for curves in norms.values()) // 4
                 shown = [curves.mean(axis=0)[skipped:] for curves in norms.values() if curves.shape[1] > skipped]
                 ax.set(xlim=(skipped + 0.5, None), ylim=(min(map(np.min, shown)) - 0.5, None))
-            ax.set(title=title, ylabel=ylabel, xlabel="Epoch")
+            ax.set(title=textwrap.fill(title, TITLE_WIDTH), ylabel=ylabel, xlabel="Epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, **TICKS))
         figure.suptitle("Learning curves: mean over seeds" + (", band ±1 std" if few else ""), fontsize=8.5)
         where = {"loc": "outside lower center", "ncols": len(handles)} if few else {"loc": "outside right upper"}
@@ -216,10 +218,14 @@ def spreads(panels: Panels) -> Figure | None:
     return figure
 
 
-def _grid(panels: int, height: float, columns: int = 2, width: float = PANEL_WIDTH) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels in up to ``columns`` columns, each panel of ``width`` x ``height`` inches."""
+def _grid(
+    titles: Collection[str], height: float, columns: int = 2, width: float = PANEL_WIDTH
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels in up to ``columns`` columns, each of ``width`` x ``height`` inches, and higher where
+    titles have several lines."""
+    panels, lines = len(titles), max(len(textwrap.wrap(title, TITLE_WIDTH)) for title in titles)
     columns = min(panels, columns)
-    rows = -(-panels // columns)
+    rows, height = -(-panels // columns), height + 0.14 * (lines - 1)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
@@ -255,12 +261,12 @@ def _rows(panels: Panels, draw: Any, xlabel: str, title: str) -> Figure | None:
         return None
     styles = norm_styles(names)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(panels), 0.55 + 0.3 * len(names))
+        figure, axes = _grid(panels, 0.55 + 0.3 * len(names))
         for ax, (panel, norms) in zip(axes, panels.items(), strict=True):
             for row, norm in enumerate(names):
                 if norm in norms:
                     draw(ax, row, norms[norm], styles[norm])
-            ax.set(title=panel, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+            ax.set(title=textwrap.fill(panel, TITLE_WIDTH), xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
             ax.set_yticks(range(len(names)), names)
             ax.grid(False, axis="y")
             ax.xaxis.set_major_locator(MaxNLocator(**TICKS))

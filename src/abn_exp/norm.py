@@ -5,11 +5,14 @@ All of them run torch's own batch-norm kernel and keep torch's interface: buffer
 new batch in the running statistics.
 """
 
-from typing import Any, Literal, get_args
+import math
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Gate = Literal["full", "forward", "backward", "none"]
 Scale = Literal["none", "output", "gate"]
@@ -40,10 +43,19 @@ class _GateBackward(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
 
 
+def check_statistics(eps: float, momentum: float | None) -> None:
+    """Raise ValueError for what no batch norm can run with; None is torch's average over all batches."""
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps={eps} is not allowed; use a small number above 0, such as 1e-5.")
+    if momentum is not None and not 0 < momentum <= 1:
+        raise ValueError(f"momentum={momentum} is not allowed; use a number above 0 and at most 1, such as 0.1.")
+
+
 class _FeatureMapNorm(nn.BatchNorm2d):
     """torch's BatchNorm2d, opened between the standardisation and what follows it."""
 
     def __init__(self, num_features: int, eps: float, momentum: float, unbiased: bool = True) -> None:
+        check_statistics(eps, momentum)
         super().__init__(num_features, eps, momentum, affine=False)
         self.unbiased = unbiased
 
@@ -65,7 +77,8 @@ class _FeatureMapNorm(nn.BatchNorm2d):
             mean, var, momentum = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var), 1.0
         y = F.batch_norm(x, mean, var, weight, None, True, momentum, self.eps)
         if not self.unbiased:
-            n = x.numel() // x.size(1)
+            count = SynchronizedStatistics.count
+            n = x.numel() // x.size(1) if count is None else count
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * ((n - 1) / n), self.momentum)
         return y
@@ -98,7 +111,8 @@ class AttentionBatchNorm2d(_FeatureMapNorm):
         persistent_stats: whether the running mean and variance belong to the state dict. Without them a reloaded
             network evaluates with mean 0 and variance 1, as one of the published code does.
 
-    Raises ValueError for an unknown gate or scale, and, as torch does, for one value per channel in training.
+    Raises ValueError for an unknown gate or scale, an eps or a momentum out of its range, and, as torch does, for one
+    value per channel in training.
 
     Source: Gu, Zhang, Jia, Wu, Entropy 27(6):645, 2025, doi 10.3390/e27060645. Differs from the authors' code, by
     default, in: momentum (theirs is 0.9 in this convention), the running variance (theirs is biased), the
@@ -178,3 +192,64 @@ class InstanceEnhancementBatchNorm2d(_FeatureMapNorm):
         x = self.standardize(input)
         gate = torch.sigmoid(self.gate_weight * input.mean((2, 3)) + self.gate_bias)
         return x * (self.weight * gate)[:, :, None, None] + self.bias.view(1, -1, 1, 1)
+
+
+class SynchronizedStatistics(TorchFunctionMode):
+    """Inside it, every batch norm in training takes its statistics over the batches of all processes.
+
+    It replaces torch's batch-norm kernel, which torch's own layers and those above share. `nn.SyncBatchNorm` would
+    make plain batch norms of them all, and has no CPU form. The gradient is that of the sum of all processes' losses,
+    so that DDP's average is the gradient of the mean loss of the whole batch. Needs a process group.
+    """
+
+    count: ClassVar[Tensor | None] = None  # values behind each statistic of the layer called last
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = _synchronized_batch_norm if func is F.batch_norm else func
+        return call(*args, **(kwargs if kwargs is not None else {}))
+
+    def __exit__(self, *args: Any) -> None:
+        SynchronizedStatistics.count = None
+        super().__exit__(*args)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(grads[0])
+
+
+def _synchronized_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` over all processes. The variance is that of the centred values: no cancellation."""
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    values = x.float()
+    here = values.new_tensor([x.numel() // x.size(1)])
+    total = _SumOverProcesses.apply(torch.cat([values.sum(dims), here]))
+    mean, count = total[:-1] / total[-1], total[-1].detach()
+    centred = values - mean.view(shape)
+    var = _SumOverProcesses.apply(centred.square().sum(dims)) / count
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+    SynchronizedStatistics.count = count
+    y = centred * torch.rsqrt(var + eps).view(shape)
+    y = y if weight is None else y * weight.view(shape)
+    y = y if bias is None else y + bias.view(shape)
+    return y.to(x.dtype)

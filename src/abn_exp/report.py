@@ -7,6 +7,7 @@ same.
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,17 +18,13 @@ from rich.table import Table
 
 from abn_exp import figures, stats
 from abn_exp.compare import Cell, collect_cells, compare_cells, group_cells
-from abn_exp.results import find_runs, read_config, read_metrics, write_text_atomic
-from abn_exp.tables import (
-    Report,
-    accuracy_table,
-    cells_csv,
-    latex,
-    markdown,
-    missing,
-    no_comparison,
-    runs_csv,
-)
+from abn_exp.config import science
+from abn_exp.documents import cells_csv, effects_csv, latex, markdown, runs_csv
+from abn_exp.effects import effect_tables
+from abn_exp.factors import find_factors
+from abn_exp.files import write_text_atomic
+from abn_exp.results import find_runs, read_config, read_metrics
+from abn_exp.tables import Report, accuracy_table, missing, no_comparison
 
 
 def build_report(folder: Path, *, reference: str = "bn") -> Report:
@@ -39,8 +36,33 @@ def build_report(folder: Path, *, reference: str = "bn") -> Report:
     cells = collect_cells(find_runs(folder), reference)
     if not cells:
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
-    question = read_config(cells[0].runs[0].directory).get("question")
-    return Report(folder.name, question, _command(folder, cells), reference, cells, compare_cells(cells, reference))
+    questions = (config["question"] for cell in cells if "question" in (config := _config(cell)))
+    factors = find_factors({cell.key: _settings(cell) for cell in cells})
+    cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
+    return Report(
+        name=folder.name,
+        question=next(questions, None),
+        command=_command(folder, cells),
+        reference=reference,
+        cells=cells,
+        comparisons=compare_cells(cells, reference),
+        factors=factors,
+        effects=effect_tables(cells, factors, reference),
+    )
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """Return the flat configuration of a cell, with its recipe's name."""
+    sections: dict[str, Any] = {key: {} for key in ("dataset", "model", "norm", "recipe", "precision")}
+    recipes = (run.result.recipe for run in cell.runs if run.result is not None)
+    recipe = next(recipes, cell.variant.split("_")[0])
+    return {"recipe": recipe, **science(sections | _config(cell))}
+
+
+def _config(cell: Cell) -> dict[str, Any]:
+    """Return the configuration of a cell's first run that is whole; all its runs have the same but for the seed."""
+    whole = (run.directory for run in cell.runs if run.status != "damaged")
+    return next(map(read_config, whole), {})
 
 
 def _command(folder: Path, cells: list[Cell]) -> str:
@@ -74,6 +96,10 @@ def write_report(folder: Path, *, reference: str = "bn") -> Report:
     write_text_atomic(folder / "report.md", markdown(report, drawn))
     write_text_atomic(folder / "report.tex", latex(report))
     write_text_atomic(folder / "report.csv", cells_csv(report))
+    if effects := effects_csv(report):
+        write_text_atomic(folder / "effects.csv", effects)
+    else:
+        (folder / "effects.csv").unlink(missing_ok=True)
     write_text_atomic(folder / "runs.csv", runs_csv(report))
     return report
 
@@ -87,9 +113,15 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for row in rows:
         table.add_row(*map(escape, row[:shown]))
     console.print(table)
-    for claim, decisions in report.verdicts().items():
+    for (claim, decisions), summary in zip(report.verdicts().items(), report.overall(), strict=True):
+        if summary:
+            console.print(f"{claim}? Overall: {summary}", markup=False, highlight=False)
         for decision, sentence in decisions:
             console.print(f"{claim}? {decision.capitalize()}. {sentence}", markup=False, highlight=False)
+    for effects in report.effects:
+        console.print(f"{effects.title}:", markup=False, highlight=False)
+        for sentence in effects.summary():
+            console.print(f"  {sentence}", markup=False, highlight=False)
     for line in no_comparison(report) + missing(report):
         console.print(line, markup=False, highlight=False)
 

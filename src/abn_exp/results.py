@@ -6,14 +6,16 @@ A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/s
     metrics.jsonl       one line an epoch
     checkpoints/        last.ckpt, best.ckpt
     train.log           what was printed
-    result.json         at the end of a finished run, or
+    result.json         at the end of a finished run, with
+    SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
     FAILED              why the run ended without a result, in words
 """
 
 import hashlib
 import json
-import os
+import logging
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +24,21 @@ import torch
 import yaml
 
 from abn_exp.config import build_network
+from abn_exp.files import write_text_atomic
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
-Status = Literal["finished", "failed", "diverged", "unfinished"]
+Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
+
+
+class DamagedFile(ValueError):
+    """A file of a run is not what was written."""
+
+    def __init__(self, path: Path, what: object) -> None:
+        super().__init__(f"{path} is damaged: {' '.join(str(what).split())}")
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Run:
     variant: str
     seed: int
     status: Status
-    reason: str | None = None  # why, where status is failed or diverged
+    reason: str | None = None  # why, where status is failed, diverged or damaged
     result: RunResult | None = None  # where status is finished
 
     @property
@@ -99,108 +112,185 @@ def variant_name(recipe: str, changes: dict[str, Any]) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
         parts.append(f"{key.removeprefix('recipe.')}-{text}")
     full = "_".join(parts)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", full)[:100]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", full)[:160]
     if name != full:
         name = f"{name}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"
     return name
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, at any moment, finds the old file or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_result(directory: Path, result: RunResult) -> None:
-    write_text_atomic(directory / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+    """Write the record, and before it the checksums of all that it stands on: with it, the run is finished."""
+    text = json.dumps(asdict(result), indent=2, allow_nan=False) + "\n"
+    found = [path for name in ("config.yaml", "metrics.jsonl") if (path := directory / name).is_file()]
+    contents = {path.name: path.read_bytes() for path in found}
+    contents["result.json"] = text.encode()
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
+    write_text_atomic(directory / "SHA256SUMS", sums)
+    write_text_atomic(directory / "result.json", text)
 
 
 def read_result(directory: Path) -> RunResult | None:
     """Return the directory's result, or None where the run has not come to its end.
 
-    Raises ValueError, naming the file, where the record is not one this version can read.
+    Raises DamagedFile where one of the run's files is not what was written, ValueError where the record is one of
+    another version.
     """
     path = directory / "result.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable record ({error}). Delete it and run the run again.") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    _verify(directory)
+    try:
+        record = json.loads(content)
+        if not isinstance(record, dict):
+            raise TypeError("it is not a record")
+    except (ValueError, TypeError) as error:
+        raise DamagedFile(path, error) from error
+    if record.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a record of schema {SCHEMA}, the one this version reads.")
     known = {f.name for f in fields(RunResult)}
     if missing := known - record.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}. Delete it and run the run again.")
+        raise DamagedFile(path, f"it lacks {', '.join(sorted(missing))}")
     return RunResult(**{key: record[key] for key in known})
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl`` in order of epoch; a last line cut short by a kill is left out."""
+def _verify(directory: Path) -> None:
+    """Raise DamagedFile for the first file that is not the one whose checksum was written."""
+    sums = directory / "SHA256SUMS"
+    if not sums.is_file():  # a record of before there were any
+        return
     try:
-        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+        expected = {name: digest for digest, name in lines}
+    except ValueError as error:
+        raise DamagedFile(sums, error) from error
+    for name, digest in expected.items():
+        path = directory / name
+        if name not in ("config.yaml", "metrics.jsonl", "result.json"):
+            raise DamagedFile(sums, f"it names {name!r}")
+        if not path.is_file():
+            raise DamagedFile(path, "it is gone")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise DamagedFile(path, "its SHA-256 is not the one in SHA256SUMS")
+    if "result.json" not in expected:
+        raise DamagedFile(sums, "it does not list result.json")
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl`` in order of epoch; a last line cut short by a kill is left out.
+
+    Raises DamagedFile where another line cannot be read.
+    """
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    metrics = []
+    metrics: list[dict[str, Any]] = []
     for number, line in enumerate(lines):
         try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            metrics.append({"epoch": number} | json.loads(line))
+        except (ValueError, TypeError) as error:
             if number == len(lines) - 1:
                 break
-            raise ValueError(f"{directory / 'metrics.jsonl'} line {number + 1}: {error}") from error
+            raise DamagedFile(path, f"line {number + 1}, {error}") from error
     return metrics
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the resolved configuration of a run."""
-    return yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    """Return the resolved configuration of a run. Raises DamagedFile where it cannot be read."""
+    path = directory / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a configuration")
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise DamagedFile(path, error) from error
+    return config
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, on the CPU; nothing in it is executed.
+
+    A checkpoint is a zip archive; its checksums find what loading does not notice, down to a single bit.
+    Raises DamagedFile where it is not a whole checkpoint, OSError where it cannot be opened.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is compressed, which no checkpoint is")
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {broken} is wrong")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint.get("state_dict"), dict):
+                raise ValueError("it holds no weights")
+        except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+            raise DamagedFile(path, f"it is not a whole checkpoint of weights ({_brief(error)})") from error
+    return checkpoint
+
+
+def _brief(error: Exception) -> str:
+    """Return the first sentence of an error."""
+    return re.split(r"\. |\n", f"{error}" or type(error).__name__)[0]
 
 
 def find_runs(folder: Path) -> list[Run]:
     """Return every run below ``folder``, in whatever state it is, sorted by cell and seed."""
     found = []
     for directory in sorted(Path(folder).rglob("seed-*")):
-        if not (directory / "config.yaml").is_file():
+        number = directory.name.removeprefix("seed-")
+        if not (number.isdecimal() and (directory / "config.yaml").is_file()):
             continue
-        dataset, model, norm, variant, seed = directory.parts[-5:]
-        result = read_result(directory)
-        failed = directory / "FAILED"
-        reason = failed.read_text(encoding="utf-8").strip() if failed.is_file() else None
-        status: Status = "unfinished"
-        if result is not None:
-            status = "finished"
-        elif reason is not None:
-            status = "diverged" if reason.startswith("diverged") else "failed"
-        number = int(seed.removeprefix("seed-"))
-        found.append(Run(directory, dataset, model, norm, variant, number, status, reason, result))
+        dataset, model, norm, variant, _ = directory.parts[-5:]
+        status, reason, result = _state(directory)
+        found.append(Run(directory, dataset, model, norm, variant, int(number), status, reason, result))
     return sorted(found, key=lambda run: (run.cell, run.seed))
 
 
+def _state(directory: Path) -> tuple[Status, str | None, RunResult | None]:
+    """Return a run's status, the reason for it, and its result. What cannot be read is a status, not an error."""
+    try:
+        result = read_result(directory)
+        read_config(directory)
+        failed = directory / "FAILED"
+        reason = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.is_file() else None
+    except (ValueError, OSError) as error:
+        return "damaged", str(error), None
+    if result is not None:
+        return "finished", reason, result
+    if reason is not None:
+        return "diverged" if reason.startswith("diverged") else "failed", reason, None
+    return "unfinished", None, None
+
+
 def load_runs(folder: str | Path) -> list[RunResult]:
-    """Return the results of all finished runs below ``folder``, sorted by cell and seed."""
-    return [run.result for run in find_runs(Path(folder)) if run.result is not None]
+    """Return the results of all finished runs below ``folder``, sorted by cell and seed; warn of damaged ones."""
+    runs = find_runs(Path(folder))
+    for run in runs:
+        if run.status == "damaged":
+            log.warning("left out: %s", run.reason)
+    return [run.result for run in runs if run.result is not None]
 
 
 def load_network(directory: str | Path, weights: Literal["last", "best"] = "last") -> torch.nn.Module:
     """Return the network of a run with its trained weights, in evaluation mode on the CPU.
 
     ``weights`` are those of the last epoch or of the best validation epoch. Raises FileNotFoundError where the run
-    has saved none, ConfigError where its configuration no longer describes a network.
+    has saved none, DamagedFile where they are not what was written or not those of this network, ConfigError where
+    its configuration no longer describes a network.
     """
     path = Path(directory) / "checkpoints" / f"{weights}.ckpt"
     config = read_config(Path(directory))
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    network = build_network(
-        config["model"], config["norm"], checkpoint["num_classes"], config["dataset"]["image_size"]
-    )
-    prefix = "network."
-    network.load_state_dict({key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()})
+    checkpoint = read_checkpoint(path)
+    try:
+        classes, image_size = checkpoint["num_classes"], config["dataset"]["image_size"]
+        network = build_network(config["model"], config["norm"], classes, image_size)
+        prefix = "network."
+        network.load_state_dict({key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DamagedFile(path, f"it does not fit the network in config.yaml ({_brief(error)})") from error
     return network.eval()

@@ -77,15 +77,20 @@ def present(sample: ArrayLike) -> Array:
     return values[~np.isnan(values)]
 
 
-def has_spread(values: Array) -> bool:
-    """Tell whether a sample varies by more than the rounding of floating-point subtraction."""
-    return len(values) >= 2 and bool(np.ptp(values) > 1e-9 * np.abs(values).max())
+def has_spread(values: Array, scale: float | None = None) -> bool:
+    """Tell whether a sample varies by more than the rounding of scores that were float32 once.
+
+    ``scale`` is the size of the scores where the values are differences of them.
+    """
+    if len(values) < 2:
+        return False
+    return bool(np.ptp(values) > 1e-6 * (np.abs(values).max() if scale is None else scale))
 
 
-def t_interval(sample: ArrayLike) -> Interval:
-    """Return Student's 95 % interval of the mean, mean +- t(n - 1) std / sqrt(n)."""
+def t_interval(sample: ArrayLike, scale: float | None = None) -> Interval:
+    """Return Student's 95 % interval of the mean, mean +- t(n - 1) std / sqrt(n); ``scale`` as in has_spread."""
     values = present(sample)
-    if not has_spread(values):
+    if not has_spread(values, scale):
         return NAN, NAN
     n = len(values)
     half = st.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
@@ -145,8 +150,11 @@ def sign_flip_p(differences: ArrayLike, rng: np.random.Generator) -> float:
     return float((1 + np.sum(np.abs(sums) >= observed - tolerance)) / (1 + RESAMPLES))
 
 
-def compare_means(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> MeanComparison:
-    """Compare two columns, row i being the same seed in both.
+def compare_means(
+    candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator, scale: float | None = None
+) -> MeanComparison:
+    """Compare two columns, row i being the same seed in both. ``scale`` is the size of the scores where the columns
+    are differences of scores.
 
     Paired by seed (t test, sign flips, Cohen's dz with Hedges' correction) where at least two seeds, and half
     of the smaller sample, are common; else Welch's t test and Hedges' g with the mean of the two variances.
@@ -156,22 +164,25 @@ def compare_means(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Gen
         raise ValueError(f"Rows are seeds, the same in both columns; got shapes {a.shape} and {b.shape}.")
     common = ~np.isnan(a) & ~np.isnan(b)
     x, y = present(a), present(b)
-    if common.sum() < 2 or 2 * common.sum() < min(len(x), len(y)):
-        return _welch(x, y) if min(len(x), len(y)) >= 2 else _paired((a - b)[common], rng)
-    return _paired((a - b)[common], rng)
+    few_pairs = common.sum() < 2 or 2 * common.sum() < min(len(x), len(y))
+    if few_pairs and min(len(x), len(y)) >= 2:
+        return _welch(x, y)
+    if scale is None:
+        scale = float(np.abs(np.concatenate([x, y])).max(initial=0))
+    return _paired((a - b)[common], rng, scale)
 
 
-def _paired(differences: Array, rng: np.random.Generator) -> MeanComparison:
+def _paired(differences: Array, rng: np.random.Generator, scale: float) -> MeanComparison:
     n = len(differences)
     difference = float(differences.mean()) if n else NAN
     p = effect = NAN
-    if has_spread(differences):
+    if has_spread(differences, scale):
         std = differences.std(ddof=1)
         p = float(2 * st.t.sf(abs(difference) / (std / math.sqrt(n)), n - 1))
         effect = hedges_correction(n - 1) * difference / float(std)
     flips = sign_flip_p(differences, rng)
     values = tuple(map(float, differences))
-    interval = t_interval(differences)
+    interval = t_interval(differences, scale)
     return MeanComparison("paired", (n, n), values, difference, interval, p, flips, effect, "dz")
 
 

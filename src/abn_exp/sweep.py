@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from abn_exp.config import ConfigError
+from abn_exp.config import ConfigError, config_hash
 from abn_exp.experiment import RunPlan, plan
 from abn_exp.report import Report, print_report, write_report
 from abn_exp.results import Run, find_runs, write_text_atomic
@@ -26,27 +27,47 @@ class SweepCallback(Callback):
         """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
         try:
             self.plans = expand(config)
+            _check_devices(self.plans)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not self.plans[0].config.force
         for folder in {this.directory.parents[4] for this in self.plans}:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(folder / "command.txt", command(config) + "\n")
+            record_command(folder, command(config))
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
+        failed = []
         for folder in sorted({this.directory.parents[4] for this in self.plans}):
-            report = write_report(folder)
+            try:
+                report = write_report(folder)
+            except (ValueError, OSError) as error:
+                failed.append(f"NO REPORT of {folder}: {error}")
+                continue
             print_report(report)
             log.info("%s", folder / "report.md")
             if not self.complete:
                 self._log_report(report, folder)
-        if failed := [run for run in self._runs() if run.status != "finished"]:
-            for run in failed:
-                log.error("%s %s: %s", run.status.upper(), run.directory, run.reason or "no reason recorded")
+        failed += self._failed()
+        for line in failed:
+            log.error("%s", line)
+        if failed:
             raise SystemExit(1)
+
+    def _failed(self) -> list[str]:
+        """Return a line for each of this multirun's runs that has no result of its own, with the reason."""
+        found = {run.directory: run for run in self._runs()}
+        lines = []
+        for this in self.plans:
+            run = found.get(this.directory)
+            if run is None:
+                lines.append(f"NOT BEGUN {this.directory}: no reason recorded")
+            elif run.result is None:
+                lines.append(f"{run.status.upper()} {this.directory}: {run.reason or 'no reason recorded'}")
+            elif run.result.config_hash != config_hash(this.config):
+                lines.append(f"REFUSED {this.directory}: it holds the result of another configuration")
+        return lines
 
     def _runs(self) -> list[Run]:
         """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
@@ -57,16 +78,36 @@ class SweepCallback(Callback):
     def _log_report(self, report: Report, folder: Any) -> None:
         settings = self.plans[0].config.wandb
         name = f"{report.name}-report"
-        with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
-            tracker.log_report(folder)
+        try:
+            with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
+                tracker.log_report(folder)
+        except ConfigError as error:
+            log.error("error: %s", error)
+
+
+def _check_devices(plans: list[RunPlan]) -> None:
+    """Refuse what Lightning cannot do: to start a run's other processes, it repeats the whole command."""
+    if any(this.config.devices > 1 for this in plans):
+        raise ConfigError(
+            "devices=1 is the only choice in a multirun: give each run a GPU (hydra/launcher=joblib), or run one "
+            "after another, without -m and seeds=."
+        )
 
 
 def command(config: DictConfig) -> str:
-    """Return what was typed to start a multirun."""
+    """Return what was typed to start a multirun; with -m, which a study or a list of seeds may have stood for."""
     overrides = config.hydra.overrides
     words = [word for word in overrides.hydra if word != "hydra.mode=MULTIRUN"]
-    flag = ["-m"] if len(words) < len(overrides.hydra) else []
-    return shlex.join(["python", "train.py", *flag, *overrides.task, *words])
+    return shlex.join(["python", "train.py", "-m", *overrides.task, *words])
+
+
+def record_command(folder: Path, typed: str) -> None:
+    """Add a command to those that made a folder, unless it is among them."""
+    path = folder / "command.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if typed not in lines:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, "\n".join([*lines, typed]) + "\n")
 
 
 def expand(config: DictConfig) -> list[RunPlan]:

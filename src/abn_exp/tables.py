@@ -1,14 +1,9 @@
-"""What a report says: its tables, and the whole of it as Markdown, LaTeX and CSV.
-
-Accuracies are percent, differences and stds percentage points; runs.csv keeps the fractions of the records.
-"""
+"""What a report says: its tables and sentences. Accuracies are percent, differences and stds percentage points."""
 
 import csv
 import io
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from abn_exp import stats
@@ -21,39 +16,24 @@ from abn_exp.compare import (
     group_cells,
     interval_text,
     number_text,
+    overall,
     p_text,
+    signed_text,
     started_seeds,
     verdict_mean,
     verdict_spread,
 )
+from abn_exp.effects import EffectTable
+from abn_exp.factors import Factor, place
 from abn_exp.results import RunResult
 
-FIGURES = {
-    "learning_curves": "Learning curves",
-    "seeds": "Test accuracy of every seed, and the mean with its 95 % interval",
-    "differences": "Differences to the reference norm, and their mean with its 95 % interval",
-    "spreads": "Standard deviation between seeds with its 95 % interval",
-}
-CELL_COLUMNS = ("dataset", "model", "norm", "variant")
-RUN_COLUMNS = (
-    *("test_acc", "test_acc_best_val", "test_acc_peak", "test_acc_top5", "test_loss", "val_acc_last"),
-    *("val_acc_best", "best_epoch", "epochs", "train_seconds", "images_per_second", "device", "git_commit"),
-    *("config_hash", "wandb_run_id"),
-)
-CONVENTIONS = """\
-- Test accuracy is that of the last epoch's weights on the test set. n counts finished seeds: 4/5 means that of the
-  five seeds started in that comparison one has no score here. It is left out, never filled in.
-- ± is the standard deviation between seeds (ddof = 1). The 95 % interval of a mean is Student's, that of a standard
-  deviation chi-square's, that of a ratio of two F's; all three take scores as normally distributed.
-- Differences are paired by seed where the seeds match (t test; dz is Cohen's with Hedges' correction), else unpaired
-  (Welch; g is Hedges'). The p of sign flips assumes no distribution, but cannot fall below 2 / 2^n, 0.0625 at n = 5.
-- Spreads are compared by Brown and Forsythe's test, which takes the two samples as independent, and by permuting the
-  log variance ratio. Power is simulated: how often the former finds p < 0.05 at this n if the true ratio is 2.
-- A verdict asks for p < 0.05 after Holm's correction over all comparisons of its table. "Not decided" is no evidence
-  that two norms are equal.
-- report.csv has these numbers, in percent and points, and runs.csv every run as recorded, accuracies as fractions."""
-
 Table = tuple[list[str], list[list[str]]]  # header, rows
+COSTS = {
+    "total": "parameters",
+    "bytes_packed": "bytes packed",
+    "binary_macs": "binary MACs",
+    "real_macs": "real MACs",
+}
 
 
 @dataclass(frozen=True)
@@ -64,19 +44,16 @@ class Report:
     reference: str
     cells: list[Cell]
     comparisons: list[Comparison]
+    factors: list[Factor]  # what varies besides data set, network and norm
+    effects: list[EffectTable]
 
     @property
     def results(self) -> list[RunResult]:
         return [run.result for cell in self.cells for run in cell.runs if run.result is not None]
 
-    @property
-    def variants(self) -> bool:
-        """Whether there are several variants, so that they need naming."""
-        return len({cell.variant for cell in self.cells}) > 1
-
     def place(self, group: Group) -> str:
-        """Return a group in words; its variant only where there are several."""
-        return f"{group[0]} with {group[1]}" + (f" ({group[2]})" if self.variants else "")
+        """Return a group in words."""
+        return place(next(cell for cell in self.cells if cell.group == group), self.factors)
 
     def verdicts(self) -> dict[str, list[tuple[Decision, str]]]:
         """Return the (decision, sentence) of every comparison, by the claim that is judged."""
@@ -86,13 +63,19 @@ class Report:
             f"Is spread between seeds smaller than {self.reference}'s": [verdict_spread(c, p) for c, p in places],
         }
 
+    def overall(self) -> list[str]:
+        """Return one sentence for each claim as a whole, in the order of :meth:`verdicts`; "" where it would say
+        nothing that the only comparison does not."""
+        several = len(self.comparisons) > 1
+        return [overall(self.comparisons, "mean"), overall(self.comparisons, "spread")] if several else ["", ""]
+
 
 def _where(report: Report, cell: Cell) -> list[str]:
-    return [cell.dataset, cell.model, *([cell.variant] if report.variants else []), cell.norm]
+    return [cell.dataset, cell.model, *(factor.level(cell) for factor in report.factors), cell.norm]
 
 
 def _table(report: Report, header: list[str], rows: Iterable[list[str]]) -> Table:
-    return ["dataset", "model", *(["variant"] if report.variants else []), "norm", *header], list(rows)
+    return ["dataset", "model", *(factor.name for factor in report.factors), "norm", *header], list(rows)
 
 
 def _plus_minus(summary: stats.Summary) -> str:
@@ -122,7 +105,7 @@ def difference_table(report: Report) -> Table:
     for c in report.comparisons:
         m = c.mean
         n = f"{m.n[0]} pairs" if m.method == "paired" else f"{m.n[0]}, {m.n[1]} unpaired"
-        difference = "-" if math.isnan(m.difference) else f"{m.difference:+.2f}"
+        difference = signed_text(m.difference)
         p_values = [p_text(m.p), p_text(c.mean_p_holm), p_text(m.p_sign_flip)]
         effect = "-" if math.isnan(m.effect) else f"{m.effect:+.2f} ({m.effect_name})"
         row = [n, difference, interval_text(m.interval), *p_values, effect, verdict_mean(c)[0]]
@@ -143,6 +126,64 @@ def spread_table(report: Report) -> Table:
         row += [p_text(s.p_permutation), "-" if math.isnan(s.power) else f"{100 * s.power:.0f} %"]
         rows.append([*_where(report, c.cell), *row, verdict_spread(c)[0]])
     return _table(report, header, rows)
+
+
+def effect_table(table: EffectTable) -> Table:
+    """One row a difference."""
+    rows = []
+    for effect in table.effects:
+        m = effect.mean
+        n = f"{m.n[0]} pairs" if m.method == "paired" else f"{m.n[0]}, {m.n[1]} unpaired"
+        numbers = [signed_text(m.difference), interval_text(m.interval)]
+        rows.append([*effect.labels, n, *numbers, p_text(m.p), p_text(effect.p_holm), effect.decision])
+    return [*table.header, "n", table.measure, "95 % interval", "p", "p (Holm)", "verdict"], rows
+
+
+def readings_tables(report: Report) -> list[Table]:
+    """What the choice of the epoch does: to each cell, and to each difference; none where no peak was recorded."""
+    if not any(cell.scores["test_acc_peak"] for cell in report.cells):
+        return []
+    own, differences = [], []
+    for group in group_cells(report.cells).values():
+        seeds = started_seeds(group)
+        base = next((cell for cell in group if cell.norm == report.reference), None)
+        for cell in group:
+            last, best, peak = (cell.sample(metric, seeds) for metric in METRICS)
+            gains = [_signed(stats.summarize(other - last)) for other in (best, peak)]
+            own.append([*_where(report, cell), number_text(stats.summarize(last).mean), *gains])
+            if base is not None and cell is not base:
+                pairs = (cell.sample(metric, seeds) - base.sample(metric, seeds) for metric in METRICS)
+                differences.append([*_where(report, cell), *(_signed(stats.summarize(pair)) for pair in pairs)])
+    header = ["last epoch (%)", "best val epoch - last", "peak on the test set - last"]
+    tables = [_table(report, header, own)]
+    if differences:
+        minus = f"minus {report.reference}, "
+        header = [minus + "last epoch", minus + "best val epoch", minus + "peak on the test set"]
+        tables.append(_table(report, header, differences))
+    return tables
+
+
+def _signed(summary: stats.Summary) -> str:
+    if not summary.n:
+        return "-"
+    interval = "" if math.isnan(summary.mean_interval[0]) else f" [{interval_text(summary.mean_interval)}]"
+    return f"{signed_text(summary.mean)}{interval}"
+
+
+def cost_table(report: Report) -> Table | None:
+    """One row a cell: the parameters and operations in which norms of one group differ; None where they do not."""
+    totals = {cell.key: run.result.parameters for cell in report.cells for run in cell.runs if run.result is not None}
+    groups = [[cell for cell in group if cell.key in totals] for group in group_cells(report.cells).values()]
+    differing = [k for k in COSTS if any(len({totals[c.key].get(k) for c in group}) > 1 for group in groups)]
+    if not differing:
+        return None
+    rows = []
+    for group in groups:
+        for cell in group:
+            mean = number_text(stats.summarize(cell.sample("test_acc", started_seeds(group))).mean)
+            values = [totals[cell.key].get(k) for k in differing]
+            rows.append([*_where(report, cell), mean, *("-" if v is None else f"{v:,}" for v in values)])
+    return _table(report, ["mean accuracy (%)", *(COSTS[k] for k in differing)], rows)
 
 
 def no_comparison(report: Report) -> list[str]:
@@ -168,131 +209,13 @@ def missing(report: Report) -> list[str]:
     return lines
 
 
-def markdown(report: Report, drawn: Sequence[str]) -> str:
-    """Return report.md; ``drawn`` are the names of the figures that there are."""
-    ref = report.reference
-    parts = [f"# {report.name}", *([report.question.strip()] if report.question is not None else [])]
-    for claim, decisions in report.verdicts().items():
-        parts.append(f"## {claim}?")
-        parts += ["\n".join(f"- **{decision}**: {sentence}" for decision, sentence in decisions)] * bool(decisions)
-        parts += ["\n".join(f"- {line}" for line in no_comparison(report))] * bool(no_comparison(report))
-    parts += ["## Test accuracy (%)", _markdown_table(accuracy_table(report))]
-    if report.comparisons:
-        parts += [f"## Differences to {ref}", _markdown_table(difference_table(report))]
-        parts += [f"## Spread between seeds, against {ref}", _markdown_table(spread_table(report))]
-    if missing(report):
-        parts += ["## Runs without a result", "\n".join(f"- {line}" for line in missing(report))]
-    for name in drawn:
-        parts.append(f"![{FIGURES[name]}](figures/{name}.png)")
-    parts += ["## How to read this", CONVENTIONS, "## Test accuracy (%) of every seed"]
-    for group, cells in group_cells(report.cells).items():
-        seeds = started_seeds(cells)
-        rows = [[cell.norm, *map(number_text, cell.sample("test_acc", seeds))] for cell in cells]
-        header = ["norm", *(f"seed {seed}" for seed in seeds)]
-        parts += [f"{report.place(group)}:", _markdown_table((header, rows))]
-    parts += ["## How it was run", f"```\n{report.command}\n```", "\n".join(_provenance(report))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _provenance(report: Report) -> list[str]:
-    """Return what the runs were made with; counts of runs where it was not the same in all of them."""
-
-    def values(found: Iterable[str | None]) -> str:
-        counts = Counter("unknown" if value is None else value for value in found)
-        if len(counts) == 1:
-            return next(iter(counts))
-        return ", ".join(f"{value} ({count} runs)" for value, count in sorted(counts.items()))
-
-    results = report.results
-    if not results:
-        return ["- No run has finished."]
-    lines = [f"- runs: {len(results)} finished of {sum(len(cell.runs) for cell in report.cells)} started"]
-    for package in sorted({package for r in results for package in r.versions}):
-        lines.append(f"- {package}: {values(r.versions.get(package) for r in results)}")
-    lines.append(f"- git commit: {values(r.git_commit for r in results)}")
-    lines.append(f"- device: {values(r.device for r in results)}")
-    lines.append(f"- epochs: {values(str(r.epochs) for r in results)}")
-    hours = sum(r.train_seconds for r in results) / 3600
-    lines.append(f"- training time: {hours:.2f} hours, summed over runs")
-    return lines
-
-
-def latex(report: Report) -> str:
-    """Return report.tex, the accuracies with the differences to the reference; it needs the package booktabs."""
-    header, rows = accuracy_table(report)
-    differences = {c.cell.key: c for c in report.comparisons}
-    first = header.index("n")
-    header = [*header[: first + 3], f"minus {report.reference} (points)", "p (Holm)"]
-    cells = [cell for group in group_cells(report.cells).values() for cell in group]
-    lines = []
-    for cell, row in zip(cells, rows, strict=True):
-        c, extra = differences.get(cell.key), ["-", "-"]
-        if c is not None and not math.isnan(c.mean.difference):
-            extra = [f"{c.mean.difference:+.2f} [{interval_text(c.mean.interval)}]", p_text(c.mean_p_holm)]
-        lines.append([*row[: first + 3], *extra])
-    body = [" & ".join(map(_escape, line)) + r" \\" for line in lines]
-    columns = "l" * first + "r" * (len(header) - first)
-    top = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escape, header)) + r" \\", r"\midrule"]
-    return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _escape(text: str) -> str:
-    text = re.sub(r"([_%&#$])", r"\\\1", text)
-    text = re.sub(r"(?<![\w.])([-+<]) ?(?=\d)", r"$\1$", text)
-    return "--" if text == "-" else text.replace("±", r"$\pm$")
-
-
-def cells_csv(report: Report) -> str:
-    """Return report.csv: one row a cell, in percent and points, with all digits that matter."""
-    rows = []
-    compared = {c.cell.key: c for c in report.comparisons}
-    for group in group_cells(report.cells).values():
-        seeds = started_seeds(group)
-        for cell in group:
-            row: dict[str, object] = dict(zip(CELL_COLUMNS, cell.key, strict=True))
-            row |= {"seeds_started": len(seeds)}
-            for metric in METRICS:
-                s = stats.summarize(cell.sample(metric, seeds))
-                row |= {f"{metric}_n": s.n, f"{metric}_mean": s.mean, f"{metric}_std": s.std}
-                row |= _pair(f"{metric}_mean", s.mean_interval) | _pair(f"{metric}_std", s.std_interval)
-                row |= {f"{metric}_min": s.minimum, f"{metric}_max": s.maximum}
-            if (c := compared.get(cell.key)) is not None:
-                m, s2 = c.mean, c.spread
-                row |= {"reference": c.reference, "method": m.method, "difference": m.difference}
-                row |= _pair("difference", m.interval) | {"p": m.p, "p_holm": c.mean_p_holm}
-                row |= {"p_sign_flip": m.p_sign_flip, "effect": m.effect, "effect_name": m.effect_name}
-                row |= {"std_ratio": s2.ratio} | _pair("std_ratio", s2.ratio_interval)
-                row |= {"p_brown_forsythe": s2.p, "p_brown_forsythe_holm": c.spread_p_holm}
-                row |= {"p_permutation_spread": s2.p_permutation, "power_ratio_2": s2.power}
-                row |= {"higher": verdict_mean(c)[0], "less_spread": verdict_spread(c)[0]}
-            rows.append(row)
-    return _csv(rows)
-
-
-def runs_csv(report: Report) -> str:
-    """Return runs.csv: one row a started run, as recorded: accuracies are fractions, times seconds."""
-    rows = []
-    for cell in report.cells:
-        for run in cell.runs:
-            row: dict[str, object] = dict(zip(CELL_COLUMNS, cell.key, strict=True))
-            row |= {"seed": run.seed, "status": run.status, "reason": " ".join(cell.failed.get(run.seed, "").split())}
-            if run.result is not None:
-                row |= {name: getattr(run.result, name) for name in RUN_COLUMNS} | run.result.parameters
-            rows.append(row)
-    return _csv(rows)
-
-
-def _pair(name: str, interval: tuple[float, float]) -> dict[str, float]:
-    return {f"{name}_low": interval[0], f"{name}_high": interval[1]}
-
-
-def _csv(rows: list[dict[str, object]]) -> str:
+def csv_text(rows: list[dict[str, object]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

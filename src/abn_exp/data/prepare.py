@@ -9,7 +9,6 @@ import hashlib
 import http.client
 import itertools
 import logging
-import os
 import urllib.request
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from abn_exp.data.sources import (
     read_image_folder,
     read_tinyimagenet,
 )
+from abn_exp.files import remove_parts, writing
 from abn_exp.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -223,27 +223,19 @@ def _write(target: Path, arrays: Arrays, info: DatasetInfo | None) -> None:
         _check(arrays, info)
     except ValueError as error:
         raise ValueError(f"the source of {target.name} is not what it should be: {error}") from error
-    part = target.with_name(f"{target.name}.part")
-    try:
-        with part.open("wb") as stream:
-            with zipfile.ZipFile(stream, "w") as archive:
-                for (
-                    key,
-                    array,
-                ) in arrays.items():  # a ZipInfo of its own has a fixed date: same data, same file
-                    with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    remove_parts(target.parent, target.name)
+    with writing(target) as stream, zipfile.ZipFile(stream, "w") as archive:
+        for key, array in arrays.items():  # a ZipInfo of its own has a fixed date: same data, same file
+            with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _read(file: Path, only: str | None = None) -> Arrays:
     arrays = {}
     try:
         with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, which no converted file is")
             for member in archive.namelist():
                 key = member.removesuffix(".npy")
                 if only in (None, key):
@@ -258,6 +250,7 @@ def _read(file: Path, only: str | None = None) -> Arrays:
         EOFError,
         NotImplementedError,
         RuntimeError,
+        MemoryError,  # for what a damaged header promises
         zlib.error,
     ) as error:
         raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -25,10 +26,14 @@ from rich.progress import track
 from abn_exp.data.catalog import DatasetInfo
 
 log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused, by its name
 
 Arrays = dict[str, np.ndarray]
 
 MAX_UNCOMPRESSED_BYTES = 4 * 2**30  # an original archive unpacks to less than a tenth of this
+MAX_RATIO = 100  # ... and to about its own size: photographs are compressed already
+MAX_PIXELS = 100_000_000  # of an image in a folder, before it is scaled
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded by PIL itself, by no other program
 CHUNK = 256  # images decoded between two steps of the progress bar
 
 
@@ -156,6 +161,8 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
             f"it would unpack to {size / 2**30:.1f} GiB, more than the {MAX_UNCOMPRESSED_BYTES / 2**30:.0f} "
             "GiB that are allowed: get the original"
         )
+    if size > MAX_RATIO * max(2**20, sum(member.compress_size for member in zipped.infolist())):
+        raise ValueError(f"it would unpack to more than {MAX_RATIO} times its size: get the original")
     train: list[tuple[str, str]] = []  # (class, member)
     val: list[str] = []
     annotations = None
@@ -231,6 +238,8 @@ def list_image_folder(folder: Path) -> FolderListing:
             if not entries:
                 raise ValueError(f"{folder / split / name} is empty: put its images there or remove the folder")
             for entry in entries:
+                if not entry.is_file():  # reading a pipe or a device would never end
+                    raise ValueError(f"{entry.path} is not a file: a class folder holds images and nothing else")
                 stat = entry.stat()
                 facts.update(f"{split}/{name}/{entry.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
                 files[split].append((Path(entry.path), label))
@@ -272,15 +281,18 @@ def read_image_folder(folder: Path, image_size: int, *, resize: bool) -> Arrays:
 def _decode(stream: IO[bytes], where: str, image_size: int, *, resize: bool = False) -> np.ndarray:
     """Return uint8 (3, image_size, image_size), red, green, blue."""
     try:
-        with Image.open(stream) as image:
-            if image.size != (image_size, image_size) and not resize:
-                width, height = image.size
-                raise ValueError(f"{where} has {width} x {height} pixels instead of {image_size} x {image_size}")
-            if image.mode.startswith(("I", "F")):  # PIL would clip these to 255
-                raise ValueError(f"{where} has more than 8 bits a pixel: convert it to 8 bits a channel")
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.open(stream, formats=FORMATS)
+        width, height = image.size
+        mode = image.mode
+        right = (width, height) == (image_size, image_size) or (resize and width * height <= MAX_PIXELS)
+        rgb = image.convert("RGB") if right and not mode.startswith(("I", "F")) else None
+    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
         raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
+    if not right:
+        allowed = f"{MAX_PIXELS} or less" if resize else f"{image_size} x {image_size}"
+        raise ValueError(f"{where} has {width} x {height} pixels instead of {allowed}")
+    if rgb is None:  # PIL would clip these to 255
+        raise ValueError(f"{where} has more than 8 bits a pixel: convert it to 8 bits a channel")
     if rgb.size != (image_size, image_size):
         rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1)

@@ -1,0 +1,74 @@
+"""Look into trained networks: python scripts/analyze.py {activations,cam} RUN...
+
+RUN is a run's folder (.../seed-0) or any folder above some: results/NAME. Norms are compared on the same images,
+paired by seed. What is found is written into analysis/{activations,cam} beside the runs, and printed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from abn_exp.studies import activation_report, cam_report
+from abn_exp.studies.summary import command_line
+from abn_exp.studies.trained import Opener, common_folder, find_trained
+
+
+def count(text: str) -> int:
+    """Parse a number of images."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of images; use 1 or more")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = main.add_subparsers(dest="kind", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one above some")
+    shared.add_argument(
+        "--out", type=Path, help="where to write (default: analysis/ in the folder that all RUNs share)"
+    )
+    shared.add_argument("--root", help="where the data are now (default: where the runs found them)")
+    shared.add_argument("--reference", default="bn", help="the norm that others are compared with (default: bn)")
+    activations = kinds.add_parser("activations", parents=[shared], help="distributions before each sign (claim C5)")
+    activations.add_argument("--images", type=count, help="how many test images (default: all)")
+    cam = kinds.add_parser("cam", parents=[shared], help="class-activation maps with scores (claim C4)")
+    cam.add_argument("--images", type=count, default=200, help="how many test images (default: 200)")
+    cam.add_argument("--target", choices=["predicted", "label"], default="predicted", help="the class of a map")
+    return main
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    try:
+        runs = find_trained(arguments.runs)
+        out = arguments.out
+        if out is None:
+            out = common_folder(arguments.runs) / "analysis" / arguments.kind
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        opener = Opener(arguments.root, arguments.images, device)
+        options = {
+            "images": arguments.images,
+            "reference": None if arguments.reference == "bn" else arguments.reference,
+        }
+        if arguments.kind == "cam":
+            options |= {"target": "label" if arguments.target == "label" else None}
+        command = command_line(arguments.kind, arguments.runs, options)
+        if arguments.kind == "activations":
+            report = activation_report.write(runs, opener, out, command, reference=arguments.reference)
+        else:
+            report = cam_report.write(
+                runs, opener, out, command, reference=arguments.reference, target=arguments.target
+            )
+        report.log(runs[0], arguments.kind)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Files that are always whole: a reader, at any moment and after any kill, finds the old one or the new one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Open a part beside `path` that takes its place at the end, flushed to the disk; on an exception it is removed.
+
+    Raises OSError that names `path`, which a full disk's own error does not.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader, at any moment, finds the old file or the whole new one."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # what a terminal sent need not be valid
+
+
+def remove_parts(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files they were writing. For who alone writes them: see `FileLock`."""
+    for part in folder.glob(f".{name}.*.part"):
+        part.unlink(missing_ok=True)
