@@ -19,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from yaml import YAMLError
 
-from abn_exp import experiment
-from abn_exp.callbacks import Diverged
-from abn_exp.config import ConfigError
+from abn_exp.callbacks import STOPPED, Diverged
+from abn_exp.config import ConfigError, in_a_line
+from abn_exp.experiment import run
+from abn_exp.plan import plan
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,9 @@ def main(cfg: DictConfig) -> float | None:
         _say_which_run(cfg, hydra_config.runtime.choices)
     command = " ".join(["python train.py", *hydra_config.overrides.task])
     try:
-        this = experiment.plan(cfg, dict(hydra_config.runtime.choices))
-        return experiment.run(this, command).test_acc
+        return run(plan(cfg, dict(hydra_config.runtime.choices)), command).test_acc
     except SIGTERMException:
-        print("stopped by SIGTERM; the same command goes on from the last whole epoch", file=sys.stderr)
+        print(STOPPED.format("SIGTERM"), file=sys.stderr)
         raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success
     except (ConfigError, Diverged, OSError) as error:
         if multirun:
@@ -67,19 +67,14 @@ def _stop(*_: object) -> None:
     raise SIGTERMException(143)
 
 
-def _sentence(error: Exception) -> str:
-    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
-    return " ".join(str(error).split("\nConfig search path")[0].split())
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
     try:
         main()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        sys.exit(f"error: {_sentence(error)}")
+        sys.exit(f"error: {in_a_line(error)}")
     except ValueError as error:
         if HydraConfig.initialized():
             raise
-        sys.exit(f"error: {_sentence(error)}")  # of an override that Hydra does not expect
+        sys.exit(f"error: {in_a_line(error)}")  # of an override that Hydra does not expect

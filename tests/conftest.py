@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
 torch.set_num_threads(1)
 
-from abn_exp.experiment import RunPlan, plan  # noqa: E402  (the environment must be set before)
+from abn_exp.plan import RunPlan, plan  # noqa: E402  (the environment must be set before)
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -11,15 +11,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from scipy.optimize import brentq
 from scipy.stats import norm as normal
 from torch import nn
 
 from abn_exp.binarize import BinaryConv2d
-from abn_exp.experiment import RunPlan, run
+from abn_exp.experiment import run
 from abn_exp.models import binarynet, initialize_, resnet18_paper
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d
+from abn_exp.plan import RunPlan
 from abn_exp.studies import activations
 from abn_exp.studies.activations import (
     GRID,
@@ -32,6 +32,7 @@ from abn_exp.studies.activations import (
     places,
     response,
 )
+from conftest import REPOSITORY
 
 Make = Callable[..., RunPlan]
 BETAS = [-1.0, 0.0, 0.1, 0.3]

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
-from test_activations import analyze
 from torch import Tensor, nn
 
 from abn_exp.data import prepare
-from abn_exp.experiment import RunPlan, run
+from abn_exp.experiment import run
 from abn_exp.models import binarynet, initialize_, resnet18
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.plan import RunPlan
 from abn_exp.studies import cam, trained
+from test_activations import analyze
 
 Make = Callable[..., RunPlan]
 BOX = torch.tensor([[2, 0, 3, 1]])  # columns 2 and 3 of rows 0 and 1

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from abn_exp.config import ConfigError, config_hash
-from abn_exp.experiment import RunPlan
+from abn_exp.plan import RunPlan
 
 Make = Callable[..., RunPlan]
 CONF = Path(__file__).parent.parent / "conf"

@@ -5,18 +5,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, TINY
 from torch import Tensor, nn
 
 from abn_exp.config import config_hash
-from abn_exp.experiment import RunPlan
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d, SynchronizedStatistics
+from abn_exp.plan import RunPlan
 from abn_exp.results import find_runs, read_metrics
+from conftest import REPOSITORY, TINY
 
 LAYERS = {
     "torch": lambda: nn.BatchNorm2d(3),
@@ -154,6 +155,22 @@ def test_divergence_is_told_by_one_process(tmp_path: Path) -> None:
     assert done.stderr.count("error: diverged in epoch 1") == 1
     (run,) = find_runs(tmp_path)
     assert run.status == "diverged"
+
+
+def test_sigterm_ends_all_processes_at_once(tmp_path: Path) -> None:
+    overrides = [f"results_dir={tmp_path}", "device=cpu", "devices=2", *TINY, "recipe.epochs=5000"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *overrides], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
+        time.sleep(0.02)
+    process.terminate()
+    # Its error stream is the other process's too: it ends with the last of them.
+    assert b"goes on from the last whole epoch" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    (run,) = find_runs(tmp_path)
+    assert run.status == "unfinished"
 
 
 def test_devices_are_science_only_where_each_normalises_alone(make_plan) -> None:  # type: ignore[no-untyped-def]

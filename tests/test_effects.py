@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from test_report import BN, CLEARLY_ABOVE, finish_run, section, study, table_rows
 
 from abn_exp import stats
 from abn_exp.compare import overall
 from abn_exp.effects import CONTRASTS, Effect
 from abn_exp.factors import find_factors
 from abn_exp.report import build_report, print_report, write_report
+from test_report import BN, CLEARLY_ABOVE, finish_run, section, study, table_rows
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
 
-from abn_exp import experiment
+from abn_exp import provenance
 from abn_exp.config import ConfigError, build_network
 from abn_exp.data.prepare import load
-from abn_exp.experiment import RunPlan, loaders_of, run
+from abn_exp.experiment import loaders_of, run
 from abn_exp.models import initialize_
+from abn_exp.plan import RunPlan
 from abn_exp.results import RunResult, find_runs, load_network, load_runs, read_metrics
+from conftest import REPOSITORY, TINY
 
 Make = Callable[..., RunPlan]
 TIMES = {"train_seconds", "images_per_second", "seconds"}
@@ -211,6 +212,9 @@ def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> Non
     run(plan, "python train.py")
     text = (plan.directory / "config.yaml").read_text()
     (plan.directory / "config.yaml").write_text(text.replace("epochs: 2\n", "epochs: 3\n"))
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):  # a finished run's files have checksums
+        run(plan, "python train.py")
+    (plan.directory / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"another configuration \(different: recipe\.epochs\)"):
         run(plan, "python train.py")
 
@@ -268,5 +272,5 @@ def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sen
 
 
 def test_commit_is_recorded_with_its_state() -> None:
-    commit = experiment.git_commit()
+    commit = provenance.git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from abn_exp import sweep
-from abn_exp.experiment import RunPlan
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.plan import RunPlan
+from conftest import REPOSITORY
 
 PAPER_SETS = {"cifar10", "cifar100", "tinyimagenet"}
 BOTH = {"binarynet", "resnet18_paper"}

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from abn_exp.results import Run, find_runs, read_metrics
 from abn_exp.sweep import SweepCallback, expand
+from conftest import REPOSITORY, TINY
 
 SIX = ["seeds=three", "norm=bn,abn"]
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from abn_exp.results import DamagedFile, read_checkpoint, read_metrics
 from abn_exp.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+STOPPED = "stopped by {}; the same command goes on from the last whole epoch"
 
 
 class Diverged(RuntimeError):
@@ -185,6 +188,23 @@ def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
         for name, layer in module.named_modules()
         if isinstance(layer, BinaryConv2d | BinaryLinear)
     ]
+
+
+class StopTogether(pl.Callback):
+    """Lets SIGTERM and SIGINT end a run of several processes at once, as a kill would: what is on disk is whole.
+
+    Lightning's own handlers wait for the other processes, which may be waiting for this one in the middle of a step.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stop(number: int, _: Any) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop if trainer.is_global_zero else signal.SIG_DFL)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

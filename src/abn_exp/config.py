@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
+from textwrap import shorten
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import torch
@@ -207,15 +208,22 @@ def _check_text(value: Any, path: str) -> None:
         raise ConfigError(f"{path}={value!r} is not allowed: it should be text without control characters.")
 
 
+def in_a_line(error: Exception) -> str:
+    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
+    return " ".join(str(error).split("\nConfig search path")[0].split())
+
+
 def _sentence(error: dict[str, Any]) -> str:
     """One mistake that pydantic found, in one sentence with the key and the value as they were typed."""
     key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{key} is missing; every key of the configuration needs a value."
     if error["type"] == "extra_forbidden":
         return f"{key} is not a key of the configuration; `python train.py --cfg job` lists them all."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "value_error":
         return f"{message}."
-    return f"{key}={error['input']} is not allowed: it {message}."
+    return f"{key}={shorten(str(error['input']), 80)} is not allowed: it {message}."
 
 
 def _check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
@@ -294,7 +302,7 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
 
     Raises ConfigError where a part refuses its arguments, or is not a part of a network.
     """
-    _check_call(norm, "norm", torch.nn.Module, ("num_features",))
+    _check_call(norm, "norm", torch.nn.Module, ("num_features", "device", "dtype"))
     _check_call(model, "model", None, GIVEN)
     if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
         raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")

@@ -4,17 +4,13 @@ import io
 import logging
 import math
 import os
-import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
@@ -23,29 +19,35 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from hydra import compose
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
 
-from abn_exp.callbacks import AtomicCheckpointIO, Bar, Diverged, EpochRecord, checkpoints, usable_checkpoint
+from abn_exp import provenance
+from abn_exp.callbacks import (
+    AtomicCheckpointIO,
+    Bar,
+    Diverged,
+    EpochRecord,
+    StopTogether,
+    checkpoints,
+    usable_checkpoint,
+)
 from abn_exp.classifier import LitClassifier, Stage
 from abn_exp.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    NAME,
     Config,
     ConfigError,
     build_network,
     config_hash,
-    read,
     science,
 )
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.models import initialize_
+from abn_exp.plan import RunPlan
 from abn_exp.results import (
     DamagedFile,
     RunResult,
@@ -53,7 +55,6 @@ from abn_exp.results import (
     read_config,
     read_metrics,
     read_result,
-    variant_name,
     write_result,
 )
 from abn_exp.summary import NetworkSummary, summarize
@@ -64,45 +65,6 @@ logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU availab
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over processes
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
-
-GROUPS = ("dataset", "model", "norm", "recipe")
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A checked configuration and the names that follow from it."""
-
-    config: Config
-    choices: dict[str, str]  # dataset, model, norm, recipe: the chosen option of each group
-    variant: str  # the recipe and whatever else was overridden
-
-    @property
-    def cell(self) -> str:
-        """The cell's name, e.g. "cifar10-resnet18-abn-fixed"."""
-        return "-".join([*(self.choices[group] for group in ("dataset", "model", "norm")), self.variant])
-
-    @property
-    def directory(self) -> Path:
-        parts = [self.choices[group] for group in ("dataset", "model", "norm")]
-        return Path(self.config.results_dir, self.config.name, *parts, self.variant, f"seed-{self.config.seed}")
-
-
-def plan(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
-    """Check a composed configuration and name its cell: the recipe, and whatever differs from the groups' own.
-
-    Raises ConfigError with one sentence for each mistake.
-    """
-    config = read(cfg)
-    choices = {group: choices[group] for group in GROUPS}
-    for group, choice in choices.items():
-        if not re.fullmatch(NAME, choice):  # it becomes a folder's name
-            raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
-    own = compose("config", [f"{group}={choice}" for group, choice in choices.items()])
-    plain = OmegaConf.to_container(own, resolve=True)
-    assert isinstance(plain, dict)
-    default = science({str(key): value for key, value in plain.items()})
-    changes = {key: v for key, v in science(config.model_dump()).items() if key not in default or default[key] != v}
-    return RunPlan(config, choices, variant_name(choices["recipe"], changes))
 
 
 def run(this: RunPlan, command: str) -> RunResult:
@@ -168,7 +130,13 @@ def _train_and_test(this: RunPlan) -> RunResult:
     initialize_(network, config.seed, f"init{norm}")
     network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU, and what tensor cores want
     summary = summarize(network, config.dataset.image_size)
-    log.info("%s seed %d on %s\n%s", this.cell, config.seed, _device_name(device, config), as_text(summary.table()))
+    log.info(
+        "%s seed %d on %s\n%s",
+        this.cell,
+        config.seed,
+        provenance.device_name(device, config.threads),
+        as_text(summary.table()),
+    )
 
     stages = tuple(
         stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
@@ -274,6 +242,8 @@ def _trainer(
     alone = sys.stdout.isatty() and current_process().name == "MainProcess" and _rank(config) == 0
     show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
     callbacks = [EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
+    if config.devices > 1:
+        callbacks.append(StopTogether())
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index] if device.type == "cuda" and config.devices == 1 else config.devices,
@@ -340,12 +310,9 @@ def _test(
         test_acc_best_val=test_best,
         test_acc_peak=max(peaks, default=None),
         parameters=summary.totals,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("abn_exp", "torch", "torchvision", "pytorch-lightning", "numpy")},
-        },
-        git_commit=git_commit(),
-        device=_device_name(torch.device(trainer.strategy.root_device), config),
+        versions=provenance.versions(),
+        git_commit=provenance.git_commit(),
+        device=provenance.device_name(trainer.strategy.root_device, config.threads),
         wandb_run_id=wandb_run_id,
     )
 
@@ -464,12 +431,6 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda", turn % count)
 
 
-def _device_name(device: torch.device, config: Config) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {config.threads} thread{'s' if config.threads > 1 else ''})"
-
-
 def _wandb_arguments(this: RunPlan) -> dict[str, Any]:
     config = this.config
     earlier = this.directory / "wandb-run-id"
@@ -489,14 +450,3 @@ def _wandb_arguments(this: RunPlan) -> dict[str, Any]:
             "cfg": config.model_dump(),
         },
     }
-
-
-def git_commit() -> str | None:
-    """Return the commit of the code that runs, "-dirty" where it was changed since, or None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"], cwd=here, check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.returncode else "")

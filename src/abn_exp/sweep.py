@@ -8,13 +8,16 @@ from typing import Any
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.config import ConfigError, config_hash
-from abn_exp.experiment import RunPlan, plan
+from abn_exp.config import ConfigError, config_hash, in_a_line
+from abn_exp.files import write_text_atomic
+from abn_exp.plan import RunPlan, plan
 from abn_exp.report import Report, print_report, write_report
-from abn_exp.results import Run, find_runs, write_text_atomic
+from abn_exp.results import Run, find_runs
 from abn_exp.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ class SweepCallback(Callback):
             _check_devices(self.plans)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise SystemExit(f"error: {in_a_line(error)}") from None
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not self.plans[0].config.force
         for folder in {this.directory.parents[4] for this in self.plans}:

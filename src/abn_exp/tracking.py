@@ -19,7 +19,7 @@ from abn_exp.config import ConfigError, WandbConfig
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30  # seconds that a server which cannot be reached may cost, once a process
-FINISH_TIMEOUT = 60  # seconds that a run's end waits for uploads; what is left is on disk for `wandb sync`
+FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads; what is left is on disk for `wandb sync`
 MAX_TAG, MAX_NAME = 64, 128  # characters that W&B takes
 
 _unreachable = False  # a server that did not answer is not asked again by this process
@@ -38,6 +38,7 @@ class Tracker:
         if (mode := _resolve_mode(settings.mode)) == "disabled":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B's own telemetry waits 20 s for a server that is silent
         arguments = {
             "project": settings.project,
             "entity": settings.entity,
