@@ -16,6 +16,7 @@ from abn_exp.compare import (
     verdict_mean,
     verdict_spread,
 )
+from abn_exp.results import RunResult
 from abn_exp.tables import (
     Report,
     accuracy_table,
@@ -94,12 +95,12 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         rows = [[cell.norm, *map(number_text, cell.sample("test_acc", seeds))] for cell in cells]
         header = ["norm", *(f"seed {seed}" for seed in seeds)]
         parts += [f"{report.place(group)}:", markdown_table((header, rows))]
-    parts += ["## How it was run", f"```\n{report.command}\n```", "\n".join(_provenance(report))]
+    parts += ["## How it was run", f"```\n{report.command}\n```", "\n".join(_how_it_was_run(report))]
     return "\n\n".join(parts) + "\n"
 
 
-def _provenance(report: Report) -> list[str]:
-    """Return what the runs were made with; counts of runs where it was not the same in all of them."""
+def made_with(results: Sequence[RunResult]) -> list[str]:
+    """Return what runs were made with, a line each; counts of runs where it was not the same in all of them."""
 
     def values(found: Iterable[str | None]) -> str:
         counts = Counter("unknown" if value is None else value for value in found)
@@ -107,10 +108,7 @@ def _provenance(report: Report) -> list[str]:
             return next(iter(counts))
         return ", ".join(f"{value} ({count} runs)" for value, count in sorted(counts.items()))
 
-    results = report.results
-    if not results:
-        return ["- No run has finished."]
-    lines = [f"- runs: {len(results)} finished of {sum(len(cell.runs) for cell in report.cells)} started"]
+    lines = []
     for package in sorted({package for r in results for package in r.versions}):
         lines.append(f"- {package}: {values(r.versions.get(package) for r in results)}")
     lines.append(f"- git commit: {values(r.git_commit for r in results)}")
@@ -119,6 +117,13 @@ def _provenance(report: Report) -> list[str]:
     hours = sum(r.train_seconds for r in results) / 3600
     lines.append(f"- training time: {hours:.2f} hours, summed over runs")
     return lines
+
+
+def _how_it_was_run(report: Report) -> list[str]:
+    if not report.results:
+        return ["- No run has finished."]
+    started = sum(len(cell.runs) for cell in report.cells)
+    return [f"- runs: {len(report.results)} finished of {started} started", *made_with(report.results)]
 
 
 def latex(report: Report) -> str:

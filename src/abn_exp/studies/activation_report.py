@@ -65,7 +65,7 @@ NOTES = """\
 def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn") -> Report:
     """Analyse the runs' networks and write summary.md, layers.csv, channels.csv, ... and figures into `out`."""
     cells = collect_cells(runs, reference)
-    report = Report(out, f"Binary activations: {runs[0].directory.parents[4].name}", command)
+    report = Report(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
     found: dict[Path, NetworkActivations] = {}
     for cell in cells:
         for run in cell.runs:

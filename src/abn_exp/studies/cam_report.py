@@ -73,7 +73,7 @@ def write(
 ) -> Report:
     """Analyse the runs' networks and write summary.md, images.csv, comparison.csv, figures into `out`."""
     cells = collect_cells(runs, reference)
-    report = Report(out, f"Class-activation maps: {runs[0].directory.parents[4].name}", command)
+    report = Report(out, f"Class-activation maps: {runs[0].directory.parents[4].name}", command, runs)
     found: dict[Path, dict[str, np.ndarray]] = {}
     scores: dict[str, dict[Path, dict[str, float]]] = {"all": {}, "correct": {}, "wrong": {}}
     for group, members in group_cells(cells).items():

@@ -21,6 +21,7 @@ from rich.markup import escape
 from abn_exp import figures, stats
 from abn_exp.compare import Cell, Decision, Group, group_cells, p_text
 from abn_exp.config import Config
+from abn_exp.documents import made_with
 from abn_exp.results import Run, read_config, write_text_atomic
 from abn_exp.studies.trained import common_folder
 from abn_exp.tables import Table, csv_text, markdown_table
@@ -173,6 +174,7 @@ class Report:
     out: Path
     title: str
     command: str
+    runs: Sequence[Run]
     parts: list[str] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
@@ -212,7 +214,9 @@ class Report:
     def finish(self, notes: str) -> None:
         """Write summary.md: the figures, how to read it all, and how it was made, after what there is already."""
         shown = [f"![{caption}]({name}.png)" for name, caption in self.drawn.items()]
+        made = [f"- networks: {len(self.runs)}, trained with", *made_with([r.result for r in self.runs if r.result])]
         end = [*shown, "## How to read this", notes, "## How it was made", f"```\n{self.command}\n```"]
+        end.append("\n".join(made))
         text = "\n\n".join([f"# {self.title}", *self.parts, *end]) + "\n"
         write_text_atomic(self.out / "summary.md", text)
 
