@@ -138,14 +138,14 @@ def verdict_mean(comparison: Comparison, place: str | None = None) -> tuple[Deci
     n = f"n = {count_text(m)}"
     if math.isnan(m.difference):
         return "not decided", f"{head} cannot be compared with {c.reference} ({n}): not decided."
-    differs = f"differs from {c.reference} by {m.difference:+.2f} points"
+    differs = f"differs from {c.reference} by {signed_text(m.difference)} points"
     if math.isnan(m.p):
         why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
         return "not decided", f"{head} {differs} ({n}): not decided, {why}."
     numbers = f"95 % interval {interval_text(m.interval)}, {n}, {p_equation(m.p)}, Holm {p_text(c.mean_p_holm)}"
     if c.mean_p_holm < stats.ALPHA:
         if m.difference > 0:
-            return "confirmed", f"{head} is {m.difference:+.2f} points above {c.reference} ({numbers})."
+            return "confirmed", f"{head} is {signed_text(m.difference)} points above {c.reference} ({numbers})."
         return "refuted", f"{head} is {-m.difference:.2f} points below {c.reference} ({numbers})."
     why = "the interval holds a loss as well as a gain"
     if m.p < stats.ALPHA:
@@ -206,7 +206,7 @@ def count_text(mean: stats.MeanComparison) -> str:
 
 
 def number_text(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def signed_text(value: float) -> str:
@@ -215,7 +215,7 @@ def signed_text(value: float) -> str:
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    return "-" if math.isnan(interval[0]) else f"{interval[0]:.2f} to {interval[1]:.2f}"
+    return "-" if math.isnan(interval[0]) else f"{number_text(interval[0])} to {number_text(interval[1])}"
 
 
 def p_text(p: float) -> str:

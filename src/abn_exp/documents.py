@@ -12,6 +12,7 @@ from abn_exp.compare import (
     interval_text,
     number_text,
     p_text,
+    signed_text,
     started_seeds,
     verdict_mean,
     verdict_spread,
@@ -137,7 +138,7 @@ def latex(report: Report) -> str:
     for cell, row in zip(cells, rows, strict=True):
         c, extra = differences.get(cell.key), ["-", "-"]
         if c is not None and not math.isnan(c.mean.difference):
-            extra = [f"{c.mean.difference:+.2f} [{interval_text(c.mean.interval)}]", p_text(c.mean_p_holm)]
+            extra = [f"{signed_text(c.mean.difference)} [{interval_text(c.mean.interval)}]", p_text(c.mean_p_holm)]
         lines.append([*row[: first + 3], *extra])
     body = [" & ".join(map(_escape, line)) + r" \\" for line in lines]
     columns = "l" * first + "r" * (len(header) - first)

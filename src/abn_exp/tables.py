@@ -107,7 +107,7 @@ def difference_table(report: Report) -> Table:
         n = f"{m.n[0]} pairs" if m.method == "paired" else f"{m.n[0]}, {m.n[1]} unpaired"
         difference = signed_text(m.difference)
         p_values = [p_text(m.p), p_text(c.mean_p_holm), p_text(m.p_sign_flip)]
-        effect = "-" if math.isnan(m.effect) else f"{m.effect:+.2f} ({m.effect_name})"
+        effect = "-" if math.isnan(m.effect) else f"{signed_text(m.effect)} ({m.effect_name})"
         row = [n, difference, interval_text(m.interval), *p_values, effect, verdict_mean(c)[0]]
         rows.append(_where(report, c.cell) + row)
     return _table(report, [*header, "effect", "higher?"], rows)

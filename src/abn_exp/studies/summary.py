@@ -108,7 +108,7 @@ def number(value: float) -> str:
 
 
 def signed_text(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:+.3f}"
+    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"
 
 
 def interval(bounds: tuple[float, float]) -> str:
