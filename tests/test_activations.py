@@ -1,5 +1,6 @@
 """The analysis of binary activations: against closed forms, brute force and hand numbers; then end to end."""
 
+import csv
 import importlib.util
 import math
 import re
@@ -230,6 +231,13 @@ def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert re.search(
         r"- \*\*(confirmed|refuted|not decided)\*\*: On digits with binarynet, channel imbalance is", text
     )
+    # The thresholds table beside it says the same of each layer.
+    row = next(csv.DictReader((out / "comparison.csv").read_text().splitlines()[i] for i in (0, 3)))
+    layers = re.findall(r"^\| \S+\.norm \| abn \| \S+(?: \[.*?\])? \| (\S+)", text, re.MULTILINE)
+    assert row["measure"] == "share of channels with two thresholds"
+    assert float(row["mean"]) == pytest.approx(np.mean([float(share) for share in layers]), abs=6e-4)
+    assert float(row["mean"]) > 0
+    assert float(row["reference_mean"]) == 0
     assert str(folder.parent) not in text
     assert "python scripts/analyze.py activations runs\n" in text
     assert "by at most 0.00 points" in text  # the network that was trained, on the images it was tested on

@@ -33,6 +33,7 @@ from abn_exp.studies.summary import (
 from abn_exp.studies.trained import Opener
 
 CHANNEL, LAYER = "channel imbalance", "layer imbalance"
+TWO, BEYOND = "share of channels with two thresholds", "share of inputs beyond one threshold"
 MEASURES = {
     "imbalance_of_channels": CHANNEL,
     "imbalance_of_layer": LAYER,
@@ -72,14 +73,21 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
             report.say(run)
             images = opener.images(run)
             found[run.directory] = analyze(opener.network(run), images.normalized, images.labels)
-    scores = {run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} for run, each in found.items()}
+    scores = {
+        run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} | _additional(each)
+        for run, each in found.items()
+    }
 
     report.parts.append(
         "Does ABN give a more imbalanced activation distribution, and additional activation-like functions "
         f"(claim C5)? Measured on {len(opener.images(runs[-1]).labels)} test images a network."
     )
-    contrasts = contrast(cells, scores, [CHANNEL, LAYER], reference)
-    report.verdicts(f"Is the imbalance above {reference}'s?", contrasts, cells, reference)
+    contrasts = contrast(cells, scores, [CHANNEL, LAYER, TWO, BEYOND], reference)
+    imbalances = [c for c in contrasts if c.measure in (CHANNEL, LAYER)]
+    report.verdicts(f"Is the imbalance above {reference}'s?", imbalances, cells, reference)
+    additional = [c for c in contrasts if c not in imbalances]
+    if additional:
+        report.verdicts("Are there additional activation functions, and are they used?", additional, [], reference)
     measures = list(MEASURES.values())
     report.table("means", "Means over layers", means_table(cells, scores, measures))
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))
@@ -109,6 +117,13 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.finish(NOTES)
     report.show("means")
     return report
+
+
+def _additional(network: NetworkActivations) -> dict[str, float]:
+    """Return how many channels have a second threshold, and how many inputs it decides about; means over layers."""
+    norms = network.norms.values()
+    two = [np.nan if norm.bands is None else norm.bands["two thresholds"] for norm in norms]
+    return {TWO: float(np.mean(two)), BEYOND: float(np.mean([norm.beyond for norm in norms]))}
 
 
 def _each(by_norm: dict[str, list[NetworkActivations]], value: Callable[[Distribution], float]) -> dict[str, Array]:

@@ -103,12 +103,14 @@ def verdict(c: Contrast) -> tuple[Decision, str]:
 
 
 def number(value: float) -> str:
-    """Return three decimals, without a sign on what is 0 then."""
-    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"
+    """Return three decimals, and of what they would show as 0 its magnitude; without a sign on what is 0."""
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.0e}"
+    return "-" if math.isnan(value) else f"{value + 0.0:.3f}"
 
 
 def signed_text(value: float) -> str:
-    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"
+    return "-" if math.isnan(value) else f"{'+' if value >= 0 else ''}{number(value)}"
 
 
 def interval(bounds: tuple[float, float]) -> str:
