@@ -52,6 +52,7 @@ def main() -> int:
         options = {
             "images": arguments.images,
             "reference": None if arguments.reference == "bn" else arguments.reference,
+            "out": None if out.is_absolute() else out,
         }
         if arguments.kind == "cam":
             options |= {"target": "label" if arguments.target == "label" else None}

@@ -25,6 +25,7 @@ from abn_exp.studies import activations
 from abn_exp.studies.activations import (
     GRID,
     SILU_MINIMUM,
+    WIDE,
     band_shares,
     beyond_one_threshold,
     entropy,
@@ -213,9 +214,13 @@ def test_how_much_of_the_second_threshold_is_used() -> None:
     betas = [-1.0, 0.1, 0.2, 0.25, 0.27, 0.3]
     # The rule "+1 above the upper threshold" errs below the lower one; "+1 always" errs between the two.
     expected = [min(normal.cdf(roots(beta)[0]), 1 - p_plus(beta)) if 0 < beta < 0.278 else 0.0 for beta in betas]
-    np.testing.assert_allclose(beyond_one_threshold(response(abn(betas))), expected, atol=2e-3)
+    np.testing.assert_allclose(beyond_one_threshold(response(abn(betas), WIDE)), expected, atol=1e-3)
     assert expected[3] > 0.02
-    assert beyond_one_threshold(-GRID[None]) == pytest.approx(0)
+    # A small beta has its lower threshold far out, where a share is small but not 0.
+    far = normal.cdf(roots(0.03)[0])
+    assert 1e-8 < far < 1e-6
+    assert beyond_one_threshold(response(abn([0.03]), WIDE)) == pytest.approx(far, rel=0.05)
+    assert beyond_one_threshold(-WIDE[None]) == pytest.approx(0)
 
 
 @pytest.mark.slow

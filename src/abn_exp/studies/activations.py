@@ -25,6 +25,7 @@ from abn_exp.stats import Array
 RANGE, BINS = 4.0, 160  # values beyond are counted in the outermost bins
 EDGES = np.linspace(-RANGE, RANGE, BINS + 1)
 GRID = np.linspace(-4.0, 4.0, 641)  # standardised inputs of the response curves; symmetric, so of mean 0
+WIDE = np.linspace(-8.0, 8.0, 2561)  # where all of a normal distribution is, for shares of it
 BATCH = 100  # images; the bookkeeping of a layer takes a few times its activations' memory
 SILU_MINIMUM = -float(lambertw(math.exp(-1)).real)  # at -1 - W(1/e) = -1.27846: -W(1/e) = -0.27846
 CHANNELS = 7  # whose responses are kept
@@ -169,7 +170,7 @@ def response(norm: nn.BatchNorm2d, xhat: ArrayLike = GRID) -> Array:
     return norm(x[None, :, :, None])[0, :, :, 0].numpy()
 
 
-def beyond_one_threshold(y: Array, xhat: ArrayLike = GRID) -> Array:
+def beyond_one_threshold(y: Array, xhat: ArrayLike = WIDE) -> Array:
     """Return for each response y (C, G) the share of inputs whose sign no single threshold gives, (C,).
 
     Inputs are standard normal, on the even grid xhat (G,); the threshold, and which side is +1, are the best ones.
@@ -230,7 +231,9 @@ def learned(norm: nn.BatchNorm2d) -> Learned:
     order = np.argsort(y.mean(1), kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, CHANNELS).astype(int)]
     beta = 0.0 if norm.bias is None else float(norm.bias.detach().mean())
-    return Learned(y[chosen], (y >= 0).mean(0), float(beyond_one_threshold(y).mean()), band_shares(norm), beta)
+    return Learned(
+        y[chosen], (y >= 0).mean(0), float(beyond_one_threshold(response(norm, WIDE)).mean()), band_shares(norm), beta
+    )
 
 
 @dataclass(frozen=True)
