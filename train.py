@@ -23,6 +23,7 @@ from abn_exp.callbacks import STOPPED, Diverged
 from abn_exp.config import ConfigError, in_a_line
 from abn_exp.experiment import run
 from abn_exp.plan import plan
+from abn_exp.provenance import git_commit
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def _stop(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
+    git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
     try:
         main()

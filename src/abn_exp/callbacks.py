@@ -226,6 +226,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
                 os.replace(path, previous(path))
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove nothing: a checkpoint replaces its older self; other paths are what a (foreign) file says."""
+
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Return what `read_checkpoint` does: verified, and without executing anything, whatever is asked for."""
         return read_checkpoint(path)

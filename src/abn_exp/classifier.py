@@ -51,7 +51,8 @@ class LitClassifier(pl.LightningModule):
 
     def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
         images, labels = batch
-        logits = self.network(images)
+        # Where the network is compiled, it is for training; each other shape of a batch would be compiled again.
+        logits = self.network(images) if stage == "train" else self.network.forward(images)
         smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         with torch.no_grad():

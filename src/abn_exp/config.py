@@ -129,7 +129,7 @@ class Config(Section):
     recipe: RecipeConfig
     wandb: WandbConfig
     seed: Seed
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "exact16"]
     name: str = Field(pattern=NAME, max_length=80)
     question: str | None
     results_dir: str = Field(min_length=1)
@@ -137,6 +137,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"]
     devices: int = Field(gt=0, le=1024)
     sync_norm: bool = False
+    compile: bool = False
     threads: int = Field(gt=0, le=1024)
     deterministic: bool
     progress: Literal["auto", "bar", "lines"]
@@ -148,6 +149,8 @@ class Config(Section):
                 f"recipe.batch_size={self.recipe.batch_size} must be a multiple of devices={self.devices}, "
                 "with two images or more for each"
             )
+        if self.devices > 1 and self.compile:
+            raise ValueError(f"compile=true is for devices=1, not for devices={self.devices}; use compile=false")
         return self
 
 
@@ -169,6 +172,8 @@ def science(plain: dict[str, Any]) -> dict[str, Any]:
     walk({key: plain[key] for key in ("dataset", "model", "norm", "recipe", "precision")}, "")
     if plain.get("devices", 1) > 1 and not plain.get("sync_norm", False):
         flat["devices"] = plain["devices"]
+    if plain.get("compile", False):
+        flat["compile"] = True
     return {key: value for key, value in flat.items() if key not in ("dataset.root", "dataset.download")}
 
 

@@ -45,6 +45,7 @@ from abn_exp.config import (
 )
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
+from abn_exp.exact16 import check_exact16, use_exact16_
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.models import initialize_
 from abn_exp.plan import RunPlan
@@ -119,16 +120,15 @@ def _train_and_test(this: RunPlan) -> RunResult:
     config, directory = this.config, this.directory
     recipe, rank = config.recipe, _rank(config)
     torch.set_num_threads(config.threads)
+    # Deterministic kernels write every value of a result: filling it with NaN first is a pass for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if config.devices > 1:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
     device = _device(config)
 
     data = _load_data(config)
     loaders = loaders_of(config, data, device, rank=rank, world_size=config.devices)
-    norm = "" if recipe.paired_init else f"/{this.choices['norm']}"
-    network = build_network(config.model, config.norm, len(data.classes), config.dataset.image_size)
-    initialize_(network, config.seed, f"init{norm}")
-    network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU, and what tensor cores want
+    network = network_of(config, this.choices["norm"], len(data.classes), device)
     summary = summarize(network, config.dataset.image_size)
     log.info(
         "%s seed %d on %s\n%s",
@@ -141,6 +141,8 @@ def _train_and_test(this: RunPlan) -> RunResult:
     stages = tuple(
         stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
     )
+    if config.compile:
+        network.compile()
     classifier = LitClassifier(network, recipe, config.seed, len(data.classes), stages, config.sync_norm)
     window = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
     with Tracker(window, **_wandb_arguments(this)) as tracker:
@@ -154,6 +156,29 @@ def _train_and_test(this: RunPlan) -> RunResult:
         result = _test(this, trainer, classifier, loaders["test"], summary, tracker.run_id)
         tracker.summarize(_headline(result))
     return result
+
+
+def network_of(config: Config, norm: str, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """Return the network that a run trains, on its device, at its start: precision and memory format are set.
+
+    `norm` is the norm's name, on which the initial weights depend where they are not paired.
+    """
+    size = config.dataset.image_size
+    network = build_network(config.model, config.norm, num_classes, size)
+    initialize_(network, config.seed, "init" if config.recipe.paired_init else f"init/{norm}")
+    # A fifth faster on a CPU, and what tensor cores want.
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.precision == "exact16":
+        # What the trainer will set, too: the check is of the kernels that will be used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        use_exact16_(network, torch.bfloat16 if device.type == "cpu" else torch.float16)
+        try:
+            check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return network
 
 
 def _load_data(config: Config) -> ImageDataset:
@@ -245,23 +270,30 @@ def _trainer(
     if config.devices > 1:
         callbacks.append(StopTogether())
     return pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index] if device.type == "cuda" and config.devices == 1 else config.devices,
+        **trainer_options(config, device),
         strategy="ddp" if config.devices > 1 else "auto",
         max_epochs=config.recipe.epochs,
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
-        deterministic=config.deterministic,
-        benchmark=not config.deterministic,
         callbacks=[*callbacks, Bar()] if show_bar else callbacks,
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # SLURM and the like start runs, not their parts
         default_root_dir=directory,
-        logger=False,
-        num_sanity_val_steps=0,
         limit_val_batches=1.0 if stages else 0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
+
+
+def trainer_options(config: Config, device: torch.device) -> dict[str, Any]:
+    """Return those of the trainer's options that decide how a step is computed, and those that keep it quiet."""
+    return {
+        "accelerator": "gpu" if device.type == "cuda" else device.type,
+        "devices": [device.index] if device.type == "cuda" and config.devices == 1 else config.devices,
+        "precision": "bf16-mixed" if config.precision == "bf16" else "32-true",
+        "deterministic": config.deterministic,
+        "benchmark": not config.deterministic,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
 
 
 def _test(
@@ -418,8 +450,8 @@ def _device(config: Config) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto.")
-    if kind == "cuda" and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision=bf16, but this GPU has no bfloat16; use precision=fp32.")
+    if kind == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"precision={config.precision}, but this GPU has no bfloat16; use precision=fp32.")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,8 +30,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@cache
 def git_commit() -> str | None:
-    """Return the commit of the code that runs, "-dirty" where it was changed since, or None outside a checkout."""
+    """Return the commit of the code that runs, "-dirty" where it was changed since, or None outside a checkout.
+
+    As it was at the first call: a commit made while a process runs does not change the code that it runs.
+    """
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)

@@ -1,0 +1,76 @@
+"""Measure training beside a conventional loop, on one device, in one process: python scripts/benchmark.py --quick
+
+The tables, the figure, the machine and the versions go to results/benchmark/DEVICE/. The last line printed is the
+ratio of the two loops' speed: a whole step with its data, the paper's ResNet at the paper's width.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from abn_exp import provenance
+from abn_exp.benchmark import report
+from abn_exp.benchmark.run import CPU, GPU, HEADLINE, QUICK, Benchmark, default_workers
+
+
+def count(text: str) -> int:
+    """Parse a number of repetitions, threads or workers."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; use a whole number, 1 or more")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    main.add_argument("--quick", action="store_true", help="small batches, few repetitions: minutes on two CPU cores")
+    main.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    main.add_argument("--repetitions", type=count, help="of everything timed (default: 3 quick, 7 GPU, 9 CPU)")
+    main.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads of a step (default: all)")
+    main.add_argument(
+        "--workers",
+        type=count,
+        default=default_workers(),
+        help="processes of the conventional loader (default: %(default)s)",
+    )
+    main.add_argument("--out", type=Path, default=Path("results/benchmark"), help="(default: %(default)s)")
+    return main
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # what it leaves out of a PDF
+    cuda = torch.cuda.is_available()
+    if arguments.device == "cuda" and not cuda:
+        print("--device cuda, but torch sees no CUDA device; use --device cpu.", file=sys.stderr)
+        return 1
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products; read at the first one
+    device = torch.device("cuda", 0) if cuda and arguments.device != "cpu" else torch.device("cpu")
+    torch.set_num_threads(arguments.threads)
+    effort = GPU if device.type == "cuda" else QUICK if arguments.quick else CPU
+    if device.type == "cuda" and arguments.quick:
+        effort = replace(effort, repetitions=3, steps=10)
+    if arguments.repetitions is not None:
+        effort = replace(effort, repetitions=arguments.repetitions)
+    name = provenance.device_name(device, arguments.threads)
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+    try:
+        found = Benchmark(device, effort, arguments.workers).run()
+        folder = report.write(found, effort, name, command, arguments.out)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print((folder / "benchmark.md").read_text(encoding="utf-8"))
+    print(f"written to {folder}; {HEADLINE} beside the conventional loop, whole step with data, ResNet:")
+    print(f"ratio: {found.ratios['resnet18_paper', HEADLINE].median:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""What is measured, on what, and how often."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from abn_exp import models
+from abn_exp.benchmark import measure
+from abn_exp.benchmark.conventional import Binarize, ConventionalLoop, Norm, conventional
+from abn_exp.benchmark.measure import Quartiles, quartiles
+from abn_exp.benchmark.ours import OurLoop
+from abn_exp.binarize import sign_ste
+from abn_exp.config import Config, read
+from abn_exp.data.prepare import ImageDataset, Split
+from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.summary import summarize
+
+log = logging.getLogger(__name__)
+CONF = Path(__file__).parents[3] / "conf"
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # of an epoch: CIFAR's
+BASE = "conventional"
+Loop = ConventionalLoop | OurLoop
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train. `options` of ours are overrides of the configuration."""
+
+    name: str
+    ours: bool
+    compile: bool = False
+    autocast: bool = False
+    options: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row(BASE, False),
+    Row("conventional, compiled", False, compile=True),
+    Row("conventional, bf16, channels-last", False, autocast=True),
+    Row("ours, fp32", True),
+    Row("ours, exact16", True, options=("precision=exact16",)),
+    Row("ours, exact16, compiled", True, compile=True, options=("precision=exact16", "compile=true")),
+    Row("ours, bf16", True, autocast=True, options=("precision=bf16",)),
+)
+HEADLINE = "ours, exact16"  # its forward pass is that of fp32
+WIDTHS = {"resnet18_paper": 5.0, "binarynet": 3.0}  # the paper's
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured of what, so that it fits a device and a time."""
+
+    batch_size: dict[str, int]
+    repetitions: int
+    warm: int  # steps before the timed ones
+    steps: int
+    compiled: tuple[str, ...]  # the networks whose compiled rows are measured
+    images: tuple[int, ...]
+    widths: tuple[float, ...]
+    batches: tuple[int, ...]
+    growth_width: float  # of the network whose images and batches grow
+    growth_batch: int
+
+
+QUICK = Effort(
+    batch_size={"resnet18_paper": 32, "binarynet": 8},
+    repetitions=3,
+    warm=1,
+    steps=2,
+    compiled=("resnet18_paper",),
+    images=(250, 500, 1000),
+    widths=(1.0, 2.0, 3.0, 5.0),
+    batches=(8, 16, 32, 64),
+    growth_width=0.5,
+    growth_batch=16,
+)
+CPU = replace(
+    QUICK, batch_size={"resnet18_paper": 64, "binarynet": 16}, repetitions=9, steps=2, compiled=tuple(WIDTHS)
+)
+GPU = Effort(
+    batch_size={"resnet18_paper": 256, "binarynet": 256},
+    repetitions=7,
+    warm=5,
+    steps=20,
+    compiled=tuple(WIDTHS),
+    images=(5_000, 15_000, 50_000),
+    widths=(1.0, 2.0, 3.0, 5.0),
+    batches=(128, 256, 512, 1024),
+    growth_width=5.0,
+    growth_batch=256,
+)
+
+
+@dataclass
+class Findings:
+    """Every number: (network, row, column) -> quartiles; (axis, row) -> its sizes, its times, its exponent."""
+
+    columns: dict[tuple[str, str, str], Quartiles] = field(default_factory=dict)
+    growth: dict[tuple[str, str], tuple[list[float], list[Quartiles], float]] = field(default_factory=dict)
+    ratios: dict[tuple[str, str], Quartiles] = field(default_factory=dict)  # of the conventional step to a row's
+    ceilings: measure.Ceilings | None = None
+    rates: dict[tuple[str, str, str], tuple[torch.dtype | None, list[float]]] = field(default_factory=dict)
+
+
+def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
+    """Return random images: how long a step takes does not depend on what is in them."""
+    random = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=random)
+        return Split(images, torch.arange(n) % 10)
+
+    return ImageDataset("random", split(train), split(test), tuple("0123456789"))
+
+
+def configuration(model: str, width: float, batch_size: int, overrides: tuple[str, ...]) -> Config:
+    """Return what `train.py` would run, with all images for training."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return read(
+            compose(
+                "config",
+                [
+                    *(f"model={model}", f"model.width={width}", "norm=abn", "dataset=cifar10", "wandb=disabled"),
+                    *(f"recipe.batch_size={batch_size}", "recipe.val_fraction=0", *overrides),
+                ],
+            )
+        )
+
+
+class Benchmark:
+    """Measures on one device; `workers` processes load the conventional loop's images."""
+
+    def __init__(self, device: torch.device, effort: Effort, workers: int, rows: tuple[Row, ...] = ROWS) -> None:
+        self.device, self.effort, self.workers, self.rows = device, effort, workers, rows
+        self.found = Findings()
+
+    def loop(self, row: Row, model: str, width: float, batch_size: int, data: ImageDataset) -> Loop:
+        if row.ours:
+            return OurLoop(configuration(model, width, batch_size, row.options), data, self.device)
+        # A graph that is kept from step to step cannot be compiled.
+        norm = partial(Norm, detach=row.compile)
+        network = models.initialize_(getattr(models, model)(10, 32, norm, width=width), 0)
+        loop = ConventionalLoop(
+            conventional(network), data, batch_size, self.device, self.workers, row.autocast, row.autocast
+        )
+        if row.compile:
+            loop.network.compile()
+        return loop
+
+    def run(self) -> Findings:
+        """Measure everything, and say so."""
+        warnings.filterwarnings("ignore")  # of libraries; what matters is in the tables
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+        highest = measure.ceilings(self.device, 5)
+        for model in WIDTHS:
+            self.network(model)
+            highest = highest.or_higher(measure.ceilings(self.device, 5))
+        self.chain()
+        self.loaders()
+        self.growth()
+        self.found.ceilings = highest = highest.or_higher(measure.ceilings(self.device, 5))
+        for key, (dtype, rates) in self.found.rates.items():
+            ceiling = highest.copy if dtype is None else highest.products[dtype]
+            self.found.columns[key] = quartiles([100 * rate / ceiling for rate in rates])
+        return self.found
+
+    def network(self, model: str) -> None:
+        """Measure all that belongs to a network at the paper's width."""
+        effort, width, size = self.effort, WIDTHS[model], self.effort.batch_size[model]
+        data = random_data((effort.warm + effort.steps) * size * 4, (effort.steps + 1) * size)
+        rows = [row for row in self.rows if not row.compile or model in effort.compiled]
+        loops: dict[str, Loop] = {}
+        for row in rows:
+            log.info("%s: %s", model, row.name)
+            loops[row.name] = self.loop(row, model, width, size, data)
+            loops[row.name].train(1, 1)
+        log.info("%s: steps", model)
+        steps = measure.interleaved(
+            {name: partial(loop.train, effort.warm, effort.steps) for name, loop in loops.items()},
+            effort.repetitions,
+        )
+        evaluations = measure.interleaved({name: loop.evaluate for name, loop in loops.items()}, 2)
+        batches = {name: self._batch(loop, size) for name, loop in loops.items()}
+        alone = measure.interleaved(
+            {
+                name: partial(measure.seconds, partial(loop.step, batches[name]), self.device)
+                for name, loop in loops.items()
+            },
+            effort.repetitions,
+        )
+        flops = 6 * size * self._macs(model, width)
+        for row in rows:
+            name, loop = row.name, loops[row.name]
+            evaluation = quartiles(evaluations[name]).median * TEST_IMAGES
+            self._add(model, name, "s/epoch", [t * TRAIN_IMAGES / size + evaluation for t in steps[name]])
+            self._add(model, name, "step with data, images/s", [size / t for t in steps[name]])
+            self._add(model, name, "step alone, images/s", [size / t for t in alone[name]])
+            pairs = zip(steps[BASE], steps[name], strict=True)
+            self.found.ratios[model, name] = quartiles([base / own for base, own in pairs])
+            step = partial(loop.step, batches[name])
+            products = measure.product_seconds(step, self.device)
+            if products > 0:
+                self.found.rates[model, name, "products, % of their ceiling"] = (self._type(row), [flops / products])
+            images = batches[name]
+            saved = measure.saved_bytes(partial(self._loss, loop, images), loop.network)
+            self._add(model, name, "saved for backward, MB/image", [saved / size / 1e6])
+            self._add(model, name, "peak memory of a step, MB", [measure.peak_bytes(step, self.device) / 1e6])
+        del loops, batches
+
+    @staticmethod
+    def _loss(loop: Loop, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = loop.loss(*batch)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    def _batch(self, loop: Loop, size: int) -> tuple[Tensor, Tensor]:
+        images = torch.randn(size, 3, 32, 32, device=self.device)
+        if isinstance(loop, ConventionalLoop) and loop.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        return images, torch.arange(size, device=self.device) % 10
+
+    def _type(self, row: Row) -> torch.dtype:
+        """The type of a row's products; its ceiling is the one of that type."""
+        return torch.bfloat16 if "precision=exact16" in row.options or row.autocast else torch.float32
+
+    @staticmethod
+    def _macs(model: str, width: float) -> int:
+        with torch.device("meta"):
+            totals = summarize(getattr(models, model)(10, 32, AttentionBatchNorm2d, width=width), 32).totals
+        return totals["binary_macs"] + totals["real_macs"]
+
+    def _add(self, place: str, row: str, column: str, values: list[float]) -> None:
+        self.found.columns[place, row, column] = quartiles(values)
+
+    def chain(self) -> None:
+        """Measure norm, Hardtanh and sign alone, forward and backward, on a map of the ResNet's first stage."""
+        log.info("norm chain")
+        shape = (self.effort.batch_size["resnet18_paper"], 80, 32, 32)
+        calls: dict[str, Callable[[], float]] = {}
+        for row in self.rows:
+            if row.options[:1] == ("precision=exact16",) and not row.compile:
+                continue  # its chain is the one of fp32
+            x = torch.randn(shape, device=self.device)
+            if row.ours or row.autocast:
+                x = x.to(memory_format=torch.channels_last)
+            norm: nn.Module = AttentionBatchNorm2d(80) if row.ours else Norm(80, detach=row.compile)
+            call: Callable[[Tensor], Tensor] = partial(
+                _chain, norm.to(self.device), sign_ste if row.ours else Binarize.apply
+            )
+            if row.compile:
+                call = torch.compile(call)
+            x = x.bfloat16() if row.autocast else x
+            once = partial(_forward_backward, call, x)
+            once()
+            calls[row.name] = partial(measure.seconds, once, self.device)
+        times = measure.interleaved(calls, self.effort.repetitions)
+        for row in self.rows:
+            if row.name not in times:
+                continue
+            size = torch.Size(shape).numel() * (2 if row.autocast else 4)
+            self._add("chain", row.name, "norm + Hardtanh + sign, ms", [1e3 * t for t in times[row.name]])
+            # Read x, write its sign; read the gradient and x, write the gradient of x.
+            rates = [5 * size / t for t in times[row.name]]
+            self.found.rates["chain", row.name, "five passes, % of the copy ceiling"] = (None, rates)
+
+    def loaders(self) -> None:
+        """Measure the loaders alone: one thread without workers, and as they are used."""
+        log.info("loaders")
+        data, size = random_data(10_000, 500), 256
+        config = configuration("resnet18_paper", 0.5, size, ())
+        ours = OurLoop(config, data, self.device).loaders["train"]
+        few = random_data(1024, 500)
+        network = nn.Linear(1, 1)
+
+        def per_image(loader: Any, images: int) -> float:
+            return measure.seconds(partial(_pass, loader), self.device) / images
+
+        threads = torch.get_num_threads()
+        for column, workers, used in (("one thread", 0, 1), ("1,024 images, workers started", self.workers, threads)):
+            theirs = ConventionalLoop(network, few, size, self.device, workers).train_loader
+            torch.set_num_threads(used)
+            times = measure.interleaved(
+                {
+                    BASE: partial(per_image, theirs, 1024),
+                    "ours": partial(per_image, ours, 10_000),
+                },
+                self.effort.repetitions,
+            )
+            torch.set_num_threads(threads)
+            for name, values in times.items():
+                self._add("loader", name, f"loader alone, {column}, images/s", [1 / t for t in values])
+            pairs = zip(times[BASE], times["ours"], strict=True)
+            self.found.ratios[f"loader, {column}", "ours"] = quartiles([base / own for base, own in pairs])
+
+    def growth(self) -> None:
+        """Measure how the time grows with images, width and batch, and the memory of the host with steps."""
+        effort, model = self.effort, "resnet18_paper"
+        few = random_data(2 * max(effort.batches), 500)
+        rows = [row for row in self.rows if row.name in (BASE, HEADLINE)]
+        for row in rows:
+            loop = self.loop(row, model, 1.0, 4, few)
+            step = partial(loop.step, self._batch(loop, 4))
+            growth = measure.host_growth(step, 40)
+            self._add("host", row.name, "growth of host memory, kB/step", [growth / 1e3])
+
+        def step_of(row: Row, width: float, size: int) -> Callable[[], float]:
+            loop = self.loop(row, model, width, size, few)
+            step = partial(loop.step, self._batch(loop, size))
+            step()
+            return partial(measure.seconds, step, self.device)
+
+        axes: dict[str, tuple[tuple[float, ...], Callable[[Row, Any], Callable[[], float]]]] = {
+            "images": (
+                effort.images,
+                lambda row, n: (
+                    self.loop(row, model, effort.growth_width, effort.growth_batch, random_data(n, 500)).epoch
+                ),
+            ),
+            "width": (effort.widths, lambda row, width: step_of(row, width, effort.growth_batch)),
+            "batch": (effort.batches, lambda row, size: step_of(row, effort.growth_width, size)),
+        }
+        for axis, (sizes, make) in axes.items():
+            log.info("growth: %s", axis)
+            calls = {(row.name, size): make(row, size) for row in rows for size in sizes}
+            for call in calls.values():
+                call()
+            repetitions = {str(key): call for key, call in calls.items()}
+            times = measure.interleaved(repetitions, min(3, effort.repetitions))
+            for row in rows:
+                found = [quartiles(times[str((row.name, size))]) for size in sizes]
+                slope = measure.exponent([float(size) for size in sizes], [q.median for q in found])
+                self.found.growth[axis, row.name] = ([float(size) for size in sizes], found, slope)
+
+
+def _chain(norm: nn.Module, sign: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return sign(F.hardtanh(norm(x)))
+
+
+def _forward_backward(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    y = call(x)
+    y.backward(torch.ones_like(y))
+
+
+def _pass(loader: Any) -> None:
+    for _ in loader:
+        pass
+
+
+def default_workers() -> int:
+    """Return how many processes load the conventional loop's images: up to eight."""
+    return min(8, os.cpu_count() or 1)

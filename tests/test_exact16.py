@@ -1,0 +1,203 @@
+"""exact16: the forward pass of float32 bit for bit, gradients as good as float32's, refusal where a kernel rounds."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from abn_exp import exact16, models
+from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
+from abn_exp.data.prepare import load
+from abn_exp.exact16 import EXACT_TO, check_exact16, part_of, use_exact16_
+from abn_exp.experiment import loaders_of, network_of, run
+from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.plan import RunPlan
+from abn_exp.results import load_network, read_config
+from conftest import TINY
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def both(layer: nn.Module, dtype: torch.dtype = BF16) -> tuple[nn.Module, nn.Module]:
+    """The layer, and the same one in exact16."""
+    other = copy.deepcopy(layer)
+    use_exact16_(other, dtype)
+    return layer, other
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_types_hold_the_integers_they_are_trusted_with(dtype):
+    limit = EXACT_TO[dtype]
+    whole, even = torch.arange(limit + 1), torch.arange(0, 2 * limit + 1, 2)
+    assert torch.equal(whole.to(dtype).long(), whole)
+    assert torch.equal(even.to(dtype).long(), even)
+    assert torch.tensor(limit + 1).to(dtype).item() != limit + 1
+    assert torch.tensor(2 * limit + 2).to(dtype).item() != 2 * limit + 2
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("sign_zero", ["plus", "zero"])
+@pytest.mark.parametrize(
+    ("channels", "taps"), [(1, 1), (2, 3), (3, 3), (56, 3), (57, 3), (58, 3), (770, 3), (8192, 1)]
+)
+def test_no_part_can_pass_the_range_of_its_type(channels, taps, sign_zero, dtype):
+    layer = BinaryConv2d(channels, 1, taps, binarization=Binarization(sign_zero=sign_zero))
+    part = part_of(layer, dtype)
+    sizes = [p.size(1) for p in layer.weight.split(part, 1)]
+    for size in sizes:
+        only_even_sums = size % 2 == 0 and sign_zero == "plus"
+        assert size * taps**2 <= EXACT_TO[dtype] * (2 if only_even_sums else 1)
+    even = channels % 2 == 0 and sign_zero == "plus"
+    most = EXACT_TO[dtype] * (2 if even else 1) // taps**2
+    assert len(sizes) == -(-channels // (most - most % 2 if even else most))  # no more parts than it takes
+
+
+def test_a_kernel_too_large_for_the_type_stays_in_float32():
+    layer = BinaryConv2d(2, 1, 17)  # 289 taps: two channels' sums are even, but beyond 512
+    assert part_of(layer, BF16) == 0
+    assert part_of(layer, FP16) == 2
+    use_exact16_(layer, BF16)
+    assert layer.multiply is F.conv2d
+
+
+@pytest.mark.parametrize("pad_value", [0.0, -1.0, 1.0])
+@pytest.mark.parametrize("sign_zero", ["plus", "zero"])
+@pytest.mark.parametrize("channels", [3, 57, 58, 320])
+def test_conv_equals_float32_whatever_the_weights_are(channels, sign_zero, pad_value):
+    """Sums from one end of the range to the other; bfloat16 without parts would round most of them."""
+    binarization = Binarization(sign_zero=sign_zero, pad_value=pad_value)
+    plain, exact = both(BinaryConv2d(channels, 6, 3, padding=1, binarization=binarization))
+    random = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.1, 0.5, 0.9):
+        weight = torch.rand(plain.weight.shape, generator=random) - share
+        x = torch.rand(2, channels, 6, 6, generator=random) - share
+        x[:, ::7] = 0.0
+        plain.weight.data, exact.weight.data = weight, weight.clone()
+        assert torch.equal(plain(x), exact(x))
+    if channels == 320:
+        assert plain(torch.ones(1, 320, 6, 6)).abs().max() > 512
+
+
+@pytest.mark.parametrize("features", [7, 514, 2000])
+def test_linear_equals_float32(features):
+    plain, exact = both(BinaryLinear(features, 5))
+    x = torch.rand(3, features) - 0.2
+    plain.weight.data = torch.rand(5, features) - 0.2
+    exact.weight.data = plain.weight.data.clone()
+    assert torch.equal(plain(x), exact(x))
+    assert features < 2000 or not torch.equal(plain(x).bfloat16().float(), plain(x))
+
+
+@pytest.mark.parametrize("layer", [BinaryConv2d(6, 4, 3, bias=True), BinaryLinear(6, 4, bias=True)])
+def test_a_bias_is_added_in_float32(layer):
+    """Where float32 itself rounds: its kernels begin their sums with the bias."""
+    plain, exact = both(layer)
+    x = torch.randn(2, 6, 5, 5) if isinstance(layer, BinaryConv2d) else torch.randn(2, 6)
+    torch.testing.assert_close(exact(x), plain(x), rtol=1e-6, atol=1e-6)
+    for network in (plain, exact):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(exact.bias.grad, plain.bias.grad)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("layer", [BinaryConv2d(64, 32, 3, padding=1), BinaryLinear(600, 40)])
+def test_gradients_point_where_float64_s_do(layer):
+    """Rounding to 8 bits turns a gradient of many values by less than 2e-5: 1 - cos <= 2^-18 x a few products."""
+    plain, exact = both(layer)
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 8, 8) if isinstance(layer, BinaryConv2d) else torch.randn(64, 600)
+    upstream = torch.randn_like(plain(x))
+    gradients = []
+    for network, dtype in (
+        (copy.deepcopy(plain).double(), torch.float64),
+        (plain, torch.float32),
+        (exact, torch.float32),
+    ):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        network(leaf).backward(upstream.to(leaf.dtype))
+        assert leaf.grad is not None
+        gradients.append((leaf.grad, network.weight.grad))
+    reference, fp32, ours = gradients
+    for true, single, half in zip(reference, fp32, ours, strict=True):
+        assert half.dtype == torch.float32
+        assert cosine(half, true) >= cosine(single, true) - 2e-5
+
+
+def test_gradients_are_not_made_where_they_are_not_asked_for():
+    _, exact = both(BinaryConv2d(4, 4, 3))
+    x = torch.randn(1, 4, 5, 5)
+    exact(x).sum().backward()  # no gradient of x
+    assert exact.weight.grad is not None
+    exact.weight.requires_grad_(False)
+    exact(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("model", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
+def test_a_network_s_forward_pass_is_float32_s(model):
+    network = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.5)
+    plain, exact = both(models.initialize_(network, 0))
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(plain(x), exact(x))
+    assert torch.equal(plain.eval()(x), exact.eval()(x))
+    assert plain.state_dict().keys() == exact.state_dict().keys()
+
+
+def test_a_trained_network_evaluates_bit_for_bit_the_same(make_plan: Callable[..., RunPlan]) -> None:
+    plan = make_plan("precision=exact16", "model=resnet18_paper", "model.width=1", "recipe.epochs=3")
+    run(plan, "python train.py")
+    assert "precision-exact16" in plan.variant
+    assert read_config(plan.directory)["precision"] == "exact16"
+    plain, exact = both(load_network(plan.directory))
+    data = load("digits", "", image_size=32)
+    images, _ = next(iter(loaders_of(plan.config, data, torch.device("cpu"))["test"]))
+    assert torch.equal(plain(images[:64]), exact(images[:64]))
+
+
+def test_the_check_passes_here_and_leaves_the_network_as_it_was():
+    network = models.resnet18_paper(10, 32, AttentionBatchNorm2d, width=5)
+    use_exact16_(network, BF16)
+    network.layer1.eval()
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    check_exact16(network, torch.zeros(2, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert network.training
+    assert not network.layer1.training
+    assert not any(layer._forward_pre_hooks for layer in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_the_check_finds_a_kernel_that_rounds(kind):
+    """As one whose accumulators are too short would, or one that transforms its tiles (Winograd)."""
+    layer = BinaryConv2d(64, 8, 3) if kind == "conv" else BinaryLinear(600, 8)
+    use_exact16_(layer, BF16)
+    x = torch.zeros(2, 64, 8, 8) if kind == "conv" else torch.zeros(2, 600)
+    check_exact16(layer, x)
+    multiply = layer.multiply
+    layer.multiply = lambda *arguments: multiply(*arguments) * (1 + 2**-9)
+    with pytest.raises(ValueError, match="not exact; use precision=fp32"):
+        check_exact16(layer, x)
+
+
+def test_the_check_finds_parts_that_are_too_large():
+    layer = BinaryConv2d(320, 8, 3)
+    layer.multiply = partial(exact16._conv2d, dtype=BF16, part=320)
+    with pytest.raises(ValueError, match="not exact"):
+        check_exact16(layer, torch.zeros(2, 320, 8, 8))
+
+
+def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> None:
+    for precision, expected in (("fp32", 0), ("exact16", 7)):
+        config = make_plan(f"precision={precision}", *TINY).config
+        network = network_of(config, "abn", 10, torch.device("cpu"))
+        layers = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
+        assert len(layers) == 7
+        assert sum(isinstance(layer.multiply, partial) for layer in layers) == expected

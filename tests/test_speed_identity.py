@@ -1,0 +1,137 @@
+"""What each way of being faster does to the numbers: which leave every bit, which move the last ones."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abn_exp import models
+from abn_exp.benchmark.measure import saved_bytes
+from abn_exp.binarize import BinaryConv2d
+from abn_exp.config import config_hash
+from abn_exp.exact16 import use_exact16_
+from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.plan import RunPlan
+
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return models.initialize_(models.resnet18_paper(10, 32, AttentionBatchNorm2d, width=1), 0)
+
+
+def logits_and_gradients(network: nn.Module, autocast: bool = False) -> Result:
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network = copy.deepcopy(network)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = network(images)
+    F.cross_entropy(logits.float(), torch.arange(8)).backward()
+    return logits.detach().float(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def channels_last(network: nn.Module) -> Result:
+    return logits_and_gradients(copy.deepcopy(network).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
+def deterministic(network: nn.Module) -> Result:
+    torch.use_deterministic_algorithms(True)
+    return logits_and_gradients(network)
+
+
+def two_threads(network: nn.Module) -> Result:
+    torch.set_num_threads(2)
+    return logits_and_gradients(network)
+
+
+def exact16(network: nn.Module) -> Result:
+    network = copy.deepcopy(network)
+    use_exact16_(network, torch.bfloat16)
+    return logits_and_gradients(network)
+
+
+def bf16(network: nn.Module) -> Result:
+    return logits_and_gradients(network, autocast=True)
+
+
+# Option; whether logits, and gradients, are the same bits; the least cosine of a late layer's gradient with fp32's.
+# bf16's is about 0: it rounds the integers before the norm, and the signs behind them change.
+OPTIONS: list[tuple[Callable[[nn.Module], Result], bool, bool, float]] = [
+    (deterministic, True, True, 1),
+    (exact16, True, False, 0.999),
+    (channels_last, False, False, 0.99),
+    (two_threads, False, False, 0.99),
+    (bf16, False, False, -1),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "same_logits", "same_gradients", "least"), OPTIONS, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_what_an_option_changes(network, option, same_logits, same_gradients, least):
+    logits, gradients = logits_and_gradients(network)
+    other_logits, other_gradients = option(network)
+    assert gradients.keys() == other_gradients.keys()
+    if same_logits:
+        assert torch.equal(logits, other_logits)
+    if same_gradients:
+        assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+    name = "layer3.1.conv2.weight"
+    cosine = F.cosine_similarity(gradients[name].flatten(), other_gradients[name].flatten(), dim=0)
+    assert cosine >= least - 1e-6
+
+
+def test_an_option_that_changes_bits_is_part_of_a_run_s_name_and_hash(make_plan: Callable[..., RunPlan]) -> None:
+    plain = make_plan()
+    for override in ("precision=exact16", "precision=bf16", "compile=true"):
+        other = make_plan(override)
+        assert config_hash(other.config) != config_hash(plain.config)
+        assert override.replace("=", "-") in other.variant
+    for override in ("threads=2", "deterministic=false"):  # a number's last bits: a run records its device
+        assert config_hash(make_plan(override).config) == config_hash(plain.config)
+
+
+def test_compile_is_for_one_device(make_plan: Callable[..., RunPlan]) -> None:
+    with pytest.raises(ValueError, match="compile=true is for devices=1"):
+        make_plan("compile=true", "devices=2")
+
+
+@pytest.mark.slow
+def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same():
+    def unit() -> list[nn.Module]:
+        return [BinaryConv2d(16, 16, 3, padding=1), AttentionBatchNorm2d(16), nn.Hardtanh(inplace=True)]
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(*unit(), *unit(), BinaryConv2d(16, 2, 3))
+    x = torch.randn(4, 16, 16, 16)
+    results: list[Any] = []
+    exact = copy.deepcopy(plain)
+    use_exact16_(exact, torch.bfloat16)
+    compiled = copy.deepcopy(exact)
+    compiled.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it compiles
+        for network in (plain, exact, compiled):
+            y = network(x)
+            y.square().sum().backward()
+            saved = saved_bytes(lambda network=network: network(x), network)
+            results.append((y.detach(), [p.grad for p in network.parameters()], saved))
+    _, (exact_y, exact_gradients, _), (y, gradients, saved) = results
+    assert (y != exact_y).float().mean() < 0.02  # a value on a threshold may fall to its other side
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
+        assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
+    assert 3 * saved <= results[0][2]
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
