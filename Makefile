@@ -1,11 +1,12 @@
 # make train [ARGS="norm=bn dataset=cifar10"]   set up, then train (the embedded digits if ARGS says nothing else)
 # make test                                    set up, then lint, types and tests
+# make faults                                  set up, then the whole bench of faults, and its report in results/faults
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test setup
+.PHONY: train test faults setup
 
 train: setup
 	$(BIN)/python train.py $(ARGS)
@@ -15,6 +16,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+faults: setup
+	FAULTS=full $(BIN)/pytest tests/faults -n 2 --dist worksteal
 
 setup: $(VENV)/.installed
 

@@ -180,7 +180,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pyte
     content = pickle.dumps({b"data": Hostile(marker)}, protocol=4)
     md5 = write_tar(tmp_path / "cifar-10-python.tar.gz", "x", {"data_batch_1": content})
     register(monkeypatch, "cifar10", md5=md5)
-    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz cannot be read: it asks for posix\.mkdir"):
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz cannot be read: it asks for .posix\.mkdir"):
         prepare("cifar10", tmp_path)
     assert not marker.exists()
     pickle.loads(content)  # it would have run
@@ -266,19 +266,18 @@ def test_cut_zip(tmp_path: Path, tiny: dict[str, bytes], keep: float) -> None:
     assert sorted(os.listdir(tmp_path)) == [".tinyimagenet.lock", "tiny-imagenet-200.zip"]
 
 
-def test_paths_that_leave_the_folder_write_nothing(tmp_path: Path, tiny: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("evil", ["../../evil.JPEG", "/absolute.JPEG", "../train/n01/images/up.JPEG", "a\nb.JPEG"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, tiny: dict[str, bytes], evil: str) -> None:
     root = tmp_path / "inner" / "root"
     root.mkdir(parents=True)
     image = next(content for name, content in tiny.items() if name.endswith(".JPEG"))
-    evil = {"../../evil.JPEG": image, f"{tmp_path}/absolute.JPEG": image, "../train/n01/images/up.JPEG": image}
-    write_zip(root / "tiny-imagenet-200.zip", tiny | evil)
-    assert len(load("tinyimagenet", root).train.labels) == 7
+    write_zip(root / "tiny-imagenet-200.zip", tiny | {evil: image})
+    with pytest.raises(
+        ValueError, match=r"tiny-imagenet-200\.zip: its member .* is not a path inside it: get the original"
+    ):
+        prepare("tinyimagenet", root)
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert found == {
-        "inner/root/.tinyimagenet.lock",
-        "inner/root/tiny-imagenet-200.zip",
-        "inner/root/tinyimagenet.npz",
-    }
+    assert found == {"inner/root/.tinyimagenet.lock", "inner/root/tiny-imagenet-200.zip"}
 
 
 def test_zip_bomb_is_refused_before_reading(
@@ -469,7 +468,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 def test_a_damaged_header_that_hides_the_rest_is_found(tmp_path: Path) -> None:
     file = tmp_path / "cifar10.npz"
-    split = {"images": pixels(4), "labels": np.arange(4)}
+    split = {"images": pixels(500), "labels": np.arange(500) % 10}
     arrays = {f"{part}_{key}": array for part in ("train", "test") for key, array in split.items()}
     np.savez(file, classes=np.array(list("abcdefghij")), test_boxes=np.ones((500, 4), np.int64), **arrays)
     assert load("cifar10", tmp_path).test_boxes is not None

@@ -212,9 +212,6 @@ def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> Non
     run(plan, "python train.py")
     text = (plan.directory / "config.yaml").read_text()
     (plan.directory / "config.yaml").write_text(text.replace("epochs: 2\n", "epochs: 3\n"))
-    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):  # a finished run's files have checksums
-        run(plan, "python train.py")
-    (plan.directory / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"another configuration \(different: recipe\.epochs\)"):
         run(plan, "python train.py")
 

@@ -428,8 +428,6 @@ def _check_same(this: RunPlan) -> RunResult | None:
         try:
             finished = read_result(directory)
         except DamagedFile as error:
-            if error.path.name == "config.yaml":
-                raise
             log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
         theirs = science(read_config(directory))
     except (DamagedFile, KeyError) as error:

@@ -15,7 +15,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # never through a link that somebody has put there
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from abn_exp.config import build_network
 from abn_exp.files import write_text_atomic
@@ -80,6 +81,9 @@ class RunResult:
     def cell(self) -> tuple[str, str, str, str]:
         """What was run, without the seed: (dataset, model, norm, variant)."""
         return self.dataset, self.model, self.norm, self.variant
+
+
+_RECORD = TypeAdapter(RunResult)
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,25 @@ def read_result(directory: Path) -> RunResult | None:
         return None
     _verify(directory)
     try:
-        record = json.loads(content)
+        record = json.loads(content, parse_constant=_no_number)
         if not isinstance(record, dict):
-            raise TypeError("it is not a record")
-    except (ValueError, TypeError) as error:
+            raise ValueError("it is not a record")
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(path, error) from error
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a record of schema {SCHEMA}, the one this version reads.")
     known = {f.name for f in fields(RunResult)}
     if missing := known - record.keys():
         raise DamagedFile(path, f"it lacks {', '.join(sorted(missing))}")
-    return RunResult(**{key: record[key] for key in known})
+    try:
+        return _RECORD.validate_json(json.dumps(record), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedFile(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number that is written")
 
 
 def _verify(directory: Path) -> None:
@@ -191,7 +203,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         try:
             metrics.append({"epoch": number} | json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines) - 1:
                 break
             raise DamagedFile(path, f"line {number + 1}, {error}") from error

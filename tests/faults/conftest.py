@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from abn_exp import provenance
 from abn_exp.results import read_checkpoint, read_metrics, read_result
 from conftest import REPOSITORY
 
@@ -94,6 +95,8 @@ class Cli:
         its number, or a part of its path."""
         self.count += 1
         out, err, trace = (self.folder / f"{self.count}.{kind}" for kind in ("out", "err", "trace"))
+        out.touch()  # it may be killed before it has opened them
+        err.touch()
         job = {"arguments": arguments, "env": env or {}, "inject": inject, "cwd": str(cwd), "out": str(out)}
         job |= {"err": str(err), "trace": str(trace), "kill_at": kill_at, "watch": str(watch) if watch else None}
         return Started(self._ask(start=job), out, err, trace)
@@ -153,7 +156,7 @@ def account() -> Account:
         if FULL:
             RESULTS.mkdir(parents=True, exist_ok=True)
             with open(RESULTS / "account.jsonl", "a") as file:
-                file.write(json.dumps([part, fault, tried, len(lost)]) + "\n")
+                file.write(json.dumps([part, fault, tried, min(len(lost), tried)]) + "\n")
         assert tried > 0
         assert not lost, "\n".join(lost)
 
@@ -200,21 +203,50 @@ def until(condition: Callable[[], object], seconds: float = 60) -> bool:
     return False
 
 
+ACCOUNTS = RESULTS / "account.jsonl"
+PARTS = ["kill", "disk", "damage", "two at once", "numbers", "W&B", "bad input", "hostile", "soak"]
+HEAD = """# The bench of faults
+
+What this project was subjected to and what became of it: each row is a kind of fault, how often it was tried, and how
+often the run, its record and the words about it were as they should be (survived) or not (lost).
+Written by `make faults` at commit {commit} on {device}, with {versions}.
+
+"""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if FULL and not hasattr(session.config, "workerinput"):
+        ACCOUNTS.unlink(missing_ok=True)  # of a bench that was stopped
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Turn the accounts of all processes into the report."""
-    accounts = RESULTS / "account.jsonl"
-    if not FULL or hasattr(session.config, "workerinput") or not accounts.is_file():
+    if not FULL or hasattr(session.config, "workerinput") or not ACCOUNTS.is_file():
         return
     total: dict[tuple[str, str], list[int]] = {}
-    for line in accounts.read_text().splitlines():
+    for line in ACCOUNTS.read_text().splitlines():
         part, fault, tried, lost = json.loads(line)
         entry = total.setdefault((part, fault), [0, 0])
         entry[0] += tried
         entry[1] += lost
-    accounts.unlink()
-    rows = [[*key, tried, tried - lost, lost] for key, (tried, lost) in sorted(total.items())]
+    ACCOUNTS.unlink()
+    rows = [[*key, tried, tried - lost, lost] for key, (tried, lost) in total.items()]
+    rows.sort(key=lambda row: (PARTS.index(row[0]), row[1]))
     header = ["part", "fault", "tried", "survived", "lost"]
     with open(RESULTS / "report.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    lines = [f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * 2 + ["--:"] * 3, *rows]]
-    (RESULTS / "report.md").write_text("\n".join(lines) + "\n")
+    first = {row[0]: row for row in reversed(rows)}  # a part is named in its first row only
+    shown = [[row[0] if row is first[row[0]] else "", *row[1:]] for row in rows]
+    shown.append(["**all**", "", *(f"**{sum(row[i] for row in rows)}**" for i in (2, 3, 4))])
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * 2 + ["--:"] * 3, *shown]]
+    head = HEAD.format(
+        commit=provenance.git_commit(),
+        device=provenance.device_name(torch.device("cpu"), 1),
+        versions=", ".join(f"{name} {version}" for name, version in provenance.versions().items()),
+    )
+    if session.testsfailed:
+        lines += [
+            "",
+            f"{session.testsfailed} tests failed; a fault whose test broke off before its end is not listed.",
+        ]
+    (RESULTS / "report.md").write_text(head + "\n".join(lines) + "\n")

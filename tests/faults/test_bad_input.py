@@ -73,7 +73,7 @@ WRONG: dict[str, list[str]] = {
     "wandb.dir": TEXT,
     "model._target_": ["null", "''", "1", "os.system", "abn_exp.models.nothing", "nothing", "torch.nn.Linear", "[]"],
     "model.width": [*NUMBER, "null", "0", "-1", "1e6"],
-    "model.binarization": ["1", "abc", "null", "[]", "{}", "{_target_: os.system}", "{_target_: torch.nn.Identity}"],
+    "model.binarization": ["1", "abc", "null", "[]", "{_target_: os.system}", "{_target_: torch.nn.Identity}"],
     "model.binarization.weight_estimator": CHOICE,
     "model.binarization.activation_estimator": CHOICE,
     "model.binarization.sign_zero": CHOICE,
@@ -102,7 +102,8 @@ WRONG: dict[str, list[str]] = {
     **{
         group: ["nothing", "''", "[]", "../norm/abn", "/norm/abn"] for group in ("dataset", "model", "norm", "recipe")
     },
-    **{group: ["nothing", "[]"] for group in ("wandb", "seeds", "study")},
+    "wandb": ["nothing", "[]"],
+    **{group: ["nothing"] for group in ("seeds", "study")},  # an empty list of them means none
     **{f"+{place}key_of_nothing": ["1"] for place in ("", "dataset.", "model.", "norm.", "recipe.", "wandb.")},
     **{f"{place}key_of_nothing": ["1"] for place in ("", "dataset.", "model.", "norm.", "recipe.", "wandb.")},
     **{f"~{key}": [""] for key in ("seed", "recipe.epochs", "dataset.root", "model._target_", "norm._target_")},

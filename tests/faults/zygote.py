@@ -93,6 +93,7 @@ def main() -> None:
     import sklearn.datasets
     import wandb  # noqa: F401
 
+    import abn_exp.experiment
     import abn_exp.sweep  # noqa: F401
 
     sklearn.datasets.load_digits()

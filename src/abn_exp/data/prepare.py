@@ -11,7 +11,6 @@ import itertools
 import logging
 import urllib.request
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,16 +204,25 @@ _REMEDY = "delete it, and it will be made again from its source"
 
 def _check(arrays: Arrays, info: DatasetInfo | None) -> None:
     """Raise ValueError where shapes, types and labels contradict each other or the catalog."""
-    size = arrays["train_images"].shape[-1] if info is None else info.image_size
+    needed = {"train_images", "train_labels", "test_images", "test_labels", "classes"}
+    if arrays.keys() - {"test_boxes", "fingerprint"} != needed:
+        raise ValueError(f"it holds {sorted(arrays)} instead of {sorted(needed)}")
+    if arrays["classes"].ndim != 1 or arrays["classes"].dtype.kind != "U":
+        raise ValueError("its classes are not a list of names")
+    size = arrays["train_images"].shape[-1:] if info is None else (info.image_size,)
     num_classes = len(arrays["classes"]) if info is None else info.num_classes
     if len(arrays["classes"]) != num_classes:
         raise ValueError(f"it has {len(arrays['classes'])} classes instead of {num_classes}")
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.shape != (len(labels), 3, size, size) or labels.dtype != np.int64:
-            raise ValueError(f"its {split} images are {images.dtype} {images.shape} for {len(labels)} labels")
+        shape = (*labels.shape, 3, *size, *size)
+        if images.dtype != np.uint8 or images.shape != shape or labels.dtype != np.int64 or labels.ndim != 1:
+            raise ValueError(f"its {split} images are {images.dtype} {images.shape} for {labels.shape} labels")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(f"its {split} labels are not all from 0 to {num_classes - 1}")
+    boxes = arrays.get("test_boxes")
+    if boxes is not None and (boxes.dtype != np.int64 or boxes.shape != (len(arrays["test_labels"]), 4)):
+        raise ValueError(f"its test boxes are {boxes.dtype} {boxes.shape}")
 
 
 def _write(target: Path, arrays: Arrays, info: DatasetInfo | None) -> None:
@@ -243,16 +251,7 @@ def _read(file: Path, only: str | None = None) -> Arrays:
                         arrays[key] = np.lib.format.read_array(stream, allow_pickle=False)
                         stream.read()  # the checksum is verified at the end, which a damaged header may hide
         return arrays if only is None else {only: arrays[only]}
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        MemoryError,  # for what a damaged header promises
-        zlib.error,
-    ) as error:
+    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
         raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error
 
 
