@@ -1,6 +1,7 @@
 """What several test files share: composing a configuration as the command line would, on a small machine."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hydra import compose, initialize_config_dir
 
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
 torch.set_num_threads(1)
+# A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from abn_exp.plan import RunPlan, plan  # noqa: E402  (the environment must be set before)
 

@@ -90,7 +90,7 @@ class EpochRecord(pl.Callback):
             metrics |= pl_module.evaluated
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics |= self._binary_metrics(pl_module)
-        images = len(trainer.train_dataloader.labels)  # type: ignore[union-attr]
+        images = len(trainer.train_dataloader.loader.labels)  # type: ignore[union-attr]
         metrics |= {"seconds": seconds, "images_per_second": images / training}
         self.lines.append(metrics)
         if trainer.is_global_zero:
@@ -134,8 +134,8 @@ class Bar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, transient=True)
-        total = int(trainer.estimated_stepping_batches)
-        self.task = self.progress.add_task("", total=total, completed=trainer.global_step, epoch=1)
+        assert isinstance(pl_module, LitClassifier)
+        self.task = self.progress.add_task("", total=pl_module.steps, completed=trainer.global_step, epoch=1)
         self.progress.start()
         self._send_logs_to(sys.stdout)  # which the bar has replaced by a stream that prints above it
 

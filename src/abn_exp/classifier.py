@@ -8,8 +8,10 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
@@ -23,7 +25,8 @@ class LitClassifier(pl.LightningModule):
     """A network that learns to classify images (B, 3, S, S) into labels (B,) by cross-entropy.
 
     Each stage adds up loss, top-1 and top-5 on the device and gives means over images once an epoch
-    (`epoch_metrics`), so that no step waits for the device.
+    (`epoch_metrics`), so that no step waits for the device. Training takes bundles of batches (`Bundles`), so that
+    what Lightning costs is spent once a bundle and not once a step.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class LitClassifier(pl.LightningModule):
         recipe: RecipeConfig,
         seed: int,
         num_classes: int,
+        steps_per_epoch: int,
         eval_stages: tuple[Stage, ...] = ("val",),
         sync_norm: bool = False,
     ) -> None:
@@ -40,6 +44,8 @@ class LitClassifier(pl.LightningModule):
         `sync_norm`: whether batch norms take their statistics over the batches of all processes.
         """
         super().__init__()
+        self.automatic_optimization = False
+        self.steps = steps_per_epoch * recipe.epochs
         self.network = network
         self.num_classes = num_classes
         self.recipe = recipe
@@ -78,13 +84,22 @@ class LitClassifier(pl.LightningModule):
         if self.recipe.optimizer.rebuild_each_epoch:
             self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
-            return self._shared_step(batch, "train")
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.recipe.clip_latent_weights:
-            clip_latent_weights_(self.network)
+    def training_step(self, batches: list[tuple[Tensor, Tensor]], batch_index: int) -> None:
+        """Take a step of the optimizer on each batch of a bundle."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(scheduler, LambdaLR)
+        for batch in batches:
+            if self.trainer.received_sigterm:  # Lightning ends the run as soon as this returns
+                return
+            with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
+                loss = self._shared_step(batch, "train")
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            scheduler.step()
+            if self.recipe.clip_latent_weights:
+                clip_latent_weights_(self.network)
 
     def on_validation_epoch_start(self) -> None:
         self._share_buffers()
@@ -126,12 +141,9 @@ class LitClassifier(pl.LightningModule):
             optimizer = torch.optim.SGD(
                 self.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
             )
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = self.recipe.schedule.warmup_epochs * steps // self.recipe.epochs
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate(step, steps, warmup, self.recipe.schedule.name)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        warmup = self.recipe.schedule.warmup_epochs * self.steps // self.recipe.epochs
+        scheduler = LambdaLR(optimizer, lambda step: rate(step, self.steps, warmup, self.recipe.schedule.name))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
 def rate(step: int, steps: int, warmup: int, schedule: Literal["constant", "cosine", "linear"]) -> float:

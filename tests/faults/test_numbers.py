@@ -27,10 +27,10 @@ LitClassifier.on_train_batch_end = befall
 """
 IN_IMAGES = """
 real = LitClassifier.training_step
-def befall(self, batch, *rest):
+def befall(self, batches, *rest):
     if later(self):
-        batch = batch[0] * float("{}"), batch[1]
-    return real(self, batch, *rest)
+        batches = [(images * float("{}"), labels) for images, labels in batches]
+    return real(self, batches, *rest)
 LitClassifier.training_step = befall
 """
 IN_LOSS = """

@@ -10,15 +10,16 @@ from torch import Tensor
 from abn_exp.benchmark.measure import synchronize
 from abn_exp.classifier import LitClassifier
 from abn_exp.config import Config
+from abn_exp.data.loader import Bundles
 from abn_exp.data.prepare import ImageDataset
-from abn_exp.experiment import loaders_of, network_of, trainer_options
+from abn_exp.experiment import BUNDLE, loaders_of, network_of, trainer_options
 
 
 class _Clock(pl.Callback):
-    """Notes when the steps after the first `warm` ones, or an evaluation, begin and end; data are included."""
+    """Notes when the bundles after the first `warm` ones, or an evaluation, begin and end; data are included."""
 
-    def __init__(self, device: torch.device, warm: int = 0, steps: int = 0) -> None:
-        self.device, self.warm, self.last = device, warm, warm + steps
+    def __init__(self, device: torch.device, warm: int = 0, bundles: int = 0) -> None:
+        self.device, self.warm, self.last = device, warm, warm + bundles
         self.done, self.start, self.seconds = 0, 0.0, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -46,8 +47,9 @@ class OurLoop:
         self.network = network_of(config, "abn", classes, device)
         if config.compile:
             self.network.compile()
-        self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes)
         self.loaders = loaders_of(config, data, device)
+        steps = len(self.loaders["train"])
+        self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3)
 
     def _trainer(self, **options: Any) -> pl.Trainer:
@@ -57,7 +59,7 @@ class OurLoop:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.classifier.training_step((images, labels), 0)
+            return self.classifier._shared_step((images, labels), "train")
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """One step of training on one batch, without the trainer."""
@@ -68,12 +70,13 @@ class OurLoop:
         self.optimizer.zero_grad()
 
     def train(self, warm: int, steps: int) -> float:
-        """Return the time of a step with its data, the mean of `steps` after `warm` others."""
-        clock = _Clock(self.device, warm, steps)
-        self._trainer(max_epochs=-1, max_steps=warm + steps, callbacks=[clock]).fit(
-            self.classifier, self.loaders["train"]
-        )
-        return clock.seconds / steps
+        """Return the time of a step with its data, the mean of `steps` after `warm` others, or one bundle more."""
+        bundle = min(BUNDLE, steps)
+        warm, timed = -(-warm // bundle), -(-steps // bundle)
+        clock = _Clock(self.device, warm, timed)
+        trainer = self._trainer(max_epochs=-1, max_steps=(warm + timed) * bundle, callbacks=[clock])
+        trainer.fit(self.classifier, Bundles(self.loaders["train"], bundle))
+        return clock.seconds / (timed * bundle)
 
     def evaluate(self) -> float:
         """Return the time an image takes to evaluate."""
@@ -84,6 +87,6 @@ class OurLoop:
     def epoch(self) -> float:
         """Return the time of a pass over all training images, the trainer's start included."""
         start = time.perf_counter()
-        self._trainer(max_epochs=1).fit(self.classifier, self.loaders["train"])
+        self._trainer(max_epochs=1).fit(self.classifier, Bundles(self.loaders["train"], BUNDLE))
         synchronize(self.device)
         return time.perf_counter() - start

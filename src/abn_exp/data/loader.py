@@ -1,6 +1,7 @@
 """Batches from a data set that lies on the device whole, cropped and flipped there, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -139,3 +140,26 @@ class BatchLoader:
         top, left = corners.unbind(1)
         left = torch.where(mirror == 1, 2 * self.padding - left, left)
         return order.to(self.device), top.to(self.device), left.to(self.device), mirror.to(self.device)
+
+
+class Bundles:
+    """A training loader's batches in lists of `size`, the last one shorter."""
+
+    batch_sampler = None
+
+    def __init__(self, loader: BatchLoader, size: int) -> None:
+        self.loader = loader
+        self.size = size
+
+    @property
+    def sampler(self) -> BatchLoader:
+        """The object whose ``set_epoch`` Lightning calls."""
+        return self.loader
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        batches = iter(self.loader)
+        while bundle := list(islice(batches, self.size)):
+            yield bundle
