@@ -12,7 +12,7 @@ from torch import nn
 from abn_exp import exact16, models
 from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
 from abn_exp.data.prepare import load
-from abn_exp.exact16 import EXACT_TO, check_exact16, part_of, use_exact16_
+from abn_exp.exact16 import EXACT_TO, check_exact16, has_integer_conv2d, part_of, use_exact16_
 from abn_exp.experiment import loaders_of, network_of, run
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.plan import RunPlan
@@ -22,10 +22,13 @@ from conftest import TINY
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def both(layer: nn.Module, dtype: torch.dtype = BF16) -> tuple[nn.Module, nn.Module]:
+INTEGERS = [False, True] if has_integer_conv2d(torch.device("cpu")) else [False]
+
+
+def both(layer: nn.Module, dtype: torch.dtype = BF16, integers: bool = False) -> tuple[nn.Module, nn.Module]:
     """The layer, and the same one in exact16."""
     other = copy.deepcopy(layer)
-    use_exact16_(other, dtype)
+    use_exact16_(other, dtype, integers=integers)
     return layer, other
 
 
@@ -61,21 +64,25 @@ def test_a_kernel_too_large_for_the_type_stays_in_float32():
     assert part_of(layer, BF16) == 0
     assert part_of(layer, FP16) == 2
     use_exact16_(layer, BF16)
-    assert layer.multiply is F.conv2d
+    assert layer.product is None
 
 
+@pytest.mark.parametrize("integers", INTEGERS)
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pad_value", [0.0, -1.0, 1.0])
 @pytest.mark.parametrize("sign_zero", ["plus", "zero"])
 @pytest.mark.parametrize("channels", [3, 57, 58, 320])
-def test_conv_equals_float32_whatever_the_weights_are(channels, sign_zero, pad_value):
+def test_conv_equals_float32_whatever_the_weights_are(channels, sign_zero, pad_value, stride, integers):
     """Sums from one end of the range to the other; bfloat16 without parts would round most of them."""
     binarization = Binarization(sign_zero=sign_zero, pad_value=pad_value)
-    plain, exact = both(BinaryConv2d(channels, 6, 3, padding=1, binarization=binarization))
+    layer = BinaryConv2d(channels, 6, 3, stride, padding=1, binarization=binarization)
+    plain, exact = both(layer, integers=integers)
     random = torch.Generator().manual_seed(0)
     for share in (0.0, 0.1, 0.5, 0.9):
         weight = torch.rand(plain.weight.shape, generator=random) - share
         x = torch.rand(2, channels, 6, 6, generator=random) - share
         x[:, ::7] = 0.0
+        x[:, 1::7] = -0.0
         plain.weight.data, exact.weight.data = weight, weight.clone()
         assert torch.equal(plain(x), exact(x))
     if channels == 320:
@@ -105,6 +112,31 @@ def test_a_bias_is_added_in_float32(layer):
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "pad_value"),
+    [("identity", 0.0), ("identity", 1.0), ("clipped", 0.0), ("approx_sign", -1.0), ("reste", 0.0)],
+)
+def test_both_ways_have_the_same_gradients_bit_for_bit(estimator, pad_value):
+    binarization = Binarization(estimator, estimator, pad_value=pad_value)
+    layer = BinaryConv2d(6, 4, 3, 2, padding=1, binarization=binarization).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 9, 9).to(memory_format=torch.channels_last)
+    upstream = torch.randn_like(layer(x)).bfloat16().float()
+    gradients = []
+    for integers in [*INTEGERS, None]:
+        network = layer if integers is None else both(layer, integers=integers)[1]
+        network.weight.grad = None
+        leaf = x.clone().requires_grad_()
+        network(leaf).backward(upstream)
+        gradients.append((leaf.grad, network.weight.grad))
+    *exact, plain = gradients
+    for found in exact:
+        for a, b, c in zip(found, exact[0], plain, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c, rtol=2**-7, atol=2**-7)
+            assert torch.equal(a == 0, c == 0)
 
 
 @pytest.mark.parametrize("layer", [BinaryConv2d(64, 32, 3, padding=1), BinaryLinear(600, 40)])
@@ -140,10 +172,12 @@ def test_gradients_are_not_made_where_they_are_not_asked_for():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("integers", INTEGERS)
 @pytest.mark.parametrize("model", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
-def test_a_network_s_forward_pass_is_float32_s(model):
+def test_a_network_s_forward_pass_is_float32_s(model, integers):
     network = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.5)
-    plain, exact = both(models.initialize_(network, 0))
+    models.initialize_(network, 0).to(memory_format=torch.channels_last)  # as a run's; norms add up in that order
+    plain, exact = both(network, integers=integers)
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(plain(x), exact(x))
     assert torch.equal(plain.eval()(x), exact.eval()(x))
@@ -161,9 +195,10 @@ def test_a_trained_network_evaluates_bit_for_bit_the_same(make_plan: Callable[..
     assert torch.equal(plain(images[:64]), exact(images[:64]))
 
 
-def test_the_check_passes_here_and_leaves_the_network_as_it_was():
+@pytest.mark.parametrize("integers", INTEGERS)
+def test_the_check_passes_here_and_leaves_the_network_as_it_was(integers):
     network = models.resnet18_paper(10, 32, AttentionBatchNorm2d, width=5)
-    use_exact16_(network, BF16)
+    use_exact16_(network, BF16, integers=integers)
     network.layer1.eval()
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     check_exact16(network, torch.zeros(2, 3, 32, 32))
@@ -181,15 +216,15 @@ def test_the_check_finds_a_kernel_that_rounds(kind):
     use_exact16_(layer, BF16)
     x = torch.zeros(2, 64, 8, 8) if kind == "conv" else torch.zeros(2, 600)
     check_exact16(layer, x)
-    multiply = layer.multiply
-    layer.multiply = lambda *arguments: multiply(*arguments) * (1 + 2**-9)
+    product = layer.product
+    layer.product = lambda *arguments: product(*arguments) * (1 + 2**-9)
     with pytest.raises(ValueError, match="not exact; use precision=fp32"):
         check_exact16(layer, x)
 
 
 def test_the_check_finds_parts_that_are_too_large():
     layer = BinaryConv2d(320, 8, 3)
-    layer.multiply = partial(exact16._conv2d, dtype=BF16, part=320)
+    layer.product = partial(exact16._product, layer=layer, dtype=BF16, part=320, integers=False)
     with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, torch.zeros(2, 320, 8, 8))
 
@@ -200,4 +235,4 @@ def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> Non
         network = network_of(config, "abn", 10, torch.device("cpu"))
         layers = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
         assert len(layers) == 7
-        assert sum(isinstance(layer.multiply, partial) for layer in layers) == expected
+        assert sum(layer.product is not None for layer in layers) == expected

@@ -36,31 +36,32 @@ def _inside(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     return grad - torch.ops.aten.hardshrink_backward(grad, x, bound)
 
 
+def ste_gradient(grad: Tensor, x: Tensor, estimator: Estimator, clip_value: float = 1.0) -> Tensor:
+    """Return grad * s(x), the gradient of `sign_ste`."""
+    if estimator == "identity":
+        return grad
+    if estimator == "clipped":
+        return _inside(grad, x, clip_value)
+    if estimator == "approx_sign":
+        return grad * F.relu(2 - 2 * x.abs())
+    exponent = (1 - RESTE_POWER) / RESTE_POWER
+    power_slope = x.abs().clamp_min(RESTE_LINEAR).pow(exponent) / RESTE_POWER
+    near = _inside(grad, x, RESTE_LINEAR)
+    return near * RESTE_LINEAR**exponent + (_inside(grad, x, RESTE_CLIP) - near) * power_slope
+
+
 class _SignSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, estimator: Estimator, clip_value: float, sign_zero: SignZero) -> Tensor:
         ctx.estimator, ctx.clip_value = estimator, clip_value
-        if estimator != "identity":
-            # x and not a mask of it: latent weights and Hardtanh's outputs are kept anyway, a mask is extra.
-            ctx.save_for_backward(x)
+        # x and not a mask of it: latent weights and Hardtanh's outputs are kept anyway, a mask is extra.
+        ctx.save_for_backward(None if estimator == "identity" else x)
         return sign(x) if sign_zero == "plus" else sign0(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grads
-        if ctx.estimator == "identity":
-            return grad, None, None, None
         (x,) = ctx.saved_tensors
-        if ctx.estimator == "clipped":
-            grad = _inside(grad, x, ctx.clip_value)
-        elif ctx.estimator == "approx_sign":
-            grad = grad * F.relu(2 - 2 * x.abs())
-        else:
-            exponent = (1 - RESTE_POWER) / RESTE_POWER
-            power_slope = x.abs().clamp_min(RESTE_LINEAR).pow(exponent) / RESTE_POWER
-            near = _inside(grad, x, RESTE_LINEAR)
-            grad = near * RESTE_LINEAR**exponent + (_inside(grad, x, RESTE_CLIP) - near) * power_slope
-        return grad, None, None, None
+        return ste_gradient(grads[0], x, ctx.estimator, ctx.clip_value), None, None, None
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -126,6 +127,9 @@ class Binarization:
 
 DEFAULT_BINARIZATION = Binarization()
 
+# From input and latent weights to a layer's sums, without its bias: abn_exp.exact16 has another way to get them.
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 class BinaryConv2d(nn.Conv2d):
     r"""Convolution of binary activations with binary weights; ``weight`` holds the latent (real) weights.
@@ -148,16 +152,22 @@ class BinaryConv2d(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.binarization = binarization
-        self.multiply: Callable[..., Tensor] = F.conv2d  # abn_exp.exact16 puts another in its place
+        self.product: Product | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.product is not None:
+            y = self.product(input, self.weight)
+            return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         x, weight = self.binarization.activations(input), self.binarization.weights(self.weight)
         if self.binarization.pad_value == 0:
-            return self.multiply(x, weight, self.bias, self.stride, self.padding)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(self.pad(x, self.binarization.pad_value), weight, self.bias, self.stride)
+
+    def pad(self, x: Tensor, value: float) -> Tensor:
+        """Return x with a border of `value`."""
         assert isinstance(self.padding, tuple)
         height, width = self.padding
-        x = F.pad(x, (width, width, height, height), value=self.binarization.pad_value)
-        return self.multiply(x, weight, self.bias, self.stride)
+        return F.pad(x, (width, width, height, height), value=value)
 
 
 class BinaryLinear(nn.Linear):
@@ -177,11 +187,14 @@ class BinaryLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.binarization = binarization
-        self.multiply: Callable[..., Tensor] = F.linear
+        self.product: Product | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.product is not None:
+            y = self.product(input, self.weight)
+            return y if self.bias is None else y + self.bias
         x, weight = self.binarization.activations(input), self.binarization.weights(self.weight)
-        return self.multiply(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Binary products in a 16-bit type with the results of float32, bit for bit (`precision=exact16`)."""
+"""Binary products in 16 bits or fewer with the results of float32, bit for bit (`precision=exact16`)."""
 
 from functools import partial
 from typing import Any
@@ -7,67 +7,104 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abn_exp.binarize import BinaryConv2d, BinaryLinear
+from abn_exp.binarize import BinaryConv2d, BinaryLinear, SignZero, sign0, ste_gradient
 
 # Up to here a type holds every integer; up to twice that, every even one.
 EXACT_TO = {torch.bfloat16: 2**8, torch.float16: 2**11}
+BinaryLayer = BinaryConv2d | BinaryLinear
+
+
+def _signs(x: Tensor, sign_zero: SignZero, dtype: torch.dtype) -> Tensor:
+    """Return the signs of x, in fewer passes than in x's type and then converted."""
+    if sign_zero == "zero":
+        return sign0(x).to(dtype)
+    return (x < 0).to(dtype).mul_(-2).add_(1)  # -0 and NaN are not below 0, as in `sign`
 
 
 class _Product(torch.autograd.Function):
-    """A binary convolution, or linear layer, in a 16-bit type, by parts whose sums that type can hold.
+    """Input (B, in, ...) and latent weights (out, in, ...) -> sums of products of their signs, in float32.
 
-    The parts are added in float32: the result is float32's, bit for bit. The gradients are products in bfloat16,
-    whose exponents reach as far as float32's, accumulated in float32.
+    Forward, `part` input channels at a time are multiplied in `dtype`, which holds their sums, and these are added in
+    float32; or all at once as 8-bit integers, of which a CPU makes twice as many as of bfloat16 (`integers`). Either
+    is float32's result, bit for bit. The gradients are products in bfloat16, whose exponents reach as far as
+    float32's, accumulated in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Any, dtype: torch.dtype, part: int) -> Tensor:
-        x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, latent: Tensor, layer: BinaryLayer, dtype: torch.dtype, part: int, integers: bool
+    ) -> Tensor:
+        b = layer.binarization
+        compiling = torch.compiler.is_compiling()
+        ctx.layer = layer
+        ctx.integers = integers and not compiling
+        signs, weight = (_signs(t, b.sign_zero, torch.int8 if ctx.integers else dtype) for t in (x, latent))
+        geometry: Any = None
+        if isinstance(layer, BinaryConv2d):
+            geometry = (layer.stride, layer.padding)
+            if b.pad_value != 0:
+                signs, geometry = layer.pad(signs, b.pad_value), (layer.stride, (0, 0))
         ctx.geometry = geometry
+        ctx.save_for_backward(
+            signs,
+            weight,
+            None if b.activation_estimator == "identity" else x,
+            None if b.weight_estimator == "identity" else latent,
+        )
+        if ctx.integers:
+            assert geometry is not None
+            return _integer_conv2d(signs, weight, *geometry)
         y: Tensor | None = None
-        for a, b in zip(x.split(part, 1), weight.split(part, 1), strict=True):
-            sums = F.linear(a, b) if geometry is None else F.conv2d(a, b, None, *geometry)
+        for a, w in zip(signs.split(part, 1), weight.split(part, 1), strict=True):
+            sums = F.linear(a, w) if geometry is None else F.conv2d(a, w, None, *geometry)
             y = sums.float() if y is None else y.add_(sums)
         assert y is not None
-        if torch.compiler.is_compiling() and weight[0].numel() < 2**15:
+        if compiling and weight[0].numel() < 2**15:
             y = y.to(torch.int16).float()  # the integers are what is kept for the norm's gradient
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = (saved.to(torch.bfloat16) for saved in ctx.saved_tensors)
-        grad = grads[0].to(torch.bfloat16)
+        signs, weight, x, latent = ctx.saved_tensors
+        b, geometry = ctx.layer.binarization, ctx.geometry
+        signs, weight, grad = (t.to(torch.bfloat16) for t in (signs, weight, grads[0]))
         of_x, of_weight = ctx.needs_input_grad[:2]
-        if ctx.geometry is None:
-            grad_x, grad_weight = grad @ weight if of_x else None, grad.T @ x if of_weight else None
+        grad_x: Any
+        grad_weight: Any
+        if geometry is None:
+            grad_x, grad_weight = grad @ weight if of_x else None, grad.T @ signs if of_weight else None
         else:
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, *ctx.geometry, (1, 1), False, (0, 0), 1, (of_x, of_weight, False)
+                grad, signs, weight, None, *geometry, (1, 1), False, (0, 0), 1, (of_x, of_weight, False)
             )
-        return *(None if g is None else g.float() for g in (grad_x, grad_weight)), None, None, None
+        if of_x:
+            if b.pad_value != 0 and geometry is not None:
+                height, width = ctx.layer.padding
+                grad_x = F.pad(grad_x, (-width, -width, -height, -height))
+            grad_x = ste_gradient(grad_x.float(), x, b.activation_estimator)
+        if of_weight:
+            grad_weight = ste_gradient(grad_weight.float(), latent, b.weight_estimator)
+        return grad_x, grad_weight, None, None, None, None
 
 
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    *,
-    dtype: torch.dtype,
-    part: int,
-) -> Tensor:
-    y = _Product.apply(x, weight, (stride, padding), dtype, part)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+def _integer_conv2d(signs: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    """Return the convolution, in float32, of signs (int8) with binary weights (int8)."""
+    one, zero, out = 1, torch.zeros(len(weight), dtype=torch.int32), torch.ones(len(weight))
+    # The kernel takes inputs from 0 on, and where their zero is.
+    packed = torch.ops.onednn.qconv_prepack(weight, out, 1.0, one, stride, padding, (1, 1), 1, signs.shape)
+    return torch.ops.onednn.qconv2d_pointwise(
+        (signs + one).view(torch.uint8), 1.0, one, packed, out, zero, None,
+        stride, padding, (1, 1), 1, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, part: int) -> Tensor:
-    y = _Product.apply(x, weight, None, dtype, part)
-    return y if bias is None else y + bias
+def has_integer_conv2d(device: torch.device) -> bool:
+    """Return whether the device has 8-bit convolutions that are worth it: a CPU with vectors and oneDNN."""
+    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return device.type == "cpu" and vectors and hasattr(torch.ops.onednn, "qconv2d_pointwise")
 
 
-def part_of(layer: BinaryConv2d | BinaryLinear, dtype: torch.dtype) -> int:
+def part_of(layer: BinaryLayer, dtype: torch.dtype) -> int:
     """Return of how many input channels `dtype` holds every sum that this layer can make; 0: of not even one.
 
     Sums of +-1 over an even number of channels are even, also at a border of zeros, which leaves out whole pixels.
@@ -82,21 +119,27 @@ def part_of(layer: BinaryConv2d | BinaryLinear, dtype: torch.dtype) -> int:
     return -(-channels // (parts * step)) * step
 
 
-def use_exact16_(network: nn.Module, dtype: torch.dtype) -> None:
+def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = False) -> None:
     """Let the binary layers of `network` multiply in `dtype`, float16 or bfloat16, in place.
 
     Forward, a layer's results are float32's, whatever the weights are: a sum that the type might not hold is made of
-    parts that it does. (A bias is added last, and float32 begins with it; no network here has one.) A layer of which
-    not even one channel is sure stays as it is. Backward, the products are bfloat16's. Everything but the products
-    of binary layers stays in float32.
+    parts that it does; with `integers`, convolutions are made of 8-bit ones, which hold any. (A bias is added last,
+    and float32 begins with it; no network here has one.) A layer of which not even one channel is sure stays as it
+    is. Backward, the products are bfloat16's. Everything but the products of binary layers stays in float32.
     """
     # A matrix product that is split between thread blocks would be rounded in between.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for layer in network.modules():
-        if isinstance(layer, BinaryConv2d | BinaryLinear) and (part := part_of(layer, dtype)):
-            multiply = _conv2d if isinstance(layer, BinaryConv2d) else _linear
-            layer.multiply = partial(multiply, dtype=dtype, part=part)
+        if isinstance(layer, BinaryLayer) and (part := part_of(layer, dtype)):
+            whole = integers and isinstance(layer, BinaryConv2d)
+            layer.product = partial(_product, layer=layer, dtype=dtype, part=part, integers=whole)
+
+
+def _product(
+    x: Tensor, latent: Tensor, *, layer: BinaryLayer, dtype: torch.dtype, part: int, integers: bool
+) -> Tensor:
+    return _Product.apply(x, latent, layer, dtype, part, integers)
 
 
 @torch.no_grad()
@@ -110,23 +153,23 @@ def check_exact16(network: nn.Module, images: Tensor) -> None:
 
     def signs(like: Tensor) -> Tensor:
         """Random signs of the shape, the device and the memory format of another tensor."""
-        return torch.empty_like(like).copy_(torch.rand(like.shape, generator=random).sub_(0.25).sign_())
+        return torch.empty_like(like).copy_(torch.rand(like.shape, generator=random).ge(0.25)).mul_(2).sub_(1)
 
-    def compare(layer: BinaryConv2d | BinaryLinear, inputs: tuple[Tensor]) -> None:
+    def compare(layer: BinaryLayer, inputs: tuple[Tensor]) -> None:
+        if layer.product is None:
+            return
         x, weight = signs(inputs[0]), signs(layer.weight)
+        y = layer.product(x, weight)
         few, weight64 = torch.stack([x[0], x[-1]]).cpu().double(), weight.cpu().double()
         if isinstance(layer, BinaryConv2d):
-            y = layer.multiply(x, weight, None, layer.stride, layer.padding)
-            expected = F.conv2d(few, weight64, None, layer.stride, layer.padding)
+            expected = F.conv2d(layer.pad(few, layer.binarization.pad_value), weight64, None, layer.stride)
         else:
-            y, expected = layer.multiply(x, weight, None), F.linear(few, weight64)
+            expected = F.linear(few, weight64)
         if not torch.equal(torch.stack([y[0], y[-1]]).cpu().double(), expected):
             raise ValueError(f"precision=exact16, but products on {x.device} are not exact; use precision=fp32.")
 
     hooks = [
-        layer.register_forward_pre_hook(compare)
-        for layer in network.modules()
-        if isinstance(layer, BinaryConv2d | BinaryLinear)
+        layer.register_forward_pre_hook(compare) for layer in network.modules() if isinstance(layer, BinaryLayer)
     ]
     training = [(module, module.training) for module in network.modules()]
     try:

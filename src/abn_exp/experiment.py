@@ -45,7 +45,7 @@ from abn_exp.config import (
 )
 from abn_exp.data.loader import BatchLoader, Bundles
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
-from abn_exp.exact16 import check_exact16, use_exact16_
+from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.models import initialize_
 from abn_exp.plan import RunPlan
@@ -177,7 +177,8 @@ def network_of(config: Config, norm: str, num_classes: int, device: torch.device
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
-        use_exact16_(network, torch.bfloat16 if device.type == "cpu" else torch.float16)
+        dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+        use_exact16_(network, dtype, integers=has_integer_conv2d(device))
         try:
             check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
         except ValueError as error:
