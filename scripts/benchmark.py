@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from abn_exp import provenance
-from abn_exp.benchmark import report
+from abn_exp.benchmark import budget_report, report
+from abn_exp.benchmark.budget import time_to_accuracy
 from abn_exp.benchmark.run import CPU, GPU, HEADLINE, QUICK, Benchmark, default_workers
 
 
@@ -37,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
         type=count,
         default=default_workers(),
         help="processes of the conventional loader (default: %(default)s)",
+    )
+    main.add_argument(
+        "--budget",
+        type=Path,
+        metavar="RUNS",
+        help="instead: the time to accuracy of the runs of study=budget in this folder",
     )
     main.add_argument("--out", type=Path, default=Path("results/benchmark"), help="(default: %(default)s)")
     return main
@@ -61,6 +68,12 @@ def main() -> int:
     name = provenance.device_name(device, arguments.threads)
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     try:
+        if arguments.budget is not None:
+            budget = time_to_accuracy(arguments.budget, device, arguments.workers, effort.repetitions)
+            name = provenance.device_name(device, budget.config.threads)
+            path = budget_report.write(budget, name, command, arguments.out)
+            print(path.read_text(encoding="utf-8"))
+            return 0
         found = Benchmark(device, effort, arguments.workers).run()
         folder = report.write(found, effort, name, command, arguments.out)
     except (ValueError, OSError) as error:

@@ -135,3 +135,19 @@ def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same():
         assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
     assert 3 * saved <= results[0][2]
     assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_fused_adam_moves_the_last_bits_only() -> None:
+    """Against Adam written out in float64: m, v, their corrections, the step."""
+    torch.manual_seed(0)
+    weight = torch.randn(1000)
+    leaf = weight.clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], 1e-3, fused=True)
+    expected, m, v = weight.double(), torch.zeros(1000).double(), torch.zeros(1000).double()
+    for step in range(1, 6):
+        leaf.grad = torch.randn(1000)
+        optimizer.step()
+        gradient = leaf.grad.double()
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        expected = expected - 1e-3 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(leaf.detach().double(), expected, rtol=1e-6, atol=1e-7)

@@ -1,5 +1,6 @@
 """Every study expands to its cells, the command line wins over it, and one command runs and reports it."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -73,6 +74,13 @@ def test_a_study_has_its_cells_at_full_size(study: str) -> None:
     assert {(this.config.recipe.epochs, this.config.recipe.batch_size) for this in found} == {(200, 256)}
     assert {this.config.model["width"] for this in found} <= {3, 5}
     assert all(this.config.question is not None and this.config.question.strip().endswith("?") for this in found)
+
+
+def test_budget_crosses_schedules_and_epochs() -> None:
+    found = plans("study=budget")
+    expected = Counter(itertools.product(("constant", "cosine"), (20, 50, 100, 200), (0, 1, 2)))
+    assert Counter((p.config.recipe.schedule.name, p.config.recipe.epochs, p.config.seed) for p in found) == expected
+    assert len({this.directory for this in found}) == len(found)
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -136,7 +136,7 @@ class LitClassifier(pl.LightningModule):
         options = self.recipe.optimizer
         optimizer: torch.optim.Optimizer
         if options.name == "adam":
-            optimizer = torch.optim.Adam(self.parameters(), options.lr, weight_decay=options.weight_decay)
+            optimizer = torch.optim.Adam(self.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
         else:
             optimizer = torch.optim.SGD(
                 self.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay

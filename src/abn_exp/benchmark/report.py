@@ -20,11 +20,16 @@ UNITS = {"images": "s of an epoch", "width": "s of a step", "batch": "s of a ste
 
 def write(found: Findings, effort: Effort, device_name: str, command: str, folder: Path) -> Path:
     """Write the files into a folder of the device's name; return it."""
-    folder = folder / re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(folder, device_name)
     write_text_atomic(folder / "benchmark.csv", _csv(found))
     write_text_atomic(folder / "benchmark.md", _markdown(found, effort, device_name, command))
     figures.save(_figure(found), folder, "growth")
+    return folder
+
+
+def device_folder(folder: Path, device_name: str) -> Path:
+    folder = folder / re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -49,7 +54,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _cell(q: Quartiles | None) -> str:
+def cell(q: Quartiles | None) -> str:
     if q is None:
         return ""
     if q.low == q.high:
@@ -57,7 +62,7 @@ def _cell(q: Quartiles | None) -> str:
     return f"{_number(q.median)} ({_number(q.low)} to {_number(q.high)})"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -65,12 +70,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _place(found: Findings, place: str, first: str) -> str:
     columns = list(dict.fromkeys(column for at, _, column in found.columns if at == place))
     rows = list(dict.fromkeys(row for at, row, _ in found.columns if at == place))
-    cells = [[row, *(_cell(found.columns.get((place, row, column))) for column in columns)] for row in rows]
+    cells = [[row, *(cell(found.columns.get((place, row, column))) for column in columns)] for row in rows]
     if any(at == place for at, _ in found.ratios):
         columns = ["times conventional", *columns]
         for line in cells:
-            line.insert(1, _cell(found.ratios.get((place, line[0]))))
-    return _table([first, *columns], cells)
+            line.insert(1, cell(found.ratios.get((place, line[0]))))
+    return table([first, *columns], cells)
 
 
 def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -> str:
@@ -96,7 +101,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
             "Saved for backward: each storage once, without parameters and binarised weights. Peak: above what was "
             "in use before the step.\n",
         ]
-    loader_ratios = "; ".join(f"{at}: {_cell(q)} times" for (at, _), q in found.ratios.items() if "loader" in at)
+    loader_ratios = "; ".join(f"{at}: {cell(q)} times" for (at, _), q in found.ratios.items() if "loader" in at)
     sections += [
         "## Norm chain alone, forward and backward\n",
         _place(found, "chain", "loop"),
@@ -105,7 +110,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
         "## Host memory\n",
         _place(found, "host", "loop"),
         "## Growth\n",
-        _table(
+        table(
             ["axis", "loop", "sizes", "median seconds", "exponent"],
             [
                 [

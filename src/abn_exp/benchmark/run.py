@@ -73,7 +73,7 @@ class Effort:
 
 
 QUICK = Effort(
-    batch_size={"resnet18_paper": 32, "binarynet": 8},
+    batch_size={"resnet18_paper": 64, "binarynet": 16},
     repetitions=3,
     warm=1,
     steps=2,
@@ -84,9 +84,7 @@ QUICK = Effort(
     growth_width=0.5,
     growth_batch=16,
 )
-CPU = replace(
-    QUICK, batch_size={"resnet18_paper": 64, "binarynet": 16}, repetitions=9, steps=2, compiled=tuple(WIDTHS)
-)
+CPU = replace(QUICK, repetitions=9, compiled=tuple(WIDTHS))
 GPU = Effort(
     batch_size={"resnet18_paper": 256, "binarynet": 256},
     repetitions=7,
