@@ -75,7 +75,7 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give what is free back to the system, so that what is left is in use."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -91,7 +91,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> float:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _trim()
+        trim()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
         before = _status("VmRSS")
         call()
@@ -105,10 +105,10 @@ def host_growth(step: Callable[[], Any], steps: int) -> float:
     try:
         for i in range(2 * steps):
             if i == steps:
-                _trim()
+                trim()
                 before = _status("VmRSS")
             step()
-        _trim()
+        trim()
         return (_status("VmRSS") - before) / steps
     except OSError:
         return math.nan

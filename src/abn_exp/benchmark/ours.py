@@ -13,7 +13,7 @@ from abn_exp.classifier import LitClassifier
 from abn_exp.config import Config
 from abn_exp.data.loader import Bundles
 from abn_exp.data.prepare import ImageDataset
-from abn_exp.experiment import BUNDLE, loaders_of, network_of, trainer_options
+from abn_exp.experiment import BUNDLE, loaders_of, network_of, trainer_options, waste_nothing
 
 
 class _Clock(pl.Callback):
@@ -43,7 +43,7 @@ class OurLoop:
 
     def __init__(self, config: Config, data: ImageDataset, device: torch.device) -> None:
         self.config, self.device = config, device
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as a run does
+        waste_nothing()
         classes = len(data.classes)
         self.network = network_of(config, "abn", classes, device)
         if config.compile:
