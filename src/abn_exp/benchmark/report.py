@@ -99,7 +99,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
             f"s/epoch: 50,000 training and 10,000 test images, data included, extrapolated from {effort.steps} steps "
             f"of training and {(effort.steps + 1) * size} evaluated images. Step with data: ours by Lightning. "
             "Saved for backward: each storage once, without parameters and binarised weights. Peak: above what was "
-            "in use before the step. The ceiling of exact16 is bfloat16's, which its 8-bit products on a CPU can pass.\n",
+            "in use before the step. exact16's ceiling is bfloat16's, which its 8-bit products on a CPU can pass.\n",
         ]
     loader_ratios = "; ".join(f"{at}: {cell(q)} times" for (at, _), q in found.ratios.items() if "loader" in at)
     sections += [
