@@ -1,6 +1,8 @@
 """What each way of being faster does to the numbers: which leave every bit, which move the last ones."""
 
 import copy
+import ctypes
+import resource
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,7 @@ from abn_exp.benchmark.measure import saved_bytes
 from abn_exp.binarize import BinaryConv2d
 from abn_exp.config import config_hash
 from abn_exp.exact16 import use_exact16_
+from abn_exp.experiment import waste_nothing
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.plan import RunPlan
 
@@ -151,3 +154,22 @@ def test_fused_adam_moves_the_last_bits_only() -> None:
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         expected = expected - 1e-3 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
     torch.testing.assert_close(leaf.detach().double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    waste_nothing()
+    size, step = 2**26, 2**12
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    faults = []
+    for _ in range(3):
+        address = libc.malloc(size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for offset in range(0, size, step):
+            ctypes.memset(address + offset, 1, 1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        libc.free(address)
+    assert faults[2] < size // step // 10  # the pages of the first time, all still there
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    waste_nothing()
