@@ -8,6 +8,7 @@ from typing import Any
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -40,6 +41,10 @@ class SweepCallback(Callback):
         for folder in {this.directory.parents[4] for this in self.plans}:
             record_command(folder, command(config))
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Let go of the run's configuration, a thousand objects that Hydra would keep to the end of the sweep."""
+        job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
