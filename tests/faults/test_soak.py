@@ -20,9 +20,8 @@ from faults.conftest import FULL, RESULTS, SMALL, Account, Cli, differences
 SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn", "bn_noscale"])
 COUNT = 2 * SEEDS * len(NORMS)
 # What the last quarter's median may be above that of the quarter after the first tenth, which fills caches.
-# Hydra keeps the configuration of each of a multirun's jobs, a thousand objects or 0.1 MB; the rest must not stay.
 ALLOWED = {
-    "memory_mb": 0.2 * COUNT if FULL else 40.0,
+    "memory_mb": 20.0 if FULL else 40.0,
     "wandb_memory_mb": 10.0 if FULL else 20.0,
     "tensors": 5.0,
     "file_handles": 1.0,
