@@ -58,7 +58,7 @@ def _markdown(found: TimeToAccuracy, device_name: str, command: str) -> str:
             "What the conventional loop computes is what ours computes with a constant rate; the accuracies are of "
             "our runs.\n",
             f"**{verdict}**\n",
-            table([*header, "times sooner"], [_line(row, found) for row in found.rows]),
+            table([*header, "conventional hours / these"], [_line(row, found) for row in found.rows]),
             "Accuracies: mean ± standard deviation between seeds; differences paired by seed, with 95 % intervals.\n",
             "![Accuracy against hours](time_to_accuracy.png)\n",
         ]
