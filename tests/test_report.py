@@ -220,7 +220,13 @@ def test_without_the_reference_norm_there_is_no_comparison(tmp_path):
     report = write_report(tmp_path)
     assert report.comparisons == []
     assert not (tmp_path / "figures/differences.png").exists()
-    assert "## Differences" not in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "## Differences" not in text
+    assert "No comparison on digits with binarynet: the reference norm bn was not run there." in text
+    study(tmp_path, {"abn": BN}, dataset="cifar10")
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("No comparison of norms: the reference norm bn was not run.") == text.count("No comparison") > 0
 
 
 def everything_in(folder):

@@ -188,10 +188,13 @@ def cost_table(report: Report) -> Table | None:
 
 def no_comparison(report: Report) -> list[str]:
     """Say for which groups there is nothing to compare with."""
+    groups = group_cells(report.cells)
+    without = [group for group, cells in groups.items() if all(cell.norm != report.reference for cell in cells)]
+    if len(without) == len(groups) > 1:
+        return [f"No comparison of norms: the reference norm {report.reference} was not run."]
     return [
         f"No comparison on {report.place(group)}: the reference norm {report.reference} was not run there."
-        for group, cells in group_cells(report.cells).items()
-        if all(cell.norm != report.reference for cell in cells)
+        for group in without
     ]
 
 
