@@ -111,6 +111,13 @@ def test_what_cannot_be_compared_is_refused(make_plan: MakePlan, tmp_path: Path,
         read(folder)
 
 
+def test_runs_that_differ_in_something_else_are_refused(make_plan: MakePlan) -> None:
+    folder_of(make_plan, {("constant", 2): (0.7, 0.7)})
+    folder = folder_of(make_plan, {("cosine", 2): (0.7, 0.7)}, "recipe.optimizer.lr=0.01")
+    with pytest.raises(ValueError, match=r"differ in recipe\.optimizer\.lr; only seed, recipe\.schedule\.name"):
+        read(folder)
+
+
 def test_the_script_says_so_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -268,7 +268,7 @@ def test_cut_zip(tmp_path: Path, tiny: dict[str, bytes], keep: float) -> None:
 
 @pytest.mark.parametrize("evil", ["../../evil.JPEG", "/absolute.JPEG", "../train/n01/images/up.JPEG", "a\nb.JPEG"])
 def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, tiny: dict[str, bytes], evil: str) -> None:
-    root = tmp_path / "inner" / "root"
+    root = tmp_path / "inner" / "data"
     root.mkdir(parents=True)
     image = next(content for name, content in tiny.items() if name.endswith(".JPEG"))
     write_zip(root / "tiny-imagenet-200.zip", tiny | {evil: image})
@@ -277,7 +277,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, tiny: dict[str,
     ):
         prepare("tinyimagenet", root)
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert found == {"inner/root/.tinyimagenet.lock", "inner/root/tiny-imagenet-200.zip"}
+    assert found == {"inner/data/.tinyimagenet.lock", "inner/data/tiny-imagenet-200.zip"}
 
 
 def test_zip_bomb_is_refused_before_reading(

@@ -224,7 +224,7 @@ def test_the_check_finds_a_kernel_that_rounds(kind):
 
 def test_the_check_finds_parts_that_are_too_large():
     layer = BinaryConv2d(320, 8, 3)
-    layer.product = partial(exact16._product, layer=layer, dtype=BF16, part=320, integers=False)
+    layer.product = partial(exact16._product, dtype=BF16, part=320, integers=False)
     with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, torch.zeros(2, 320, 8, 8))
 
@@ -236,3 +236,6 @@ def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> Non
         layers = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
         assert len(layers) == 7
         assert sum(layer.product is not None for layer in layers) == expected
+        whole = [layer for layer in layers if layer.product is not None and layer.product.keywords["integers"]]
+        convolutions = [layer for layer in layers if isinstance(layer, BinaryConv2d)]
+        assert whole == (convolutions if expected and True in INTEGERS else [])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from abn_exp import models
 from abn_exp.benchmark.measure import saved_bytes
 from abn_exp.binarize import BinaryConv2d
+from abn_exp.classifier import LitClassifier
 from abn_exp.config import config_hash
 from abn_exp.exact16 import use_exact16_
 from abn_exp.experiment import waste_nothing
@@ -140,12 +141,15 @@ def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same():
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
-def test_fused_adam_moves_the_last_bits_only() -> None:
+def test_fused_adam_moves_the_last_bits_only(make_plan: Callable[..., RunPlan]) -> None:
     """Against Adam written out in float64: m, v, their corrections, the step."""
     torch.manual_seed(0)
     weight = torch.randn(1000)
-    leaf = weight.clone().requires_grad_()
-    optimizer = torch.optim.Adam([leaf], 1e-3, fused=True)
+    network = nn.ParameterList([nn.Parameter(weight.clone())])
+    classifier = LitClassifier(network, make_plan("recipe.schedule.name=constant").config.recipe, 0, 10, 1)
+    options: Any = classifier.configure_optimizers()
+    optimizer, leaf = options["optimizer"], network[0]
+    assert optimizer.defaults["fused"]
     expected, m, v = weight.double(), torch.zeros(1000).double(), torch.zeros(1000).double()
     for step in range(1, 6):
         leaf.grad = torch.randn(1000)

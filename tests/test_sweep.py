@@ -17,7 +17,9 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from abn_exp.results import Run, find_runs, read_metrics
 from abn_exp.sweep import SweepCallback, expand
@@ -206,3 +208,9 @@ def test_a_run_without_a_result_of_its_own_is_told(
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
     assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
+
+
+def test_a_run_s_configuration_is_let_go() -> None:
+    job = JobReturn(cfg=OmegaConf.create({"a": 1}), hydra_cfg=OmegaConf.create({"b": 2}), overrides=["seed=1"])
+    SweepCallback().on_job_end(OmegaConf.create(), job)
+    assert (job.cfg, job.hydra_cfg, job.overrides) == (None, None, ["seed=1"])

@@ -127,8 +127,8 @@ class Binarization:
 
 DEFAULT_BINARIZATION = Binarization()
 
-# From input and latent weights to a layer's sums, without its bias: abn_exp.exact16 has another way to get them.
-Product = Callable[[Tensor, Tensor], Tensor]
+# From a layer, its input and its latent weights to its sums, without its bias: abn_exp.exact16 has ways of its own.
+Product = Callable[["BinaryConv2d | BinaryLinear", Tensor, Tensor], Tensor]
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -156,7 +156,7 @@ class BinaryConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.product is not None:
-            y = self.product(input, self.weight)
+            y = self.product(self, input, self.weight)
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         x, weight = self.binarization.activations(input), self.binarization.weights(self.weight)
         if self.binarization.pad_value == 0:
@@ -191,7 +191,7 @@ class BinaryLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.product is not None:
-            y = self.product(input, self.weight)
+            y = self.product(self, input, self.weight)
             return y if self.bias is None else y + self.bias
         x, weight = self.binarization.activations(input), self.binarization.weights(self.weight)
         return F.linear(x, weight, self.bias)

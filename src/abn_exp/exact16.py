@@ -133,11 +133,11 @@ def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = Fal
     for layer in network.modules():
         if isinstance(layer, BinaryLayer) and (part := part_of(layer, dtype)):
             whole = integers and isinstance(layer, BinaryConv2d)
-            layer.product = partial(_product, layer=layer, dtype=dtype, part=part, integers=whole)
+            layer.product = partial(_product, dtype=dtype, part=part, integers=whole)
 
 
 def _product(
-    x: Tensor, latent: Tensor, *, layer: BinaryLayer, dtype: torch.dtype, part: int, integers: bool
+    layer: BinaryLayer, x: Tensor, latent: Tensor, *, dtype: torch.dtype, part: int, integers: bool
 ) -> Tensor:
     return _Product.apply(x, latent, layer, dtype, part, integers)
 
@@ -159,7 +159,7 @@ def check_exact16(network: nn.Module, images: Tensor) -> None:
         if layer.product is None:
             return
         x, weight = signs(inputs[0]), signs(layer.weight)
-        y = layer.product(x, weight)
+        y = layer.product(layer, x, weight)
         few, weight64 = torch.stack([x[0], x[-1]]).cpu().double(), weight.cpu().double()
         if isinstance(layer, BinaryConv2d):
             expected = F.conv2d(layer.pad(few, layer.binarization.pad_value), weight64, None, layer.stride)

@@ -14,12 +14,14 @@ from abn_exp.benchmark.conventional import ConventionalLoop, Norm, conventional
 from abn_exp.benchmark.measure import Quartiles, quartiles
 from abn_exp.benchmark.ours import OurLoop
 from abn_exp.benchmark.run import random_data
-from abn_exp.config import Config
+from abn_exp.config import Config, science
 from abn_exp.data.catalog import CATALOG
-from abn_exp.results import Run, find_runs, read_config
+from abn_exp.results import find_runs, read_config
 from abn_exp.stats import MeanComparison, compare_means
 
 REFERENCE = "constant"
+VARIED = ("seed", "recipe.schedule.name", "recipe.epochs")
+NETWORKS = ("binarynet", "vgg_small", "resnet18", "resnet18_paper")
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,23 @@ def read(folder: Path) -> tuple[Config, tuple[str, str, str], list[Budget]]:
         raise ValueError(
             f"{folder} has finished runs of {len(cells)} cells; name the folder of one data set, model and norm."
         )
-    configs: dict[Path, Config] = {run.directory: Config.model_validate(read_config(run.directory)) for run in runs}
+    configs = [Config.model_validate(read_config(run.directory)) for run in runs]
+    others = [
+        {key: value for key, value in science(config.model_dump()).items() if key not in VARIED} for config in configs
+    ]
+    if different := sorted(key for one in others for key in one if one[key] != others[0].get(key)):
+        raise ValueError(f"{folder} has runs that differ in {different[0]}; only {', '.join(VARIED)} may vary.")
     found: dict[tuple[str, int], dict[int, float]] = {}
-    for run in runs:
-        recipe = configs[run.directory].recipe
-        found.setdefault((recipe.schedule.name, recipe.epochs), {})[run.seed] = _accuracy(run)
+    for run, config in zip(runs, configs, strict=True):
+        key = (config.recipe.schedule.name, config.recipe.epochs)
+        assert run.result is not None
+        found.setdefault(key, {})[run.seed] = 100 * run.result.test_acc
     budgets = [Budget(*key, by_seed) for key, by_seed in sorted(found.items()) if len(by_seed) > 1]
     if {budget.schedule for budget in budgets} <= {REFERENCE} or REFERENCE not in {b.schedule for b in budgets}:
         raise ValueError(
             f"{folder} needs at least two seeds of a constant rate and of a decayed one: python train.py study=budget"
         )
-    return configs[runs[0].directory], cells.pop(), budgets
-
-
-def _accuracy(run: Run) -> float:
-    assert run.result is not None
-    return 100 * run.result.test_acc
+    return configs[0], cells.pop(), budgets
 
 
 def time_to_accuracy(folder: Path, device: torch.device, workers: int, repetitions: int) -> TimeToAccuracy:
@@ -103,6 +106,8 @@ def time_to_accuracy(folder: Path, device: torch.device, workers: int, repetitio
     dataset, model, norm = cell
     if dataset not in CATALOG:
         raise ValueError(f"{dataset} is not one of {', '.join(CATALOG)}; nothing is known of its images.")
+    if model not in NETWORKS:
+        raise ValueError(f"{model} is not one of {', '.join(NETWORKS)}; there is no conventional loop for it.")
     options, size = config.dataset, config.recipe.batch_size
     images = round((options.train_images or CATALOG[dataset].train_count) * (1 - config.recipe.val_fraction))
     data = random_data(12 * size, 500, options.image_size)

@@ -187,10 +187,10 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
                 val.append(member)
             case [*_, "val", "val_annotations.txt"]:
                 annotations = member
-            case (
-                _
-            ):  # unlabelled images, another system's notes: not read, but an image with a damaged name is no such
-                zipped.open(member).close()  # compares the two places where the name stands
+            case _:
+                # Unlabelled images and another system's notes are not read. An image whose name is damaged is
+                # neither: to open it compares the two places where the name stands.
+                zipped.open(member).close()
     if annotations is None:
         raise ValueError("it has no val/val_annotations.txt, which says what the test images show")
     classes = sorted({wnid for wnid, _ in train})
