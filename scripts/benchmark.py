@@ -17,7 +17,8 @@ import torch
 from abn_exp import provenance
 from abn_exp.benchmark import budget_report, report
 from abn_exp.benchmark.budget import time_to_accuracy
-from abn_exp.benchmark.run import CPU, GPU, HEADLINE, QUICK, Benchmark, default_workers
+from abn_exp.benchmark.rows import CPU, GPU, HEADLINE, QUICK
+from abn_exp.benchmark.run import Benchmark, default_workers
 
 
 def count(text: str) -> int:

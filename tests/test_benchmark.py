@@ -12,7 +12,8 @@ from torch import nn
 from abn_exp import models
 from abn_exp.benchmark import measure, report, run
 from abn_exp.benchmark.conventional import ConventionalLoop, Norm, conventional
-from abn_exp.benchmark.run import BASE, HEADLINE, ROWS, Benchmark, Effort, random_data
+from abn_exp.benchmark.rows import BASE, HEADLINE, ROWS, Effort, random_data
+from abn_exp.benchmark.run import Benchmark
 from abn_exp.binarize import Binarization
 from abn_exp.norm import AttentionBatchNorm2d
 from conftest import REPOSITORY

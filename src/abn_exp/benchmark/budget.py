@@ -13,7 +13,7 @@ from abn_exp.benchmark import measure
 from abn_exp.benchmark.conventional import ConventionalLoop, Norm, conventional
 from abn_exp.benchmark.measure import Quartiles, quartiles
 from abn_exp.benchmark.ours import OurLoop
-from abn_exp.benchmark.run import random_data
+from abn_exp.benchmark.rows import random_data
 from abn_exp.config import Config, science
 from abn_exp.data.catalog import CATALOG
 from abn_exp.results import find_runs, read_config

@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from abn_exp import figures, provenance
 from abn_exp.benchmark.measure import Quartiles
-from abn_exp.benchmark.run import BASE, HEADLINE, WIDTHS, Effort, Findings
+from abn_exp.benchmark.rows import BASE, HEADLINE, WIDTHS, Effort
+from abn_exp.benchmark.run import Findings
 from abn_exp.files import write_text_atomic
 
 UNITS = {"images": "s of an epoch", "width": "s of a step", "batch": "s of a step"}

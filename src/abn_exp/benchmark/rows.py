@@ -1,0 +1,105 @@
+"""What is compared with what, how much of it is measured, and on which data."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from abn_exp.config import Config, read
+from abn_exp.data.prepare import ImageDataset, Split
+
+CONF = Path(__file__).parents[3] / "conf"
+BASE = "conventional"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train. `options` of ours are overrides of the configuration."""
+
+    name: str
+    ours: bool
+    compile: bool = False
+    autocast: bool = False
+    options: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row(BASE, False),
+    Row("conventional, compiled", False, compile=True),
+    Row("conventional, bf16, channels-last", False, autocast=True),
+    Row("ours, fp32", True),
+    Row("ours, exact16", True, options=("precision=exact16",)),
+    Row("ours, exact16, compiled", True, compile=True, options=("precision=exact16", "compile=true")),
+    Row("ours, bf16", True, autocast=True, options=("precision=bf16",)),
+)
+HEADLINE = "ours, exact16"  # its forward pass is that of fp32
+WIDTHS = {"resnet18_paper": 5.0, "binarynet": 3.0}  # the paper's
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured of what, so that it fits a device and a time."""
+
+    batch_size: dict[str, int]
+    repetitions: int
+    warm: int  # steps before the timed ones
+    steps: int
+    all_rows: tuple[str, ...]  # the networks of which every row is measured; of others, the first and the headline
+    images: tuple[int, ...]
+    widths: tuple[float, ...]
+    batches: tuple[int, ...]
+    growth_width: float  # of the network whose images and batches grow
+    growth_batch: int
+
+
+QUICK = Effort(
+    batch_size={"resnet18_paper": 64, "binarynet": 16},
+    repetitions=3,
+    warm=2,
+    steps=2,
+    all_rows=("resnet18_paper",),
+    images=(500, 1000, 2000),
+    widths=(1.0, 2.0, 3.0, 5.0),
+    batches=(8, 16, 32, 64),
+    growth_width=0.5,
+    growth_batch=16,
+)
+CPU = replace(QUICK, repetitions=9, all_rows=tuple(WIDTHS))
+GPU = Effort(
+    batch_size={"resnet18_paper": 256, "binarynet": 256},
+    repetitions=7,
+    warm=5,
+    steps=20,
+    all_rows=tuple(WIDTHS),
+    images=(5_000, 15_000, 50_000),
+    widths=(1.0, 2.0, 3.0, 5.0),
+    batches=(128, 256, 512, 1024),
+    growth_width=5.0,
+    growth_batch=256,
+)
+
+
+def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
+    """Return random images: how long a step takes does not depend on what is in them."""
+    random = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=random)
+        return Split(images, torch.arange(n) % 10)
+
+    return ImageDataset("random", split(train), split(test), tuple("0123456789"))
+
+
+def configuration(model: str, width: float, batch_size: int, overrides: tuple[str, ...]) -> Config:
+    """Return what `train.py` would run, with all images for training."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return read(
+            compose(
+                "config",
+                [
+                    *(f"model={model}", f"model.width={width}", "norm=abn", "dataset=cifar10", "wandb=disabled"),
+                    *(f"recipe.batch_size={batch_size}", "recipe.val_fraction=0", *overrides),
+                ],
+            )
+        )
