@@ -59,6 +59,29 @@ def test_no_part_can_pass_the_range_of_its_type(channels, taps, sign_zero, dtype
     assert len(sizes) == -(-channels // (most - most % 2 if even else most))  # no more parts than it takes
 
 
+@pytest.mark.parametrize("sign_zero", ["plus", "zero"])
+@pytest.mark.parametrize(("channels", "taps"), [(3, 3), (227, 3), (228, 3), (455, 3), (456, 3), (3640, 3), (3642, 3)])
+def test_what_is_kept_for_the_gradient_holds_every_sum(channels, taps, sign_zero):
+    layer = BinaryConv2d(channels, 1, taps, binarization=Binarization(sign_zero=sign_zero))
+    most = channels * taps**2
+    step = 2 if channels % 2 == 0 and sign_zero == "plus" else 1
+    sums = torch.arange(-most, most + 1, step)
+    kept = exact16._holding(layer)
+    assert torch.equal(sums.float().to(kept).long(), sums)
+    assert kept != torch.float32 or most >= 2**15
+    assert kept == torch.float16 or not torch.equal(sums.float().to(torch.float16).long(), sums)
+
+
+@pytest.mark.skipif(True not in INTEGERS, reason="no 8-bit convolutions here")
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
+def test_integer_convolutions_are_an_operation_that_torch_compile_can_trust(stride, padding):
+    """Its description without data agrees with what it gives: shape, type, memory format."""
+    signs = torch.ones(2, 8, 7, 7, dtype=torch.int8).to(memory_format=torch.channels_last)
+    weight = torch.ones(16, 8, 3, 3, dtype=torch.int8)
+    arguments = (signs, weight, [stride] * 2, [padding] * 2)
+    torch.library.opcheck(exact16._integer_conv2d, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_kernel_too_large_for_the_type_stays_in_float32():
     layer = BinaryConv2d(2, 1, 17)  # 289 taps: two channels' sums are even, but beyond 512
     assert part_of(layer, BF16) == 0
@@ -224,7 +247,7 @@ def test_the_check_finds_a_kernel_that_rounds(kind):
 
 def test_the_check_finds_parts_that_are_too_large():
     layer = BinaryConv2d(320, 8, 3)
-    layer.product = partial(exact16._product, dtype=BF16, part=320, integers=False)
+    layer.product = partial(exact16._product, dtype=BF16, part=320, integers=False, kept=torch.float32)
     with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, torch.zeros(2, 320, 8, 8))
 

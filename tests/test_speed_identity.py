@@ -17,7 +17,7 @@ from abn_exp.benchmark.measure import saved_bytes
 from abn_exp.binarize import BinaryConv2d
 from abn_exp.classifier import LitClassifier
 from abn_exp.config import config_hash
-from abn_exp.exact16 import use_exact16_
+from abn_exp.exact16 import has_integer_conv2d, use_exact16_
 from abn_exp.experiment import waste_nothing
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.plan import RunPlan
@@ -114,7 +114,8 @@ def test_compile_is_for_one_device(make_plan: Callable[..., RunPlan]) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same():
+@pytest.mark.parametrize("integers", [False, *([True] if has_integer_conv2d(torch.device("cpu")) else [])])
+def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same(integers: bool) -> None:
     def unit() -> list[nn.Module]:
         return [BinaryConv2d(16, 16, 3, padding=1), AttentionBatchNorm2d(16), nn.Hardtanh(inplace=True)]
 
@@ -123,7 +124,7 @@ def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same():
     x = torch.randn(4, 16, 16, 16)
     results: list[Any] = []
     exact = copy.deepcopy(plain)
-    use_exact16_(exact, torch.bfloat16)
+    use_exact16_(exact, torch.bfloat16, integers=integers)
     compiled = copy.deepcopy(exact)
     compiled.compile()
     with warnings.catch_warnings():

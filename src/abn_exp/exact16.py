@@ -18,7 +18,12 @@ def _signs(x: Tensor, sign_zero: SignZero, dtype: torch.dtype) -> Tensor:
     """Return the signs of x, in fewer passes than in x's type and then converted."""
     if sign_zero == "zero":
         return sign0(x).to(dtype)
-    return (x < 0).to(dtype).mul_(-2).add_(1)  # -0 and NaN are not below 0, as in `sign`
+    negative = x < 0  # -0 and NaN are not, as in `sign`
+    if torch.compiler.is_compiling():
+        return torch.where(negative, -1.0, 1.0).to(dtype)  # what it makes of 8-bit arithmetic on a CPU is slow
+    if dtype == torch.int8:
+        return negative.view(dtype).neg_().bitwise_or_(1)
+    return negative.to(dtype).mul_(-2).add_(1)
 
 
 class _Product(torch.autograd.Function):
@@ -27,18 +32,24 @@ class _Product(torch.autograd.Function):
     Forward, `part` input channels at a time are multiplied in `dtype`, which holds their sums, and these are added in
     float32; or all at once as 8-bit integers, of which a CPU makes twice as many as of bfloat16 (`integers`). Either
     is float32's result, bit for bit. The gradients are products in bfloat16, whose exponents reach as far as
-    float32's, accumulated in float32.
+    float32's, accumulated in float32. Compiled, the sums go through `kept`, a 16-bit type that holds them, so that
+    they are what is kept for the norm's gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, latent: Tensor, layer: BinaryLayer, dtype: torch.dtype, part: int, integers: bool
+        ctx: Any,
+        x: Tensor,
+        latent: Tensor,
+        layer: BinaryLayer,
+        dtype: torch.dtype,
+        part: int,
+        integers: bool,
+        kept: torch.dtype,
     ) -> Tensor:
         b = layer.binarization
-        compiling = torch.compiler.is_compiling()
         ctx.layer = layer
-        ctx.integers = integers and not compiling
-        signs, weight = (_signs(t, b.sign_zero, torch.int8 if ctx.integers else dtype) for t in (x, latent))
+        signs, weight = (_signs(t, b.sign_zero, torch.int8 if integers else dtype) for t in (x, latent))
         geometry: Any = None
         if isinstance(layer, BinaryConv2d):
             geometry = (layer.stride, layer.padding)
@@ -51,17 +62,16 @@ class _Product(torch.autograd.Function):
             None if b.activation_estimator == "identity" else x,
             None if b.weight_estimator == "identity" else latent,
         )
-        if ctx.integers:
-            assert geometry is not None
-            return _integer_conv2d(signs, weight, *geometry)
         y: Tensor | None = None
-        for a, w in zip(signs.split(part, 1), weight.split(part, 1), strict=True):
-            sums = F.linear(a, w) if geometry is None else F.conv2d(a, w, None, *geometry)
-            y = sums.float() if y is None else y.add_(sums)
-        assert y is not None
-        if compiling and weight[0].numel() < 2**15:
-            y = y.to(torch.int16).float()  # the integers are what is kept for the norm's gradient
-        return y
+        if integers:
+            assert geometry is not None
+            y = _integer_conv2d(signs, weight, *geometry)
+        else:
+            for a, w in zip(signs.split(part, 1), weight.split(part, 1), strict=True):
+                sums = F.linear(a, w) if geometry is None else F.conv2d(a, w, None, *geometry)
+                y = sums.float() if y is None else y.add_(sums)
+            assert y is not None
+        return y.to(kept).float() if torch.compiler.is_compiling() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,18 +94,26 @@ class _Product(torch.autograd.Function):
             grad_x = ste_gradient(grad_x.float(), x, b.activation_estimator)
         if of_weight:
             grad_weight = ste_gradient(grad_weight.float(), latent, b.weight_estimator)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
-def _integer_conv2d(signs: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+@torch.library.custom_op("abn_exp::integer_conv2d", mutates_args=())  # as one operation for torch.compile
+def _integer_conv2d(signs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     """Return the convolution, in float32, of signs (int8) with binary weights (int8)."""
-    one, zero, out = 1, torch.zeros(len(weight), dtype=torch.int32), torch.ones(len(weight))
-    # The kernel takes inputs from 0 on, and where their zero is.
-    packed = torch.ops.onednn.qconv_prepack(weight, out, 1.0, one, stride, padding, (1, 1), 1, signs.shape)
+    zero, scale = torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    # The kernel takes inputs from 0 on, and where their zero is. Weights that are packed for a zero at 0 will do, and
+    # are packed four times as fast.
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, stride, padding, (1, 1), 1, signs.shape)
     return torch.ops.onednn.qconv2d_pointwise(
-        (signs + one).view(torch.uint8), 1.0, one, packed, out, zero, None,
+        (signs + 1).view(torch.uint8), 1.0, 1, packed, scale, zero, None,
         stride, padding, (1, 1), 1, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
+
+
+@_integer_conv2d.register_fake
+def _(signs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    y = F.conv2d(signs.float(), weight.float(), None, stride, padding)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def has_integer_conv2d(device: torch.device) -> bool:
@@ -133,13 +151,27 @@ def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = Fal
     for layer in network.modules():
         if isinstance(layer, BinaryLayer) and (part := part_of(layer, dtype)):
             whole = integers and isinstance(layer, BinaryConv2d)
-            layer.product = partial(_product, dtype=dtype, part=part, integers=whole)
+            layer.product = partial(_product, dtype=dtype, part=part, integers=whole, kept=_holding(layer))
+
+
+def _holding(layer: BinaryLayer) -> torch.dtype:
+    """Return the smallest type that holds every sum of a layer; float16 before int16, which CPUs convert slowly."""
+    if part_of(layer, torch.float16) >= layer.weight.size(1):
+        return torch.float16
+    return torch.int16 if layer.weight[0].numel() < 2**15 else torch.float32
 
 
 def _product(
-    layer: BinaryLayer, x: Tensor, latent: Tensor, *, dtype: torch.dtype, part: int, integers: bool
+    layer: BinaryLayer,
+    x: Tensor,
+    latent: Tensor,
+    *,
+    dtype: torch.dtype,
+    part: int,
+    integers: bool,
+    kept: torch.dtype,
 ) -> Tensor:
-    return _Product.apply(x, latent, layer, dtype, part, integers)
+    return _Product.apply(x, latent, layer, dtype, part, integers, kept)
 
 
 @torch.no_grad()
