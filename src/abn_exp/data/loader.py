@@ -5,7 +5,6 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from abn_exp.data.prepare import Split
 from abn_exp.randomness import generator
@@ -31,7 +30,7 @@ class BatchLoader:
     batch before it (no batch norm can train on one image). So every image is seen once an epoch, none is
     repeated, no share is empty, and all ranks take the same number of steps.
 
-    Memory on the device: one byte for each value of the padded images, twice with ``flip``.
+    Memory on the device: four bytes for each pixel of the padded images, twice with ``flip``.
 
     Args:
         split: the images and labels.
@@ -89,14 +88,23 @@ class BatchLoader:
         self.epoch = 0
         indices = indices.to(split.images.device)
         self.labels = split.labels[indices].to(self.device)
-        images = F.pad(split.images[indices].to(self.device), (padding,) * 4)
-        images = torch.stack([images, images.flip(3)], 1) if flip else images[:, None]
-        size = split.images.shape[-1]
-        # Every window of every image, (n, 1 or 2, 3, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is
-        # one indexing operation.
-        self._windows = images.unfold(3, size, 1).unfold(4, size, 1)
+        # A pixel is one 32-bit number, red + 256 green + 256^2 blue: a crop moves a third of the values that way, and
+        # floats hold each colour with its factor, a power of two that the scale takes back, exactly.
+        red, green, blue = split.images[indices].to(self.device).unbind(1)
+        pixels = blue.int().mul_(256).add_(green).mul_(256).add_(red)
+        n, size, _ = pixels.shape
+        middle = slice(padding, padding + size)
+        padded = pixels.new_zeros(n, 2 if flip else 1, size + 2 * padding, size + 2 * padding)
+        padded[:, 0, middle, middle] = pixels
+        if flip:
+            padded[:, 1, middle, middle] = pixels.flip(2)
+        # Every window of every image, (n, 1 or 2, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is one
+        # indexing operation.
+        self._windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+        colour = torch.tensor([1, 256, 256**2], dtype=torch.int32, device=self.device).view(3, 1, 1)
         std_ = torch.tensor(std, device=self.device).view(3, 1, 1)
-        self._scale = 1 / (255 * std_)
+        self._mask = 255 * colour
+        self._scale = 1 / (255 * std_) / colour
         self._shift = -torch.tensor(mean, device=self.device).view(3, 1, 1) / std_
 
     @property
@@ -117,8 +125,9 @@ class BatchLoader:
             start = step * self.batch_size
             stop = len(order) if step == len(self) - 1 else start + self.batch_size
             mine = slice(start + self.rank, stop, self.world_size)
-            images = self._windows[order[mine], mirror[mine], :, top[mine], left[mine]]
-            yield images.float().mul_(self._scale).add_(self._shift), self.labels[order[mine]]
+            pixels = self._windows[order[mine], mirror[mine], top[mine], left[mine]]
+            images = (pixels[:, None] & self._mask).float()
+            yield images.mul_(self._scale).add_(self._shift), self.labels[order[mine]]
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw an epoch's order, upper edges and left edges of the crops, and mirrorings (0, 1), each (n,).
