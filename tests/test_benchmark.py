@@ -12,7 +12,7 @@ from torch import nn
 from abn_exp import models
 from abn_exp.benchmark import measure, report, run
 from abn_exp.benchmark.conventional import ConventionalLoop, Norm, conventional
-from abn_exp.benchmark.rows import BASE, HEADLINE, ROWS, Effort, random_data
+from abn_exp.benchmark.rows import BASE, EAGER, ROWS, Effort, random_data
 from abn_exp.benchmark.run import Benchmark
 from abn_exp.binarize import Binarization
 from abn_exp.norm import AttentionBatchNorm2d
@@ -113,7 +113,7 @@ def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
     assert {line["row"] for line in lines} >= {row.name for row in rows}
     assert all(float(line["median"]) for line in lines if line["column"] != "growth of host memory, kB/step")
     saved = {row: q.median for (place, row, c), q in found.columns.items() if place == "binarynet" and "saved" in c}
-    assert saved[BASE] > saved["ours, fp32"] > saved[HEADLINE]
+    assert saved[BASE] > saved["ours, fp32"] > saved[EAGER]
     text = (folder / "benchmark.md").read_text()
     assert "extrapolated from 1 steps" in text
     assert found.ratios["resnet18_paper", BASE].median == 1

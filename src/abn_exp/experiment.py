@@ -70,6 +70,8 @@ logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU availab
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over processes
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
+warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.compile, of exact16; both are meant
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
 
 
 def run(this: RunPlan, command: str) -> RunResult:

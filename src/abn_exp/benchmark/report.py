@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from abn_exp import figures, provenance
 from abn_exp.benchmark.measure import Quartiles
-from abn_exp.benchmark.rows import BASE, HEADLINE, WIDTHS, Effort
+from abn_exp.benchmark.rows import BASE, EAGER, WIDTHS, Effort
 from abn_exp.benchmark.run import Findings
 from abn_exp.files import write_text_atomic
 
@@ -132,7 +132,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
 
 
 def _figure(found: Findings) -> Figure:
-    styles = {BASE: ("black", "o", "-"), HEADLINE: (figures.VERMILLION, "s", figures.DASH)}
+    styles = {BASE: ("black", "o", "-"), EAGER: (figures.VERMILLION, "s", figures.DASH)}
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(7, 2.5), layout="constrained")
         for i, (axis, unit) in enumerate(UNITS.items()):
