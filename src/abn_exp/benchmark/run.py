@@ -17,7 +17,7 @@ from abn_exp.benchmark import measure
 from abn_exp.benchmark.conventional import Binarize, ConventionalLoop, Norm, conventional
 from abn_exp.benchmark.measure import Quartiles, quartiles
 from abn_exp.benchmark.ours import OurLoop
-from abn_exp.benchmark.rows import BASE, EAGER, HEADLINE, ROWS, WIDTHS, Effort, Row, configuration, random_data
+from abn_exp.benchmark.rows import BASE, EAGER, ROWS, WIDTHS, Effort, Row, configuration, random_data
 from abn_exp.binarize import sign_ste
 from abn_exp.data.prepare import ImageDataset
 from abn_exp.experiment import waste_nothing
@@ -81,7 +81,7 @@ class Benchmark:
         """Measure all that belongs to a network at the paper's width."""
         effort, width, size = self.effort, WIDTHS[model], self.effort.batch_size[model]
         data = random_data((effort.warm + effort.steps) * size * 4, (effort.steps + 1) * size)
-        rows = [row for row in self.rows if model in effort.all_rows or row.name in (BASE, EAGER, HEADLINE)]
+        rows = [row for row in self.rows if model in effort.all_rows or row.name in (BASE, EAGER)]
         waste_nothing()  # for all loops alike
         compiled: dict[str, Loop] = {}
         steps: dict[str, list[float]] = {row.name: [] for row in rows}
