@@ -59,7 +59,7 @@ class Effort:
 QUICK = Effort(
     batch_size={"resnet18_paper": 64, "binarynet": 16},
     repetitions=3,
-    warm=2,
+    warm=1,
     steps=2,
     all_rows=("resnet18_paper",),
     images=(500, 1000, 2000),
