@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -212,19 +213,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the system's temporary folder; where that is another file system, its "rename" is a copy,
     and a full disk or a kill leaves half a file under the final name.
+
+    The disk is written to while training goes on: the bytes are fixed before `save_checkpoint` returns, and the
+    next one, or the end of the run, waits until they are there. An error comes up then, too.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._disk = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        with writing(path) as file:
-            file.write(buffer.getbuffer())
-            if path.name == "last.ckpt" and path.exists():
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(path, previous(path))
+        self.teardown()
+        self._pending = self._disk.submit(_write_checkpoint, buffer, Path(path))
+
+    def teardown(self) -> None:
+        """Wait for the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove nothing: a checkpoint replaces its older self; other paths are what a (foreign) file says."""
@@ -232,6 +241,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Return what `read_checkpoint` does: verified, and without executing anything, whatever is asked for."""
         return read_checkpoint(path)
+
+
+def _write_checkpoint(buffer: io.BytesIO, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as file:
+        file.write(buffer.getbuffer())
+        if path.name == "last.ckpt" and path.exists():
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, previous(path))
 
 
 def previous(path: Path) -> Path:
