@@ -349,3 +349,32 @@ def test_state_dict_round_trip(name):
     copy = small(name, seed=1)
     copy.load_state_dict(network.state_dict())
     assert torch.equal(copy.eval()(images), network.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["binarynet", "resnet18_paper"])
+def test_a_checkpoint_with_the_published_biases_keeps_them(name: str) -> None:
+    def build() -> nn.Module:
+        return getattr(models, name)(10, 32, AttentionBatchNorm2d, width=0.25)
+
+    torch.manual_seed(0)
+    published, plain = build(), build()
+    plain.load_state_dict(published.state_dict())
+    convs = [layer for layer in published.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in convs:
+        layer.bias = nn.Parameter(torch.randn(layer.out_channels))
+    x = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        published(x)  # its running means hold the biases from now on
+    state_dict = published.state_dict()
+    with pytest.raises(RuntimeError, match="bias"):
+        plain.load_state_dict(state_dict)
+    loaded = models.restore_biases_(build(), state_dict)
+    loaded.load_state_dict(state_dict)
+    assert torch.equal(loaded.eval()(x), published.eval()(x))
+    without = build()
+    without.load_state_dict(state_dict, strict=False)
+    assert not torch.allclose(without.eval()(x), loaded(x))
+    first, stem = published[0].conv, plain[0].conv
+    assert loaded[0].conv.bias is not None
+    shifted = first(x) - first(x).mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(shifted, stem(x) - stem(x).mean((0, 2, 3), keepdim=True), atol=1e-5, rtol=0)
