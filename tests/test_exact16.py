@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from abn_exp import exact16, models
+from abn_exp import exact16, experiment, models
 from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
+from abn_exp.config import ConfigError
 from abn_exp.data.prepare import load
 from abn_exp.exact16 import EXACT_TO, check_exact16, has_integer_conv2d, part_of, use_exact16_
-from abn_exp.experiment import loaders_of, network_of, run
+from abn_exp.experiment import loaders_of, network_of, precision_of, run
+from abn_exp.models import binarynet
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.plan import RunPlan
 from abn_exp.results import load_network, read_config
@@ -241,8 +243,47 @@ def test_the_check_finds_a_kernel_that_rounds(kind):
     check_exact16(layer, x)
     product = layer.product
     layer.product = lambda *arguments: product(*arguments) * (1 + 2**-9)
-    with pytest.raises(ValueError, match="not exact; use precision=fp32"):
+    with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, x)
+
+
+def test_the_check_finds_gradients_that_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a type that is too short, where small ones vanish, would."""
+    network = binarynet(10, 32, nn.BatchNorm2d, width=0.05)
+    use_exact16_(network, BF16)
+    monkeypatch.setattr(exact16, "ste_gradient", lambda grad, *_: grad.relu())
+    with pytest.raises(ValueError, match="another direction"):
+        check_exact16(network, torch.zeros(2, 3, 32, 32))
+
+
+def test_auto_is_exact16_where_a_gpu_has_it_and_fp32_elsewhere(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_plan().config
+    for has, expected in ((True, "exact16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert precision_of(config, torch.device("cuda", 0)) == expected
+    assert precision_of(config, torch.device("cpu")) == "fp32"
+    assert precision_of(make_plan("precision=bf16").config, torch.device("cuda", 0)) == "bf16"
+
+
+@pytest.mark.parametrize("error", [ValueError("products are not exact"), RuntimeError("no such kernel\nhint")])
+def test_what_the_device_cannot_do_is_refused_and_auto_does_without(
+    error: Exception,
+    make_plan: Callable[..., RunPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(experiment, "check_exact16", fail)
+    with pytest.raises(ConfigError, match=r"precision=exact16, but .*; use precision=fp32"):
+        network_of(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
+    monkeypatch.setattr(experiment, "precision_of", lambda *_: "exact16")
+    network = network_of(make_plan(*TINY).config, "abn", 10, torch.device("cpu"))
+    assert all(layer.product is None for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear))
+    assert "precision=auto is fp32 here" in caplog.text
 
 
 def test_the_check_finds_parts_that_are_too_large():

@@ -129,7 +129,7 @@ class Config(Section):
     recipe: RecipeConfig
     wandb: WandbConfig
     seed: Seed
-    precision: Literal["fp32", "bf16", "exact16"]
+    precision: Literal["auto", "fp32", "bf16", "exact16"]
     name: str = Field(pattern=NAME, max_length=80)
     question: str | None
     results_dir: str = Field(min_length=1)

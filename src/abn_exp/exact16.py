@@ -116,6 +116,18 @@ def _(signs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> T
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def use_float32_(network: nn.Module) -> None:
+    """Undo `use_exact16_`."""
+    for layer in network.modules():
+        if isinstance(layer, BinaryLayer):
+            layer.product = None
+
+
+def has_exact16(network: nn.Module) -> bool:
+    """Return whether any layer multiplies as `use_exact16_` has it."""
+    return any(isinstance(layer, BinaryLayer) and layer.product is not None for layer in network.modules())
+
+
 def has_integer_conv2d(device: torch.device) -> bool:
     """Return whether the device has 8-bit convolutions that are worth it: a CPU with vectors and oneDNN."""
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -174,38 +186,48 @@ def _product(
     return _Product.apply(x, latent, layer, dtype, part, integers, kept)
 
 
-@torch.no_grad()
 def check_exact16(network: nn.Module, images: Tensor) -> None:
     """Raise ValueError where a binary product on the device of `images`, at their shape, is not exact.
 
     Each layer multiplies signs of which three in four are +1, so that the sums are large; those of the first and the
-    last image are compared with float64 on the CPU. The network runs once, in evaluation mode, and is left as it was.
+    last image are compared with float64 on the CPU, and so are the gradients of these two, whose directions must
+    agree. The network runs once, in evaluation mode, and is left as it was.
     """
     random = torch.Generator().manual_seed(0)
 
-    def signs(like: Tensor) -> Tensor:
-        """Random signs of the shape, the device and the memory format of another tensor."""
-        return torch.empty_like(like).copy_(torch.rand(like.shape, generator=random).ge(0.25)).mul_(2).sub_(1)
+    def latent_like(like: Tensor) -> Tensor:
+        """Random numbers +-0.5 of the shape, the device and the memory format of another tensor."""
+        return torch.empty_like(like).copy_(torch.rand(like.shape, generator=random).ge(0.25)).sub_(0.5)
 
     def compare(layer: BinaryLayer, inputs: tuple[Tensor]) -> None:
         if layer.product is None:
             return
-        x, weight = signs(inputs[0]), signs(layer.weight)
-        y = layer.product(layer, x, weight)
-        few, weight64 = torch.stack([x[0], x[-1]]).cpu().double(), weight.cpu().double()
-        if isinstance(layer, BinaryConv2d):
-            expected = F.conv2d(layer.pad(few, layer.binarization.pad_value), weight64, None, layer.stride)
-        else:
-            expected = F.linear(few, weight64)
-        if not torch.equal(torch.stack([y[0], y[-1]]).cpu().double(), expected):
-            raise ValueError(f"precision=exact16, but products on {x.device} are not exact; use precision=fp32.")
+        x, weight = latent_like(inputs[0]), latent_like(layer.weight)
+        whole = layer.product(layer, x, weight)
+        two = torch.stack([x[0], x[-1]]).requires_grad_()
+        with torch.enable_grad():
+            y = layer.product(layer, two, weight.requires_grad_())
+            signs, weight64 = (t.detach().cpu().double().sign().requires_grad_() for t in (two, weight))
+            if isinstance(layer, BinaryConv2d):
+                expected = F.conv2d(layer.pad(signs, layer.binarization.pad_value), weight64, None, layer.stride)
+            else:
+                expected = F.linear(signs, weight64)
+        if not all(torch.equal(t.cpu().double(), expected) for t in (y, torch.stack([whole[0], whole[-1]]))):
+            raise ValueError(f"products on {x.device} are not exact")
+        upstream = torch.randn(expected.shape, generator=random)
+        gradients = torch.autograd.grad(y, (two, weight), upstream.to(y))
+        truths = torch.autograd.grad(expected, (signs, weight64), upstream.double())
+        for gradient, truth in zip(gradients, truths, strict=True):
+            if F.cosine_similarity(gradient.cpu().double().flatten(), truth.flatten(), dim=0) < 0.99:
+                raise ValueError(f"gradients of products on {x.device} have another direction than float64's")
 
     hooks = [
         layer.register_forward_pre_hook(compare) for layer in network.modules() if isinstance(layer, BinaryLayer)
     ]
     training = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()(images)
+        with torch.no_grad():
+            network.eval()(images)
     finally:
         for hook in hooks:
             hook.remove()

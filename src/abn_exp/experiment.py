@@ -42,11 +42,12 @@ from abn_exp.config import (
     ConfigError,
     build_network,
     config_hash,
+    in_a_line,
     science,
 )
 from abn_exp.data.loader import BatchLoader, Bundles
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load, stratified_split, stratified_subset
-from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
+from abn_exp.exact16 import check_exact16, has_exact16, has_integer_conv2d, use_exact16_, use_float32_
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.models import initialize_
 from abn_exp.plan import RunPlan
@@ -129,7 +130,7 @@ def _train_and_test(this: RunPlan) -> RunResult:
     waste_nothing()
     if config.devices > 1:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
-    device = _device(config)
+    device = device_of(config)
 
     data = _load_data(config)
     loaders = loaders_of(config, data, device, rank=rank, world_size=config.devices)
@@ -139,7 +140,7 @@ def _train_and_test(this: RunPlan) -> RunResult:
         "%s seed %d on %s\n%s",
         this.cell,
         config.seed,
-        provenance.device_name(device, config.threads),
+        _place(config, device, network),
         as_text(summary.table()),
     )
 
@@ -160,7 +161,8 @@ def _train_and_test(this: RunPlan) -> RunResult:
             log.info("going on from %s", last)
         bundles = Bundles(loaders["train"], BUNDLE)
         trainer.fit(classifier, bundles, [loaders[stage] for stage in stages] or None, ckpt_path=last)
-        result = _test(this, trainer, classifier, loaders["test"], summary, tracker.run_id)
+        place = _place(config, device, network)
+        result = _test(this, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
         tracker.summarize(_headline(result))
     return result
 
@@ -187,7 +189,7 @@ def network_of(config: Config, norm: str, num_classes: int, device: torch.device
     initialize_(network, config.seed, "init" if config.recipe.paired_init else f"init/{norm}")
     # A fifth faster on a CPU, and what tensor cores want.
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.precision == "exact16":
+    if precision_of(config, device) == "exact16":
         # What the trainer will set, too: the check is of the kernels that will be used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
         torch.use_deterministic_algorithms(config.deterministic)
@@ -196,9 +198,25 @@ def network_of(config: Config, norm: str, num_classes: int, device: torch.device
         use_exact16_(network, dtype, integers=has_integer_conv2d(device))
         try:
             check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        except (ValueError, RuntimeError) as error:  # RuntimeError: the device has no such kernel
+            if config.precision == "exact16":
+                raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
+            log.warning("precision=auto is fp32 here: %s", in_a_line(error))
+            use_float32_(network)
     return network
+
+
+def _place(config: Config, device: torch.device, network: torch.nn.Module) -> str:
+    """Return the device's name, with the precision where that is the device's choice and not fp32."""
+    name = provenance.device_name(device, config.threads)
+    return f"{name}, exact16" if config.precision == "auto" and has_exact16(network) else name
+
+
+def precision_of(config: Config, device: torch.device) -> str:
+    """Return what `precision=auto` stands for on a device; any other choice is itself."""
+    if config.precision != "auto":
+        return config.precision
+    return "exact16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _load_data(config: Config) -> ImageDataset:
@@ -322,6 +340,7 @@ def _test(
     classifier: LitClassifier,
     loader: BatchLoader,
     summary: NetworkSummary,
+    place: str,
     wandb_run_id: str | None,
 ) -> RunResult:
     """Read the test set with the last epoch's weights and, where there is a validation split, with the best one's."""
@@ -364,7 +383,7 @@ def _test(
         parameters=summary.totals,
         versions=provenance.versions(),
         git_commit=provenance.git_commit(),
-        device=provenance.device_name(trainer.strategy.root_device, config.threads),
+        device=place,
         wandb_run_id=wandb_run_id,
     )
 
@@ -462,13 +481,14 @@ def _check_same(this: RunPlan) -> RunResult | None:
     return finished
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """Return the device of a run. Raises ConfigError where there are not as many of that kind as are asked for."""
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto.")
-    if kind == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported():
+    if kind == "cuda" and config.precision in ("exact16", "bf16") and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"precision={config.precision}, but this GPU has no bfloat16; use precision=fp32.")
     if kind == "cpu":
         return torch.device("cpu")

@@ -28,7 +28,7 @@ ROWS = (
     Row(BASE, False),
     Row("conventional, compiled", False, compile=True),
     Row("conventional, bf16, channels-last", False, autocast=True),
-    Row("ours, fp32", True),
+    Row("ours, fp32", True, options=("precision=fp32",)),
     Row("ours, exact16", True, options=("precision=exact16",)),
     Row("ours, exact16, compiled", True, compile=True, options=("precision=exact16", "compile=true")),
     Row("ours, bf16", True, autocast=True, options=("precision=bf16",)),
@@ -57,9 +57,9 @@ class Effort:
 
 
 QUICK = Effort(
-    batch_size={"resnet18_paper": 64, "binarynet": 16},
+    batch_size={"resnet18_paper": 48, "binarynet": 16},
     repetitions=3,
-    warm=1,
+    warm=2,
     steps=2,
     all_rows=("resnet18_paper",),
     images=(500, 1000, 2000),
