@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def test_a_second_time_nothing_is_trained(undisturbed: Path) -> None:
 
 
 def test_a_killed_sweep_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) -> None:
-    """Killed in its third run, without -m; gone on with in two processes, where joblib is there to do that."""
+    """Killed in its third run, without -m; gone on with two at a time."""
 
     def third_has_begun() -> bool:
         third = [run for run in find_runs(tmp_path / "results") if run.result is None]
@@ -104,7 +103,7 @@ def test_a_killed_sweep_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) 
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert 2 <= len(finished) < 6
     assert not (tmp_path / "results" / "runs" / "report.md").exists()
-    two = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if find_spec("joblib") else []
+    two = ["seeds_at_once=2"]
     done = finish(sweep(tmp_path, *SIX, *two))
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == modified for path, modified in finished.items())
@@ -166,6 +165,7 @@ def hydra() -> Iterator[None]:
         (["recipe.epochs=1,0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
         (["seed=0,-1"], "error: seed=-1 is not allowed: it should be greater than or equal to 0."),
         (["devices=1,2"], "error: devices=1 is the only choice in a multirun"),
+        (["seeds_at_once=2", "hydra/launcher=joblib"], "error: seeds_at_once is for runs without a launcher"),
     ],
 )
 def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list[str], sentence: str) -> None:

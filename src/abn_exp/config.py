@@ -27,6 +27,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from torch.nn.modules.batchnorm import _NormBase
@@ -139,8 +140,16 @@ class Config(Section):
     sync_norm: bool = False
     compile: bool = False
     threads: int = Field(gt=0, le=1024)
+    seeds_at_once: int | str = 1
     deterministic: bool
     progress: Literal["auto", "bar", "lines"]
+
+    @field_validator("seeds_at_once", mode="before")
+    @classmethod
+    def auto_or_a_number(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and 1 <= value <= 1024):
+            raise ValueError(f"seeds_at_once={value} is not allowed: it should be auto, or a number from 1 to 1024")
+        return value
 
     @model_validator(mode="after")
     def devices_share_batches(self) -> Self:

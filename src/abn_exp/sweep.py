@@ -11,9 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from abn_exp.benchmark.at_once import runs_at_once
 from abn_exp.config import ConfigError, config_hash, in_a_line
 from abn_exp.files import write_text_atomic
 from abn_exp.plan import RunPlan, plan
@@ -32,15 +34,33 @@ class SweepCallback(Callback):
         try:
             self.plans = expand(config)
             _check_devices(self.plans)
+            _check_launcher(self.plans, config)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
         except (HydraException, OmegaConfBaseException) as error:
             raise SystemExit(f"error: {in_a_line(error)}") from None
         finished = sum(run.status == "finished" for run in self._runs())
-        self.complete = finished == len(self.plans) and not self.plans[0].config.force
+        force = self.plans[0].config.force
+        self.complete = finished == len(self.plans) and not force
         for folder in {this.directory.parents[4] for this in self.plans}:
             record_command(folder, command(config))
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
+        if not self.complete:
+            self._train_at_once(config, len(self.plans) if force else len(self.plans) - finished)
+
+    def _train_at_once(self, config: DictConfig, pending: int) -> None:
+        """Let Hydra launch as many runs at a time as `seeds_at_once` says: joblib does it, with the same numbers."""
+        done = {run.directory for run in self._runs() if run.status == "finished"}
+        this = next((this for this in self.plans if this.directory not in done), self.plans[0])
+        count = this.config.seeds_at_once
+        if count == "auto":
+            try:
+                count = runs_at_once(this, pending)
+            except ConfigError as error:
+                raise SystemExit(f"error: {error}") from None
+        if count != 1:
+            with flag_override(config, ["struct", "readonly"], [False, False]):
+                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf(n_jobs=int(count)))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Let go of the run's configuration, a thousand objects that Hydra would keep to the end of the sweep."""
@@ -101,6 +121,15 @@ def _check_devices(plans: list[RunPlan]) -> None:
         raise ConfigError(
             "devices=1 is the only choice in a multirun: give each run a GPU (hydra/launcher=joblib), or run one "
             "after another, without -m and seeds=."
+        )
+
+
+def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
+    """Refuse two answers to the question of who launches the runs."""
+    launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+    if launcher != "BasicLauncher" and any(this.config.seeds_at_once != 1 for this in plans):
+        raise ConfigError(
+            f"seeds_at_once is for runs without a launcher, but hydra/launcher is {launcher}; leave one of them out."
         )
 
 

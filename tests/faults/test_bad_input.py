@@ -37,6 +37,7 @@ WRONG: dict[str, list[str]] = {
     "devices": [*COUNT, "0"],
     "sync_norm": SWITCH,
     "threads": [*COUNT, "0"],
+    "seeds_at_once": [*COUNT, "0", "many"],
     "deterministic": SWITCH,
     "progress": CHOICE,
     "dataset.name": [*CHOICE, "mnist"],

@@ -41,11 +41,11 @@ class _Clock(pl.Callback):
 class OurLoop:
     """A run's network, data and trainer; times are in seconds, the device's work included."""
 
-    def __init__(self, config: Config, data: ImageDataset, device: torch.device) -> None:
+    def __init__(self, config: Config, data: ImageDataset, device: torch.device, norm: str = "abn") -> None:
         self.config, self.device = config, device
         waste_nothing()
         classes = len(data.classes)
-        self.network = network_of(config, "abn", classes, device)
+        self.network = network_of(config, norm, classes, device)
         if config.compile:
             self.network.compile()
         self.loaders = loaders_of(config, data, device)

@@ -1,0 +1,163 @@
+"""How many runs to train at once on this machine, each in its own process: measured (`seeds_at_once=auto`)."""
+
+import logging
+import multiprocessing
+import os
+import queue
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from threading import BrokenBarrierError
+from typing import Any
+
+import torch
+
+from abn_exp.benchmark.measure import synchronize
+from abn_exp.benchmark.ours import OurLoop
+from abn_exp.benchmark.rows import random_data
+from abn_exp.config import Config
+from abn_exp.data.catalog import CATALOG
+from abn_exp.experiment import device_of
+from abn_exp.plan import RunPlan
+
+SECONDS = 3.0  # of training, for each number that is tried
+PATIENCE = 180.0  # for the slowest process to begin: it imports, builds, compiles
+WORTH, AS_GOOD = 1.1, 0.95  # so much faster than one at a time; not worth more processes than that share of the best
+CONTEXT_BYTES = 600e6  # what a process takes of a GPU before its first tensor
+
+log = logging.getLogger(__name__)
+_spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+
+
+def runs_at_once(this: RunPlan, pending: int) -> int:
+    """Return how many runs like `this` to train at a time, where `pending` are to be trained; say why.
+
+    As many as give the most images a second in all, or fewer that are nearly as fast; 1 where several gain nothing.
+    """
+    config = this.config
+    device = device_of(config)
+    counts = candidates(pending, device, config.threads)
+    if len(counts) < 2:
+        return 1
+    log.info("seeds_at_once=auto: measuring %s runs at once", ", ".join(map(str, counts)))
+    rates = measure(this, counts, device)
+    chosen = choose(rates)
+    speeds = ", ".join(f"{count} at once {rate:,.0f} images/s" for count, rate in rates.items())
+    log.info("%s in all: %d at a time", speeds or "none could be measured", chosen)
+    return chosen
+
+
+def candidates(pending: int, device: torch.device, threads: int) -> list[int]:
+    """Return the numbers to try: powers of two and as many as there are cores for, never more than are pending."""
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    most = min(pending, cores if device.type == "cpu" else min(16, cores))
+    return sorted({count for count in (1, 2, 4, 8, 16, 32, 64, cores) if count <= most})
+
+
+def choose(rates: dict[int, float]) -> int:
+    """Return the least number whose images a second are nearly the best, or 1 where the best gains little."""
+    best = max(rates.values(), default=0.0)
+    if best < WORTH * rates.get(1, 0.0):
+        return 1
+    return min((count for count, rate in rates.items() if rate >= AS_GOOD * best), default=1)
+
+
+def measure(this: RunPlan, counts: list[int], device: torch.device) -> dict[int, float]:
+    """Return the images a second, in all, of each number of processes that train at once; those that fit."""
+    barrier = _spawn.Barrier(max(counts) + 1)
+    found: multiprocessing.Queue[tuple[float, float] | None] = _spawn.Queue()
+    processes = [
+        _spawn.Process(target=_process, args=(this, index, counts, barrier, found), daemon=True)
+        for index in range(max(counts))
+    ]
+    free = _free_bytes(device)
+    rates: dict[int, float] = {}
+    try:
+        for process in processes:
+            process.start()
+        for count in counts:
+            barrier.wait(PATIENCE)
+            answers = [found.get(timeout=PATIENCE) for _ in range(count)]
+            measured = [answer for answer in answers if answer is not None]
+            if len(measured) < count:
+                raise BrokenBarrierError
+            if count * (max(size for _, size in measured) + _data_bytes(this.config)) > free:
+                break
+            rates[count] = sum(rate for rate, _ in measured)
+    except (BrokenBarrierError, queue.Empty):
+        log.warning("a process of those that were to be measured has ended; its number is left out")
+    finally:
+        for process in processes:
+            process.kill()
+    return rates
+
+
+def _process(this: RunPlan, index: int, counts: list[int], barrier: Barrier, found: Any) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    try:
+        _train(this, index, counts, barrier, found)
+    except BaseException:
+        found.put(None)
+        barrier.abort()
+        raise
+
+
+def _train(this: RunPlan, index: int, counts: list[int], barrier: Barrier, found: Any) -> None:
+    """Train as one of the processes; of each count, the first that many work and the others wait."""
+    config = this.config
+    torch.set_num_threads(config.threads)
+    device = device_of(config)
+    recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
+    options = config.dataset.model_copy(update={"train_images": None})
+    config = config.model_copy(update={"recipe": recipe, "dataset": options})
+    data = random_data(8 * recipe.batch_size, 10, options.image_size)
+    loop = OurLoop(config, data, device, this.choices["norm"])
+    batches = cycle(loop.loaders["train"])
+    for _ in range(2):
+        loop.step(next(batches))
+    with suppress(BrokenBarrierError):
+        for count in counts:
+            synchronize(device)
+            barrier.wait(PATIENCE)
+            if index < count:
+                found.put((_rate(loop, batches), _used_bytes(device)))
+
+
+def _rate(loop: OurLoop, batches: Iterator[Any]) -> float:
+    images, start = 0, time.monotonic()
+    while time.monotonic() < start + SECONDS:
+        batch = next(batches)
+        loop.step(batch)
+        images += len(batch[1])
+    synchronize(loop.device)
+    return images / (time.monotonic() - start)
+
+
+def _used_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Return the memory that processes may share: nine tenths of what is free, or no bound where that is unknown."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 0.9 * 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def _data_bytes(config: Config) -> float:
+    """Return what a run's training images take (`BatchLoader`), which is not there while the speed is measured."""
+    known = CATALOG.get(config.dataset.name)
+    count = config.dataset.train_images or (known.train_count if known is not None else 0)
+    side = config.dataset.image_size + 2 * config.dataset.padding
+    return count * side**2 * 4 * (2 if config.dataset.flip else 1)
