@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from abn_exp import provenance
+from abn_exp import callbacks, provenance
 from abn_exp.config import ConfigError, build_network
 from abn_exp.data.prepare import load
 from abn_exp.experiment import loaders_of, run
@@ -271,3 +272,37 @@ def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sen
 def test_commit_is_recorded_with_its_state() -> None:
     commit = provenance.git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk may be slow: training goes on meanwhile, and the next checkpoint waits."""
+    may_write, write = threading.Semaphore(0), callbacks._write_checkpoint
+
+    def slowly(*arguments: Any) -> None:
+        assert may_write.acquire(timeout=60)
+        write(*arguments)
+
+    def saved(path: Path) -> torch.Tensor:
+        return callbacks.read_checkpoint(path)["state_dict"]["weight"]
+
+    monkeypatch.setattr(callbacks, "_write_checkpoint", slowly)
+    weight, plugin, path = torch.zeros(3), callbacks.AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    plugin.save_checkpoint({"state_dict": {"weight": weight}}, path)
+    weight.add_(1)
+    assert not path.exists()
+    may_write.release()
+    plugin.save_checkpoint({"state_dict": {"weight": weight}}, path)
+    assert torch.equal(saved(path), torch.zeros(3))
+    may_write.release()
+    plugin.teardown()
+    assert torch.equal(saved(path), torch.ones(3))
+    assert torch.equal(saved(callbacks.previous(path)), torch.zeros(3))
+
+
+def test_what_the_disk_refuses_comes_up_once(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()  # where a folder belongs
+    plugin = callbacks.AtomicCheckpointIO()
+    plugin.save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(OSError, match="checkpoints"):
+        plugin.teardown()
+    plugin.teardown()
