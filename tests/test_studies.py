@@ -30,6 +30,7 @@ CROSSED = {
     "fixed_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
     "fixed_norm.momentum-0.9_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
 }
+PRECISIONS = {"fixed_precision-fp32", "fixed_precision-exact16", "fixed_precision-bf16"}
 # study: results' folder, seeds, data sets, models, norms, variants
 STUDIES = {
     "accuracy": ("accuracy", 5, PAPER_SETS, BOTH, {"bn", "abn"}, PLAIN),
@@ -37,6 +38,7 @@ STUDIES = {
     "confound": ("confound", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, CROSSED),
     "paper": ("protocols", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn_paper"}, {"paper"}),
     "fixed": ("protocols", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, PLAIN),
+    "precision": ("precision", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, PRECISIONS),
     "ablation": ("ablation", 5, {"cifar10"}, {"resnet18_paper"}, ABLATED, PLAIN),
 }
 
