@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from abn_exp import exact16, experiment, models
+from abn_exp import exact16, models, parts
 from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
 from abn_exp.config import ConfigError
 from abn_exp.data.prepare import load
 from abn_exp.exact16 import EXACT_TO, check_exact16, has_integer_conv2d, part_of, use_exact16_
-from abn_exp.experiment import loaders_of, network_of, precision_of, run
+from abn_exp.experiment import run
 from abn_exp.models import binarynet
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.parts import loaders_of, network_of, precision_of
 from abn_exp.plan import RunPlan
 from abn_exp.results import load_network, read_config
 from conftest import TINY
@@ -277,10 +278,10 @@ def test_what_the_device_cannot_do_is_refused_and_auto_does_without(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(experiment, "check_exact16", fail)
+    monkeypatch.setattr(parts, "check_exact16", fail)
     with pytest.raises(ConfigError, match=r"precision=exact16, but .*; use precision=fp32"):
         network_of(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
-    monkeypatch.setattr(experiment, "precision_of", lambda *_: "exact16")
+    monkeypatch.setattr(parts, "precision_of", lambda *_: "exact16")
     network = network_of(make_plan(*TINY).config, "abn", 10, torch.device("cpu"))
     assert all(layer.product is None for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear))
     assert "precision=auto is fp32 here" in caplog.text

@@ -18,8 +18,9 @@ import torch
 from abn_exp import callbacks, provenance
 from abn_exp.config import ConfigError, build_network
 from abn_exp.data.prepare import load
-from abn_exp.experiment import loaders_of, run
+from abn_exp.experiment import run
 from abn_exp.models import initialize_
+from abn_exp.parts import loaders_of
 from abn_exp.plan import RunPlan
 from abn_exp.results import RunResult, find_runs, load_network, load_runs, read_metrics
 from conftest import REPOSITORY, TINY

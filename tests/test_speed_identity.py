@@ -18,8 +18,8 @@ from abn_exp.binarize import BinaryConv2d
 from abn_exp.classifier import LitClassifier
 from abn_exp.config import config_hash
 from abn_exp.exact16 import has_integer_conv2d, use_exact16_
-from abn_exp.experiment import waste_nothing
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.parts import waste_nothing
 from abn_exp.plan import RunPlan
 
 Result = tuple[Tensor, dict[str, Tensor]]

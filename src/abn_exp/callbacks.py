@@ -220,14 +220,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._disk = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         self.teardown()
-        self._pending = self._disk.submit(_write_checkpoint, buffer, Path(path))
+        disk = ThreadPoolExecutor(1)
+        self._pending = disk.submit(_write_checkpoint, buffer, Path(path))
+        disk.shutdown(wait=False)  # the thread ends with its work
 
     def teardown(self) -> None:
         """Wait for the disk."""

@@ -22,7 +22,7 @@ from abn_exp.benchmark.ours import OurLoop
 from abn_exp.benchmark.rows import random_data
 from abn_exp.config import Config
 from abn_exp.data.catalog import CATALOG
-from abn_exp.experiment import device_of
+from abn_exp.parts import device_of
 from abn_exp.plan import RunPlan
 
 SECONDS = 3.0  # of training, for each number that is tried

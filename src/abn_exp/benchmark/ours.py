@@ -13,7 +13,7 @@ from abn_exp.classifier import LitClassifier
 from abn_exp.config import Config
 from abn_exp.data.loader import Bundles
 from abn_exp.data.prepare import ImageDataset
-from abn_exp.experiment import BUNDLE, loaders_of, network_of, trainer_options, waste_nothing
+from abn_exp.parts import BUNDLE, loaders_of, network_of, trainer_options, waste_nothing
 
 
 class _Clock(pl.Callback):

@@ -20,8 +20,8 @@ from abn_exp.benchmark.ours import OurLoop
 from abn_exp.benchmark.rows import BASE, EAGER, ROWS, WIDTHS, Effort, Row, configuration, random_data
 from abn_exp.binarize import sign_ste
 from abn_exp.data.prepare import ImageDataset
-from abn_exp.experiment import waste_nothing
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.parts import waste_nothing
 from abn_exp.summary import summarize
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from abn_exp.config import Config
 from abn_exp.data.prepare import ImageDataset, load
-from abn_exp.experiment import loaders_of
+from abn_exp.parts import loaders_of
 from abn_exp.results import Run, find_runs, load_network, read_config
 
 
