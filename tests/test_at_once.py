@@ -1,7 +1,6 @@
 """How many runs at once: the choice that follows from the speeds, and the speeds of processes that train."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -54,20 +53,19 @@ def test_processes_are_measured_as_they_train_together(
     make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(at_once, "_data_bytes", lambda _: 0.0)
-    rates = measure(make_plan(), [1, 2], CPU)
+    rates = measure(make_plan().config, "abn", [1, 2], CPU, 0.5)
     assert list(rates) == [1, 2]
     assert all(rate > 0 for rate in rates.values())
     monkeypatch.setattr(at_once, "_free_bytes", lambda _: 1e6)
-    assert measure(make_plan(), [1], CPU) == {}  # not even one fits
+    assert measure(make_plan().config, "abn", [1], CPU, 0.5) == {}  # not even one fits
 
 
 @pytest.mark.slow
 def test_a_process_that_ends_leaves_its_number_out(
     make_plan: Callable[..., RunPlan], caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = make_plan()
-    broken = replace(plan, config=plan.config.model_copy(update={"norm": {"_target_": "no.such.Norm"}}))
-    assert measure(broken, [1], CPU) == {}
+    broken = make_plan().config.model_copy(update={"norm": {"_target_": "no.such.Norm"}})
+    assert measure(broken, "abn", [1], CPU) == {}
     assert "has ended" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import runpy
 from functools import partial
 
@@ -117,6 +118,7 @@ def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
     text = (folder / "benchmark.md").read_text()
     assert "extrapolated from 1 steps" in text
     assert found.ratios["resnet18_paper", BASE].median == 1
+    assert ("seeds", EAGER) in found.growth or os.cpu_count() == 1
 
 
 @pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--threads", "x"], ["--device", "tpu"]])

@@ -8,7 +8,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import cycle
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -45,7 +44,7 @@ def runs_at_once(this: RunPlan, pending: int) -> int:
     if len(counts) < 2:
         return 1
     log.info("seeds_at_once=auto: measuring %s runs at once", ", ".join(map(str, counts)))
-    rates = measure(this, counts, device)
+    rates = measure(config, this.choices["norm"], counts, device)
     chosen = choose(rates)
     speeds = ", ".join(f"{count} at once {rate:,.0f} images/s" for count, rate in rates.items())
     log.info("%s in all: %d at a time", speeds or "none could be measured", chosen)
@@ -67,12 +66,14 @@ def choose(rates: dict[int, float]) -> int:
     return min((count for count, rate in rates.items() if rate >= AS_GOOD * best), default=1)
 
 
-def measure(this: RunPlan, counts: list[int], device: torch.device) -> dict[int, float]:
+def measure(
+    config: Config, norm: str, counts: list[int], device: torch.device, seconds: float = SECONDS
+) -> dict[int, float]:
     """Return the images a second, in all, of each number of processes that train at once; those that fit."""
     barrier = _spawn.Barrier(max(counts) + 1)
     found: multiprocessing.Queue[tuple[float, float] | None] = _spawn.Queue()
     processes = [
-        _spawn.Process(target=_process, args=(this, index, counts, barrier, found), daemon=True)
+        _spawn.Process(target=_process, args=(config, norm, index, counts, seconds, barrier, found), daemon=True)
         for index in range(max(counts))
     ]
     free = _free_bytes(device)
@@ -86,7 +87,7 @@ def measure(this: RunPlan, counts: list[int], device: torch.device) -> dict[int,
             measured = [answer for answer in answers if answer is not None]
             if len(measured) < count:
                 raise BrokenBarrierError
-            if count * (max(size for _, size in measured) + _data_bytes(this.config)) > free:
+            if count * (max(size for _, size in measured) + _data_bytes(config)) > free:
                 break
             rates[count] = sum(rate for rate, _ in measured)
     except (BrokenBarrierError, queue.Empty):
@@ -97,40 +98,43 @@ def measure(this: RunPlan, counts: list[int], device: torch.device) -> dict[int,
     return rates
 
 
-def _process(this: RunPlan, index: int, counts: list[int], barrier: Barrier, found: Any) -> None:
+def _process(
+    config: Config, norm: str, index: int, counts: list[int], seconds: float, barrier: Barrier, found: Any
+) -> None:
+    """Train as one of the processes; of each count, the first that many work and the others wait."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:
-        _train(this, index, counts, barrier, found)
+        loop, batches = _begin(config, norm)
+        for count in counts:
+            synchronize(loop.device)
+            barrier.wait(PATIENCE)
+            if index < count:
+                found.put((_rate(loop, batches, seconds), _used_bytes(loop.device)))
+    except BrokenBarrierError:
+        pass
     except BaseException:
         found.put(None)
         barrier.abort()
         raise
 
 
-def _train(this: RunPlan, index: int, counts: list[int], barrier: Barrier, found: Any) -> None:
-    """Train as one of the processes; of each count, the first that many work and the others wait."""
-    config = this.config
+def _begin(config: Config, norm: str) -> tuple[OurLoop, Iterator[Any]]:
+    """Return a loop that has taken its first steps, and batches without end."""
     torch.set_num_threads(config.threads)
-    device = device_of(config)
     recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
     options = config.dataset.model_copy(update={"train_images": None})
-    config = config.model_copy(update={"recipe": recipe, "dataset": options})
     data = random_data(8 * recipe.batch_size, 10, options.image_size)
-    loop = OurLoop(config, data, device, this.choices["norm"])
+    config = config.model_copy(update={"recipe": recipe, "dataset": options})
+    loop = OurLoop(config, data, device_of(config), norm)
     batches = cycle(loop.loaders["train"])
     for _ in range(2):
         loop.step(next(batches))
-    with suppress(BrokenBarrierError):
-        for count in counts:
-            synchronize(device)
-            barrier.wait(PATIENCE)
-            if index < count:
-                found.put((_rate(loop, batches), _used_bytes(device)))
+    return loop, batches
 
 
-def _rate(loop: OurLoop, batches: Iterator[Any]) -> float:
+def _rate(loop: OurLoop, batches: Iterator[Any], seconds: float) -> float:
     images, start = 0, time.monotonic()
-    while time.monotonic() < start + SECONDS:
+    while time.monotonic() < start + seconds:
         batch = next(batches)
         loop.step(batch)
         images += len(batch[1])

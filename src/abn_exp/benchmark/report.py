@@ -16,7 +16,7 @@ from abn_exp.benchmark.rows import BASE, EAGER, WIDTHS, Effort
 from abn_exp.benchmark.run import Findings
 from abn_exp.files import write_text_atomic
 
-UNITS = {"images": "s of an epoch", "width": "s of a step", "batch": "s of a step"}
+UNITS = {"images": "s of an epoch", "width": "s of a step", "batch": "s of a step", "seeds": "s of an epoch of all"}
 
 
 def write(found: Findings, effort: Effort, device_name: str, command: str, folder: Path) -> Path:
@@ -125,8 +125,9 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
             ],
         ),
         f"resnet18_paper; images and batch at width {effort.growth_width:g}, images and width with batches of "
-        f"{effort.growth_batch}. Images: a whole epoch of training, its start included. Seeds run one after another, "
-        "so that their exponent is 1.\n\n![Growth](growth.png)\n",
+        f"{effort.growth_batch}. Images: a whole epoch of training, its start included. Seeds: an epoch of "
+        f"{effort.images[-1]} images of each, at once in a process with one thread each; one after another, as in "
+        "the conventional loop, their exponent is 1.\n\n![Growth](growth.png)\n",
     ]
     return "\n".join(sections)
 
@@ -134,10 +135,13 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
 def _figure(found: Findings) -> Figure:
     styles = {BASE: ("black", "o", "-"), EAGER: (figures.VERMILLION, "s", figures.DASH)}
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(7, 2.5), layout="constrained")
-        for i, (axis, unit) in enumerate(UNITS.items()):
-            ax = figure.add_subplot(1, len(UNITS), i + 1)
+        shown = {axis: unit for axis, unit in UNITS.items() if (axis, EAGER) in found.growth}
+        figure = Figure(figsize=(2.3 * len(shown), 2.5), layout="constrained")
+        for i, (axis, unit) in enumerate(shown.items()):
+            ax = figure.add_subplot(1, len(shown), i + 1)
             for row, (color, marker, line) in styles.items():
+                if (axis, row) not in found.growth:
+                    continue
                 sizes, values, slope = found.growth[axis, row]
                 middle = [q.median for q in values]
                 spread = [[q.median - q.low for q in values], [q.high - q.median for q in values]]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abn_exp import models
-from abn_exp.benchmark import measure
+from abn_exp.benchmark import at_once, measure
 from abn_exp.benchmark.conventional import Binarize, ConventionalLoop, Norm, conventional
 from abn_exp.benchmark.measure import Quartiles, quartiles
 from abn_exp.benchmark.ours import OurLoop
@@ -247,6 +247,21 @@ class Benchmark:
                 found = [quartiles(times[str((row.name, size))]) for size in sizes]
                 slope = measure.exponent([float(size) for size in sizes], [q.median for q in found])
                 self.found.growth[axis, row.name] = ([float(size) for size in sizes], found, slope)
+        self.seeds()
+
+    def seeds(self) -> None:
+        """Measure how the time of an epoch grows with the seeds that are trained at once, each in its process."""
+        log.info("growth: seeds")
+        effort = self.effort
+        (row,) = (row for row in ROWS if row.name == EAGER)
+        config = configuration("resnet18_paper", effort.growth_width, effort.growth_batch, row.options)
+        config = config.model_copy(update={"device": self.device.type})
+        rates = at_once.measure(config, "abn", at_once.candidates(8, self.device, config.threads), self.device, 2.0)
+        times = {count: count * effort.images[-1] / rate for count, rate in rates.items()}
+        if len(times) > 1:
+            sizes, values = list(map(float, times)), list(times.values())
+            found = [quartiles([value]) for value in values]
+            self.found.growth["seeds", EAGER] = (sizes, found, measure.exponent(sizes, values))
 
 
 def _chain(norm: nn.Module, sign: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
