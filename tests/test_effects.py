@@ -156,6 +156,12 @@ def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides():
     assert factors_of(*default, ("abn", "fixed_m-0.1", {"m": 0.1}))["m"] == ("0.1", "0.9")
 
 
+def test_fp32_is_what_other_precisions_are_compared_with():
+    rows = [(norm, f"fixed_precision-{p}", {"precision": p}) for norm in ("bn", "abn") for p in ("bf16", "fp32")]
+    most = [("iebn", "fixed_precision-bf16", {"precision": "bf16"})]
+    assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
+
+
 def test_variants_that_no_key_tells_apart_go_by_their_names():
     assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}
 

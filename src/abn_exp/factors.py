@@ -10,6 +10,7 @@ from abn_exp.compare import Cell
 
 Key = tuple[str, str, str, str]
 ABSENT = "absent"
+REFERENCES = {"precision": "fp32"}  # of a factor, where it is among the levels, whatever most cells have
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]]) -> list[Factor]:
 
     ``settings`` gives the flat configuration of each cell, by the cell's key, and under "recipe" the recipe's name.
     A key whose value follows from the recipe is the recipe's; keys that follow from each other are one factor. The
-    reference level is the one most cells have, else the one with the shortest variant name, the fewest overrides.
+    reference level is the one of REFERENCES, else the one most cells have, else the one with the shortest variant
+    name, the fewest overrides.
     Where this does not tell all cells apart, the variant's name itself is the factor.
     """
     alike: dict[tuple[str, ...], list[Key]] = {}
@@ -83,8 +85,8 @@ def _factor(group: Sequence[str], columns: Mapping[str, Mapping[Key, str]]) -> F
     counts: Counter[Hashable] = Counter(by_cell.values())
     shortest = {level: min(len(c[3]) for c, own in by_cell.items() if own == level) for level in by_cell.values()}
     levels = sorted(shortest, key=lambda level: [_numeric(part) for part in level.split(", ")])
-    reference = min(levels, key=lambda level: (-counts[level], shortest[level]))
     name = ", ".join(key.removeprefix("recipe.") for key in keys)
+    reference = min(levels, key=lambda level: (level != REFERENCES.get(name), -counts[level], shortest[level]))
     return Factor(name, (reference, *(level for level in levels if level != reference)), by_cell)
 
 
