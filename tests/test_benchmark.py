@@ -30,6 +30,7 @@ TINY = Effort(
     batches=(2, 4),
     growth_width=0.25,
     growth_batch=4,
+    seeds=2,
 )
 
 

@@ -4,19 +4,17 @@ import logging
 import multiprocessing
 import os
 import queue
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from itertools import cycle
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
 import torch
 
-from abn_exp.benchmark.measure import synchronize
+from abn_exp.benchmark.measure import memory, synchronize
 from abn_exp.benchmark.ours import OurLoop
 from abn_exp.benchmark.rows import random_data
 from abn_exp.config import Config
@@ -25,6 +23,7 @@ from abn_exp.parts import device_of
 from abn_exp.plan import RunPlan
 
 SECONDS = 3.0  # of training, for each number that is tried
+WARM = 1.0  # of training before the first number
 PATIENCE = 180.0  # for the slowest process to begin: it imports, builds, compiles
 WORTH, AS_GOOD = 1.1, 0.95  # so much faster than one at a time; not worth more processes than that share of the best
 CONTEXT_BYTES = 600e6  # what a process takes of a GPU before its first tensor
@@ -88,6 +87,7 @@ def measure(
             if len(measured) < count:
                 raise BrokenBarrierError
             if count * (max(size for _, size in measured) + _data_bytes(config)) > free:
+                log.info("%d at once would not fit into memory", count)
                 break
             rates[count] = sum(rate for rate, _ in measured)
     except (BrokenBarrierError, queue.Empty):
@@ -127,8 +127,7 @@ def _begin(config: Config, norm: str) -> tuple[OurLoop, Iterator[Any]]:
     config = config.model_copy(update={"recipe": recipe, "dataset": options})
     loop = OurLoop(config, data, device_of(config), norm)
     batches = cycle(loop.loaders["train"])
-    for _ in range(2):
-        loop.step(next(batches))
+    _rate(loop, batches, WARM)
     return loop, batches
 
 
@@ -145,7 +144,10 @@ def _rate(loop: OurLoop, batches: Iterator[Any], seconds: float) -> float:
 def _used_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        return memory("VmHWM")  # ru_maxrss begins with what the process that started this one had
+    except OSError:
+        return 0.0
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -153,9 +155,8 @@ def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 0.9 * 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
+        return 0.9 * memory("MemAvailable", "/proc/meminfo")
+    except OSError:
         return float("inf")
 
 

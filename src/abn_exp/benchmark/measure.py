@@ -69,9 +69,9 @@ def saved_bytes(call: Callable[[], Tensor], network: nn.Module) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def _status(key: str) -> int:
-    """Return a size of this process in bytes, VmRSS or VmHWM."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+def memory(key: str, file: str = "/proc/self/status") -> int:
+    """Return a size in bytes that Linux says: of this process VmRSS or VmHWM. Raises OSError elsewhere."""
+    lines = Path(file).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
@@ -93,9 +93,9 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> float:
     try:
         trim()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-        before = _status("VmRSS")
+        before = memory("VmRSS")
         call()
-        return _status("VmHWM") - before
+        return memory("VmHWM") - before
     except OSError:
         return math.nan
 
@@ -106,10 +106,10 @@ def host_growth(step: Callable[[], Any], steps: int) -> float:
         for i in range(2 * steps):
             if i == steps:
                 trim()
-                before = _status("VmRSS")
+                before = memory("VmRSS")
             step()
         trim()
-        return (_status("VmRSS") - before) / steps
+        return (memory("VmRSS") - before) / steps
     except OSError:
         return math.nan
 

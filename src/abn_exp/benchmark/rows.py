@@ -54,10 +54,11 @@ class Effort:
     batches: tuple[int, ...]
     growth_width: float  # of the network whose images and batches grow
     growth_batch: int
+    seeds: int  # at most so many are trained at once; 0: not measured
 
 
 QUICK = Effort(
-    batch_size={"resnet18_paper": 48, "binarynet": 16},
+    batch_size={"resnet18_paper": 48, "binarynet": 12},
     repetitions=3,
     warm=2,
     steps=2,
@@ -67,8 +68,9 @@ QUICK = Effort(
     batches=(8, 16, 32, 64),
     growth_width=0.5,
     growth_batch=16,
+    seeds=0,
 )
-CPU = replace(QUICK, repetitions=9, all_rows=tuple(WIDTHS))
+CPU = replace(QUICK, repetitions=9, all_rows=tuple(WIDTHS), seeds=8)
 GPU = Effort(
     batch_size={"resnet18_paper": 256, "binarynet": 256},
     repetitions=7,
@@ -80,6 +82,7 @@ GPU = Effort(
     batches=(128, 256, 512, 1024),
     growth_width=5.0,
     growth_batch=256,
+    seeds=8,
 )
 
 

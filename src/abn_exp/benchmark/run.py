@@ -247,7 +247,8 @@ class Benchmark:
                 found = [quartiles(times[str((row.name, size))]) for size in sizes]
                 slope = measure.exponent([float(size) for size in sizes], [q.median for q in found])
                 self.found.growth[axis, row.name] = ([float(size) for size in sizes], found, slope)
-        self.seeds()
+        if effort.seeds:
+            self.seeds()
 
     def seeds(self) -> None:
         """Measure how the time of an epoch grows with the seeds that are trained at once, each in its process."""
@@ -256,7 +257,9 @@ class Benchmark:
         (row,) = (row for row in ROWS if row.name == EAGER)
         config = configuration("resnet18_paper", effort.growth_width, effort.growth_batch, row.options)
         config = config.model_copy(update={"device": self.device.type})
-        rates = at_once.measure(config, "abn", at_once.candidates(8, self.device, config.threads), self.device, 2.0)
+        rates = at_once.measure(
+            config, "abn", at_once.candidates(effort.seeds, self.device, config.threads), self.device, 2.0
+        )
         times = {count: count * effort.images[-1] / rate for count, rate in rates.items()}
         if len(times) > 1:
             sizes, values = list(map(float, times)), list(times.values())
