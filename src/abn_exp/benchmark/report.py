@@ -126,8 +126,8 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
         ),
         f"resnet18_paper; images and batch at width {effort.growth_width:g}, images and width with batches of "
         f"{effort.growth_batch}. Images: a whole epoch of training, its start included. Seeds, where measured: an "
-        f"epoch of {effort.images[-1]:,} images of each, at once in a process with one thread each; one after another, "
-        "as in the conventional loop, their exponent is 1.\n\n![Growth](growth.png)\n",
+        f"epoch of {effort.images[-1]:,} images of each, at once in a process with one thread each; one after "
+        "another, as in the conventional loop, their exponent is 1.\n\n![Growth](growth.png)\n",
     ]
     return "\n".join(sections)
 
