@@ -119,7 +119,7 @@ def _check_devices(plans: list[RunPlan]) -> None:
     """Refuse what Lightning cannot do: to start a run's other processes, it repeats the whole command."""
     if any(this.config.devices > 1 for this in plans):
         raise ConfigError(
-            "devices=1 is the only choice in a multirun: give each run a GPU (hydra/launcher=joblib), or run one "
+            "devices=1 is the only choice in a multirun: give each run a GPU (seeds_at_once=auto), or run one "
             "after another, without -m and seeds=."
         )
 
