@@ -2,9 +2,13 @@
 
 import copy
 import ctypes
+import os
 import resource
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from abn_exp.exact16 import has_integer_conv2d, use_exact16_
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.parts import waste_nothing
 from abn_exp.plan import RunPlan
+from conftest import REPOSITORY, TINY
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -140,6 +145,22 @@ def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same(integ
         assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
     assert 3 * saved <= results[0][2]
     assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_a_network_that_cannot_be_compiled_is_a_sentence(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "train.py", f"results_dir={tmp_path}/results", "device=cpu", "compile=true", *TINY],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: compile=true, but torch.compile cannot here (InvalidCxxCompiler: No working")
+    assert line.endswith("use compile=false.")
+    assert "Traceback" not in done.stderr
 
 
 def test_fused_adam_moves_the_last_bits_only(make_plan: Callable[..., RunPlan]) -> None:

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.exc import TorchDynamoException
 
 from abn_exp import provenance
 from abn_exp.callbacks import (
@@ -33,7 +34,7 @@ from abn_exp.callbacks import (
     usable_checkpoint,
 )
 from abn_exp.classifier import LitClassifier, Stage
-from abn_exp.config import Config, ConfigError, config_hash, science
+from abn_exp.config import Config, ConfigError, config_hash, in_a_line, science
 from abn_exp.data.loader import BatchLoader, Bundles
 from abn_exp.exact16 import has_exact16
 from abn_exp.files import remove_parts, write_text_atomic
@@ -140,7 +141,11 @@ def _train_and_test(this: RunPlan) -> RunResult:
         if last is not None:
             log.info("going on from %s", last)
         bundles = Bundles(loaders["train"], BUNDLE)
-        trainer.fit(classifier, bundles, [loaders[stage] for stage in stages] or None, ckpt_path=last)
+        try:
+            trainer.fit(classifier, bundles, [loaders[stage] for stage in stages] or None, ckpt_path=last)
+        except TorchDynamoException as error:  # no C++ compiler, say
+            why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
+            raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
         place = _place(config, device, network)
         result = _test(this, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
         tracker.summarize(_headline(result))

@@ -254,12 +254,10 @@ class Benchmark:
         """Measure how the time of an epoch grows with the seeds that are trained at once, each in its process."""
         log.info("growth: seeds")
         effort = self.effort
-        (row,) = (row for row in ROWS if row.name == EAGER)
-        config = configuration("resnet18_paper", effort.growth_width, effort.growth_batch, row.options)
-        config = config.model_copy(update={"device": self.device.type})
-        rates = at_once.measure(
-            config, "abn", at_once.candidates(effort.seeds, self.device, config.threads), self.device, 2.0
-        )
+        overrides = ("precision=exact16", f"device={self.device.type}")
+        config = configuration("resnet18_paper", effort.growth_width, effort.growth_batch, overrides)
+        counts = at_once.candidates(effort.seeds, self.device, config.threads)
+        rates = at_once.measure(config, "abn", counts, self.device)
         times = {count: count * effort.images[-1] / rate for count, rate in rates.items()}
         if len(times) > 1:
             sizes, values = list(map(float, times)), list(times.values())
