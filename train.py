@@ -19,11 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from yaml import YAMLError
 
-from abn_exp.callbacks import STOPPED, Diverged
-from abn_exp.config import ConfigError, in_a_line
-from abn_exp.experiment import run
-from abn_exp.plan import plan
+from abn_exp.errors import STOPPED, ConfigError, Diverged, in_a_line
+from abn_exp.identity import plan
 from abn_exp.provenance import git_commit
+from abn_exp.training.run import run
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from abn_exp.studies import activation_report, cam_report
-from abn_exp.studies.summary import command_line
-from abn_exp.studies.trained import Opener, common_folder, find_trained
+from abn_exp.analysis import activation_report, cam_report
+from abn_exp.analysis.summary import command_line
+from abn_exp.analysis.trained import Opener, common_folder, find_trained
 
 
 def count(text: str) -> int:

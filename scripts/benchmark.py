@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from abn_exp import provenance
-from abn_exp.benchmark import budget_report, report
-from abn_exp.benchmark.budget import time_to_accuracy
-from abn_exp.benchmark.rows import CPU, GPU, HEADLINE, QUICK
-from abn_exp.benchmark.run import Benchmark, default_workers
+from benchmarks import budget_report, report
+from benchmarks.configurations import CPU, GPU, HEADLINE, QUICK
+from benchmarks.run import Benchmark, default_workers
+from benchmarks.time_to_accuracy import time_to_accuracy
 
 
 def count(text: str) -> int:

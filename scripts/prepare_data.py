@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from abn_exp.config import read
 from abn_exp.data.prepare import channel_statistics, load, prepare
-from abn_exp.data.sources import file_digest
+from abn_exp.data.readers import file_digest
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from abn_exp.report import print_report, write_report
+from abn_exp.report.build import print_report, write_report
 
 
 def main() -> int:

@@ -14,12 +14,8 @@ torch.set_num_threads(1)
 # A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from abn_exp.plan import RunPlan, plan  # noqa: E402  (the environment must be set before)
-
-REPOSITORY = Path(__file__).parent.parent
-
-# A run of a few seconds: 200 of the embedded images, a network of 8 channels.
-TINY = ["dataset.train_images=200", "model.width=0.0625", "recipe.epochs=2", "recipe.batch_size=32"]
+from abn_exp.identity import RunPlan, plan  # noqa: E402  (the environment must be set before)
+from tests.helpers.runs import REPOSITORY, TINY  # noqa: E402
 
 
 @pytest.fixture

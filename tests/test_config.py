@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from abn_exp.config import ConfigError, config_hash
-from abn_exp.plan import RunPlan
+from abn_exp.config import config_hash
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from tests.helpers.runs import REPOSITORY
 
 Make = Callable[..., RunPlan]
-CONF = Path(__file__).parent.parent / "conf"
+CONF = REPOSITORY / "conf"
 
 
 def options(group: str) -> list[str]:

@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from abn_exp import exact16, models, parts
+from abn_exp import exact16, models
 from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
-from abn_exp.config import ConfigError
 from abn_exp.data.prepare import load
+from abn_exp.errors import ConfigError
 from abn_exp.exact16 import EXACT_TO, check_exact16, has_integer_conv2d, part_of, use_exact16_
-from abn_exp.experiment import run
+from abn_exp.identity import RunPlan
 from abn_exp.models import binarynet
+from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
-from abn_exp.parts import loaders_of, network_of, precision_of
-from abn_exp.plan import RunPlan
 from abn_exp.results import load_network, read_config
-from conftest import TINY
+from abn_exp.training import setup as parts
+from abn_exp.training.run import run
+from abn_exp.training.setup import loaders_of, network_of, precision_of
+from tests.helpers.runs import TINY
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -203,7 +205,7 @@ def test_gradients_are_not_made_where_they_are_not_asked_for():
 @pytest.mark.parametrize("model", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
 def test_a_network_s_forward_pass_is_float32_s(model, integers):
     network = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.5)
-    models.initialize_(network, 0).to(memory_format=torch.channels_last)  # as a run's; norms add up in that order
+    initialize_(network, 0).to(memory_format=torch.channels_last)  # as a run's; norms add up in that order
     plain, exact = both(network, integers=integers)
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(plain(x), exact(x))

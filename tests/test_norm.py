@@ -1,6 +1,5 @@
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ from torch import nn
 
 from abn_exp.binarize import sign, sign_ste
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d
+from tests.helpers.runs import REPOSITORY
 
-CONF = Path(__file__).parents[1] / "conf" / "norm"
+CONF = REPOSITORY / "conf" / "norm"
 NORMS = sorted(path.stem for path in CONF.glob("*.yaml"))
 EPS = 1e-5
 

@@ -5,16 +5,10 @@ new one needs no change here: their keys are checked against the signature of th
 """
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Collection
-from dataclasses import is_dataclass
-from textwrap import shorten
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -25,14 +19,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
-from torch.nn.modules.batchnorm import _NormBase
 
-from abn_exp.norm import check_statistics
+from abn_exp.errors import ConfigError, validation_sentence
+from abn_exp.models.build import build_network
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -42,10 +35,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MAX_PARAMETERS = 2 * 10**9  # more than any network here can use; less than what ends a machine
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # what may be a folder's name
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; its text is one sentence a line, meant for the person who typed it."""
 
 
 class Section(BaseModel):
@@ -205,7 +194,7 @@ def read(cfg: DictConfig) -> Config:
     try:
         config = Config.model_validate(plain)
     except ValidationError as error:
-        sentences = [_sentence(dict(item)) for item in error.errors()]
+        sentences = [validation_sentence(dict(item)) for item in error.errors()]
         more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
     _check_text(plain, "")
@@ -222,79 +211,6 @@ def _check_text(value: Any, path: str) -> None:
         raise ConfigError(f"{path}={value!r} is not allowed: it should be text without control characters.")
 
 
-def in_a_line(error: Exception) -> str:
-    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
-    return " ".join(str(error).split("\nConfig search path")[0].split())
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    """One mistake that pydantic found, in one sentence with the key and the value as they were typed."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"{key} is missing; every key of the configuration needs a value."
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a key of the configuration; `python train.py --cfg job` lists them all."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if error["type"] == "value_error":
-        return f"{message}."
-    return f"{key}={shorten(str(error['input']), 80)} is not allowed: it {message}."
-
-
-def _check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
-    """Check a `_target_` node, before anything that it names is called.
-
-    `result` is what it is to make: a class, or None where that is for its caller to see. `given` are the arguments
-    that the program itself will pass. A configuration may come from elsewhere, together with a trained network, so
-    that nothing is called but classes of the kind that is needed and functions that take a network's arguments.
-    """
-    if not isinstance(node, dict):
-        raise ConfigError(
-            f"{path}={node!r} is not allowed: it should have a _target_, the class or function to call."
-        )
-    target, name = get_object_or_explain(node, path), node["_target_"]
-    if result is not None and not (inspect.isclass(target) and issubclass(target, result)):
-        raise ConfigError(f"{path}._target_={name} is not allowed: it should be a subclass of {result.__qualname__}.")
-    try:
-        parameters = inspect.signature(target).parameters
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (ValueError, TypeError, NameError) as error:
-        raise ConfigError(f"{path}._target_={name} is not allowed: its arguments are not known.") from error
-    if result is None and (missing := [key for key in given if key not in parameters]):
-        raise ConfigError(f"{path}._target_={name} is not allowed: it should take {', '.join(missing)}.")
-    for key, value in node.items():
-        if key in ("_target_", "_partial_"):
-            continue
-        if key not in parameters or key in given:
-            allowed = ", ".join(parameter for parameter in parameters if parameter not in ("self", *given))
-            raise ConfigError(f"{path}.{key} is not a key of {name}; it takes {allowed}.")
-        hint = hints.get(key)
-        if isinstance(value, dict) and "_target_" in value:
-            if not inspect.isclass(hint):
-                raise ConfigError(f"{path}.{key} is not allowed: {name} does not say which class it takes there.")
-            _check_call(value, f"{path}.{key}", hint)
-        elif key in hints:
-            try:
-                TypeAdapter(hints[key], config=None if is_dataclass(hint) else _CALL).validate_python(value)
-            except ValidationError as error:
-                item = dict(error.errors()[0])
-                raise ConfigError(_sentence({**item, "loc": (path, key), "input": value})) from error
-
-
-_CALL = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-def get_object_or_explain(node: dict[str, Any], path: str) -> Callable[..., Any]:
-    """Return the class or function that a `_target_` names."""
-    try:
-        return get_object(node["_target_"])
-    except KeyError as error:
-        raise ConfigError(f"{path} needs a _target_, the class or function that makes it.") from error
-    except Exception as error:  # importing is running: there is no end to what it may raise
-        raise ConfigError(
-            f"{path}._target_={node['_target_']} cannot be imported: it should be package.module.Name."
-        ) from error
-
-
 def _check_network(config: Config) -> None:
     """Build the network without memory, so that whatever its parts refuse is refused before anything starts."""
     with torch.device("meta"):
@@ -306,34 +222,3 @@ def _check_network(config: Config) -> None:
         raise ConfigError(
             f"this network has {count:,} parameters; choose a smaller model.width or dataset.image_size."
         )
-
-
-GIVEN = ("num_classes", "image_size", "norm_layer")  # what the program passes to a network
-
-
-def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int, image_size: int) -> torch.nn.Module:
-    """Return the network that the groups `model` and `norm` describe.
-
-    Raises ConfigError where a part refuses its arguments, or is not a part of a network.
-    """
-    _check_call(norm, "norm", torch.nn.Module, ("num_features", "device", "dtype"))
-    _check_call(model, "model", None, GIVEN)
-    if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
-        raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")
-    try:
-        norm_layer = instantiate(norm, _convert_="all")
-        network = instantiate(
-            model, num_classes=num_classes, image_size=image_size, norm_layer=norm_layer, _convert_="all"
-        )
-    except (InstantiationException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        raise ConfigError(str(cause if cause is not None else error).splitlines()[0]) from error
-    if not isinstance(network, torch.nn.Module):
-        raise ConfigError(f"model._target_={model['_target_']} is not allowed: it does not make a torch.nn.Module.")
-    for module in network.modules():
-        if isinstance(module, _NormBase):
-            try:
-                check_statistics(module.eps, module.momentum)
-            except ValueError as error:
-                raise ConfigError(f"norm: {error}") from error
-    return network

@@ -24,22 +24,15 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from abn_exp.config import build_network
+from abn_exp.errors import DamagedFile
 from abn_exp.files import write_text_atomic
+from abn_exp.models.build import build_network
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
 Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
-
-
-class DamagedFile(ValueError):
-    """A file of a run is not what was written."""
-
-    def __init__(self, path: Path, what: object) -> None:
-        super().__init__(f"{path} is damaged: {' '.join(str(what).split())}")
-        self.path = path
 
 
 @dataclass(frozen=True)

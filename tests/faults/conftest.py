@@ -23,7 +23,7 @@ from PIL import Image
 
 from abn_exp import provenance
 from abn_exp.results import read_checkpoint, read_metrics, read_result
-from conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 FULL = os.environ.get("FAULTS") == "full"
 RESULTS = REPOSITORY / "results" / "faults"

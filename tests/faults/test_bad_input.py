@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.config import ConfigError
-from abn_exp.plan import RunPlan
-from conftest import REPOSITORY, TINY
-from faults.conftest import FULL, Account, Cli
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from tests.faults.conftest import FULL, Account, Cli
+from tests.helpers.runs import REPOSITORY, TINY
 
 Make = Callable[..., RunPlan]
 

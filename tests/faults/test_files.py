@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from abn_exp import report
-from abn_exp.callbacks import append_line, usable_checkpoint
-from abn_exp.results import DamagedFile, find_runs, load_network, load_runs, read_checkpoint, read_metrics
-from faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
+from abn_exp.errors import DamagedFile
+from abn_exp.report import build as report
+from abn_exp.results import find_runs, load_network, load_runs, read_checkpoint, read_metrics
+from abn_exp.training.callbacks import append_line
+from abn_exp.training.checkpoints import usable_checkpoint
+from tests.faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
 
 
 def directory_of(folder: Path) -> Path:

@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 
 from abn_exp.data.catalog import CATALOG
-from abn_exp.data.sources import read_tinyimagenet
+from abn_exp.data.readers import read_tinyimagenet
 from abn_exp.results import read_checkpoint
-from conftest import REPOSITORY
-from faults.conftest import FULL, Account, Cli, Done, differences, on_images
-from test_data_prepare import CIFAR10_NAMES, jpeg, pixels, python2_pickle, tinyimagenet_members, write_zip
+from tests.faults.conftest import FULL, Account, Cli, Done, differences, on_images
+from tests.helpers.datasets import CIFAR10_NAMES, jpeg, pixels, python2_pickle, tinyimagenet_members, write_zip
+from tests.helpers.runs import REPOSITORY
 
 # Notes every program that is started, every connection, and every change of a file outside the folders of the case.
 GUARD = """
@@ -402,7 +402,7 @@ def test_the_largest_images_that_are_allowed_are_decoded_one_at_a_time(
     peak = "import os, resource, atexit, concurrent.futures as c; c.ThreadPoolExecutor.__init__.__defaults__\n"
     peak += "real = c.ThreadPoolExecutor.__init__\n"
     peak += f"c.ThreadPoolExecutor.__init__ = lambda self, *a, **k: real(self, {count})\n"
-    peak += "import abn_exp.data.sources as s; s.CHUNK = 1\n"
+    peak += "import abn_exp.data.readers as s; s.CHUNK = 1\n"
     peak += "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = rss()\n"
     peak += f"atexit.register(lambda: open({str(tmp_path / 'peak')!r}, 'w').write(str((rss() - before) * 1024)))"
     done = cli.run(*on_images(tmp_path / "images", tmp_path), inject=peak)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
+from tests.faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
 
 SHARES = 2
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from abn_exp import report
+from abn_exp.report import build as report
 from abn_exp.results import find_runs
-from faults.conftest import SMALL, Account, Cli, differences
+from tests.faults.conftest import SMALL, Account, Cli, differences
 
 # What befalls a run in its second epoch, and what the run says of it.
 FAULT = """
 import torch
-from abn_exp.classifier import LitClassifier
+from abn_exp.training.classifier import LitClassifier
 from abn_exp.binarize import BinaryConv2d
 def later(self):
     return self.trainer.current_epoch == 1
@@ -34,7 +34,7 @@ def befall(self, batches, *rest):
 LitClassifier.training_step = befall
 """
 IN_LOSS = """
-import abn_exp.classifier as c
+import abn_exp.training.classifier as c
 real = LitClassifier._shared_step
 def befall(self, batch, stage):
     with torch.no_grad():

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from wandb.proto.wandb_internal_pb2 import Record
 
-from abn_exp import figures
+from abn_exp.report import figures
 from abn_exp.results import find_runs, read_metrics
-from faults.conftest import FULL, RESULTS, SMALL, Account, Cli, differences
+from tests.faults.conftest import FULL, RESULTS, SMALL, Account, Cli, differences
 
 SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn", "bn_noscale"])
 COUNT = 2 * SEEDS * len(NORMS)
@@ -38,7 +38,7 @@ WORDS = {
 
 SAMPLE = """
 import gc, json, os, torch
-import abn_exp.experiment as e
+import abn_exp.training.run as e
 samples, real = open({path!r}, "w"), e.run
 kinds = (torch.Tensor, torch.nn.Module)
 def rss(pid):

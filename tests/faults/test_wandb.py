@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import FULL, SMALL, Account, Cli, differences
+from tests.faults.conftest import FULL, SMALL, Account, Cli, differences
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 SECRET = "swordfish-swordfish"
-QUICK = "import abn_exp.tracking as t; t.INIT_TIMEOUT = 3; t.FINISH_TIMEOUT = 3"
+QUICK = "import abn_exp.training.wandb_run as t; t.INIT_TIMEOUT = 3; t.FINISH_TIMEOUT = 3"
 BREAKS = """
 import wandb.sdk.wandb_run as r
 real, count = r.Run.log, []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abn_exp.data.prepare import Split
-from abn_exp.randomness import generator
+from abn_exp.seeding import generator
 
 
 class BatchLoader:

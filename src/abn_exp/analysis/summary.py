@@ -1,0 +1,250 @@
+"""The report of an analysis: norms compared over runs, paired by seed, judged, and written down.
+
+A number is measured once a run. The same runs give the same bytes.
+"""
+
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import rich.table
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+
+from abn_exp.analysis.trained import common_folder
+from abn_exp.config import Config
+from abn_exp.report import figures, stats
+from abn_exp.report.comparisons import Cell, Decision, Group, group_cells, p_text
+from abn_exp.report.tables import Table, csv_text, markdown_table
+from abn_exp.report.writers import made_with
+from abn_exp.results import Run, read_config, write_text_atomic
+from abn_exp.training.wandb_run import Tracker
+
+Scores = Mapping[Path, Mapping[str, float]]  # by run directory: measure -> value
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One measure of one norm against the reference, over the seeds that both have."""
+
+    place: str
+    group: Group
+    norm: str
+    reference: str
+    measure: str
+    own: float
+    base: float
+    paired: stats.MeanComparison
+    p_holm: float = stats.NAN
+
+
+def contrast(cells: Sequence[Cell], scores: Scores, measures: Iterable[str], reference: str) -> list[Contrast]:
+    """Compare each norm with the reference of its group in every measure; Holm's correction is over them all.
+
+    Raises ValueError where a norm and the reference have no seed in common.
+    """
+    found = []
+    for group, members in group_cells(cells).items():
+        base = next((cell for cell in members if cell.norm == reference), None)
+        for cell in members if base is not None else []:
+            assert base is not None
+            if cell is base:
+                continue
+            pairs = [(x, y) for x in cell.runs for y in base.runs if x.seed == y.seed]
+            if not pairs:
+                raise ValueError(f"On {place_of(cells, group)}, {cell.norm} and {reference} have no seed in common.")
+            for measure in measures:
+                values = np.array([[scores[run.directory][measure] for run in pair] for pair in pairs])
+                a, b = values[~np.isnan(values).any(1)].T
+                paired = stats.compare_means(a, b, np.random.default_rng(0))
+                own, ref = (float(x.mean()) if x.size else stats.NAN for x in (a, b))
+                found.append(Contrast(place_of(cells, group), group, cell.norm, reference, measure, own, ref, paired))
+    adjusted = stats.holm([c.paired.p for c in found])
+    return [replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)]
+
+
+def place_of(cells: Sequence[Cell], group: Group) -> str:
+    """Return a group in words; its variant only where there are several."""
+    return f"{group[0]} with {group[1]}" + (f" ({group[2]})" if len({cell.variant for cell in cells}) > 1 else "")
+
+
+def group_names(cells: Sequence[Cell]) -> dict[Group, str]:
+    """Return a short name for each group's files; variants of one network are numbered, their names are long."""
+    names: dict[Group, str] = {}
+    for group in group_cells(cells):
+        variants = sorted({cell.variant for cell in cells if cell.group[:2] == group[:2]})
+        number = f"_{variants.index(group[2]) + 1}" if len(variants) > 1 else ""
+        names[group] = "_".join(group[:2]) + number
+    return names
+
+
+def verdict(c: Contrast) -> tuple[Decision, str]:
+    """Judge the claim that the norm's measure is above the reference's."""
+    p, n = c.paired, c.paired.n[0]
+    head = (
+        f"On {c.place}, {c.measure} is {number(c.own)} with {c.norm} and {number(c.base)} with "
+        f"{c.reference}, difference {signed_text(p.difference)}"
+    )
+    if math.isnan(p.p):
+        why = "one seed has no interval" if n == 1 else "the differences do not vary" if n else "no seed has both"
+        return "not decided", f"{head} (n = {n} paired seeds): not decided, {why}."
+    numbers = f"95 % interval {interval(p.interval)}, n = {n} paired seeds, p {p_text(p.p)}, Holm {p_text(c.p_holm)}"
+    if c.p_holm < stats.ALPHA:
+        return ("confirmed" if p.difference > 0 else "refuted"), f"{head} ({numbers})."
+    why = "the interval holds zero" if p.p >= stats.ALPHA else "not significant after Holm's correction"
+    return "not decided", f"{head} ({numbers}): not decided at this n, {why}."
+
+
+def number(value: float) -> str:
+    """Return three decimals, and of what they would show as 0 its magnitude; without a sign on what is 0."""
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.0e}"
+    return "-" if math.isnan(value) else f"{value + 0.0:.3f}"
+
+
+def signed_text(value: float) -> str:
+    return "-" if math.isnan(value) else f"{'+' if value >= 0 else ''}{number(value)}"
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    return "-" if math.isnan(bounds[0]) else f"{number(bounds[0])} to {number(bounds[1])}"
+
+
+def mean_text(values: ArrayLike) -> str:
+    """Return a mean over seeds with its 95 % t interval."""
+    s = stats.summarize(values)
+    return number(s.mean) + ("" if math.isnan(s.mean_interval[0]) else f" [{interval(s.mean_interval)}]")
+
+
+def means_table(cells: Sequence[Cell], scores: Scores, measures: Sequence[str]) -> Table:
+    """One row a cell: each measure's mean over seeds and its interval."""
+    rows = []
+    for cell in cells:
+        values = [[scores[run.directory][measure] for run in cell.runs] for measure in measures]
+        rows.append([place_of(cells, cell.group), cell.norm, str(len(cell.runs)), *map(mean_text, values)])
+    return ["where", "norm", "n", *measures], rows
+
+
+def contrast_table(contrasts: Iterable[Contrast]) -> Table:
+    """One row a contrast."""
+    rows = []
+    for c in contrasts:
+        numbers = [
+            signed_text(c.paired.difference),
+            interval(c.paired.interval),
+            p_text(c.paired.p),
+            p_text(c.p_holm),
+        ]
+        means = [number(c.own), number(c.base)]
+        rows.append([c.place, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0]), *means, *numbers])
+    header = ["where", "norms", "measure", "n", "mean", "reference", "difference", "95 % interval", "p", "p (Holm)"]
+    return header, rows
+
+
+def contrast_rows(contrasts: Iterable[Contrast], judged: bool) -> list[dict[str, object]]:
+    """Return the contrasts as rows of a CSV file."""
+    rows = []
+    for c in contrasts:
+        row: dict[str, object] = dict(zip(("dataset", "model", "variant"), c.group, strict=True))
+        row |= {"norm": c.norm, "reference": c.reference, "measure": c.measure, "n": c.paired.n[0]}
+        row |= {"mean": c.own, "reference_mean": c.base, "difference": c.paired.difference}
+        row |= {"difference_low": c.paired.interval[0], "difference_high": c.paired.interval[1]}
+        row |= {"p": c.paired.p, "p_holm": c.p_holm, "verdict": verdict(c)[0] if judged else ""}
+        rows.append(row)
+    return rows
+
+
+def command_line(kind: str, folders: Sequence[str | Path], options: Mapping[str, object]) -> str:
+    """Return what to type, without this machine's paths: absolute ones begin at the folder they share."""
+    above = common_folder(folders).parent
+    names = [str(f.relative_to(above)) if f.is_absolute() else str(f) for f in map(Path, folders)]
+    given = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
+    return shlex.join(["python", "scripts/analyze.py", kind, *names, *given])
+
+
+@dataclass
+class Report:
+    """What is written into a folder, bit by bit: tables and figures as files, all of it as summary.md."""
+
+    out: Path
+    title: str
+    command: str
+    runs: Sequence[Run]
+    parts: list[str] = field(default_factory=list)
+    tables: dict[str, Table] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    drawn: dict[str, str] = field(default_factory=dict)  # file name -> what it shows
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def say(self, run: Run) -> None:
+        """Say which run's turn it is; a full-size network on a CPU takes minutes."""
+        print(" ".join([*run.cell[:3], f"seed {run.seed}"]), file=sys.stderr, flush=True)
+
+    def verdicts(self, claim: str, contrasts: Sequence[Contrast], cells: Sequence[Cell], reference: str) -> None:
+        """Write the verdict on each contrast, and where there is nothing to compare with."""
+        judged = [(decision, sentence) for decision, sentence in map(verdict, contrasts)]
+        lines = [f"- **{decision}**: {sentence}" for decision, sentence in judged]
+        self.sentences += [f"{decision.capitalize()}. {sentence}" for decision, sentence in judged]
+        for group, members in group_cells(cells).items():
+            if len(members) == 1 or all(cell.norm != reference for cell in members):
+                norms = ", ".join(cell.norm for cell in members)
+                lines.append(f"- No comparison on {place_of(cells, group)}: there is {norms} alone.")
+                self.sentences.append(lines[-1].removeprefix("- "))
+        self.parts += [f"## {claim}", "\n".join(lines)]
+
+    def table(self, name: str, title: str, table: Table) -> None:
+        self.tables[name] = table
+        self.parts += [f"## {title}", markdown_table(table)] if table[1] else []
+
+    def csv(self, name: str, rows: list[dict[str, object]]) -> None:
+        write_text_atomic(self.out / f"{name}.csv", csv_text(rows))
+
+    def figure(self, name: str, figure: Figure | None, caption: str) -> None:
+        if figure is not None:
+            figures.save(figure, self.out, name)
+            self.drawn[name] = caption
+
+    def finish(self, notes: str) -> None:
+        """Write summary.md: the figures, how to read it all, and how it was made, after what there is already."""
+        shown = [f"![{caption}]({name}.png)" for name, caption in self.drawn.items()]
+        made = [f"- networks: {len(self.runs)}, trained with", *made_with([r.result for r in self.runs if r.result])]
+        end = [*shown, "## How to read this", notes, "## How it was made", f"```\n{self.command}\n```"]
+        end.append("\n".join(made))
+        text = "\n\n".join([f"# {self.title}", *self.parts, *end]) + "\n"
+        write_text_atomic(self.out / "summary.md", text)
+
+    def show(self, name: str) -> None:
+        """Print one of the tables, without its intervals, and the verdicts on a terminal."""
+        console = Console()
+        header, rows = self.tables[name]
+        first = int(len({row[0] for row in rows}) == 1)  # a column that says the same everywhere
+        table = rich.table.Table(*map(escape, header[first:]), title=self.title, box=SIMPLE, padding=(0, 1, 0, 0))
+        for row in rows:
+            table.add_row(*(escape(cell.split(" [")[0]) for cell in row[first:]))
+        console.print(table)
+        for sentence in self.sentences:
+            console.print(sentence, markup=False, highlight=False)
+
+    def log(self, run: Run, kind: str) -> None:
+        """Log the tables and figures as a W&B run of their own, where `run` has W&B on."""
+        settings = Config.model_validate(read_config(run.directory)).wandb
+        with Tracker(
+            settings, group=run.directory.parts[-6], name=self.title, tags=[kind], job_type="analysis"
+        ) as tracker:
+            if tracker.run is None:
+                return
+            import wandb
+
+            for name, (header, rows) in self.tables.items():
+                tracker.log({f"{kind}/{name}": wandb.Table(columns=list[str | int](header), data=rows)})
+            for name in self.drawn:
+                tracker.log({f"{kind}/{name}": wandb.Image(str(self.out / f"{name}.png"))})

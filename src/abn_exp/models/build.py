@@ -1,0 +1,140 @@
+"""Build a network from its configuration: `_target_` nodes are checked before anything is called."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from abn_exp.errors import ConfigError, validation_sentence
+from abn_exp.norm import check_statistics
+from abn_exp.seeding import derive_seed
+
+
+def _check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
+    """Check a `_target_` node, before anything that it names is called.
+
+    `result` is what it is to make: a class, or None where that is for its caller to see. `given` are the arguments
+    that the program itself will pass. A configuration may come from elsewhere, together with a trained network, so
+    that nothing is called but classes of the kind that is needed and functions that take a network's arguments.
+    """
+    if not isinstance(node, dict):
+        raise ConfigError(
+            f"{path}={node!r} is not allowed: it should have a _target_, the class or function to call."
+        )
+    target, name = get_object_or_explain(node, path), node["_target_"]
+    if result is not None and not (inspect.isclass(target) and issubclass(target, result)):
+        raise ConfigError(f"{path}._target_={name} is not allowed: it should be a subclass of {result.__qualname__}.")
+    try:
+        parameters = inspect.signature(target).parameters
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (ValueError, TypeError, NameError) as error:
+        raise ConfigError(f"{path}._target_={name} is not allowed: its arguments are not known.") from error
+    if result is None and (missing := [key for key in given if key not in parameters]):
+        raise ConfigError(f"{path}._target_={name} is not allowed: it should take {', '.join(missing)}.")
+    for key, value in node.items():
+        if key in ("_target_", "_partial_"):
+            continue
+        if key not in parameters or key in given:
+            allowed = ", ".join(parameter for parameter in parameters if parameter not in ("self", *given))
+            raise ConfigError(f"{path}.{key} is not a key of {name}; it takes {allowed}.")
+        hint = hints.get(key)
+        if isinstance(value, dict) and "_target_" in value:
+            if not inspect.isclass(hint):
+                raise ConfigError(f"{path}.{key} is not allowed: {name} does not say which class it takes there.")
+            _check_call(value, f"{path}.{key}", hint)
+        elif key in hints:
+            try:
+                TypeAdapter(hints[key], config=None if is_dataclass(hint) else _CALL).validate_python(value)
+            except ValidationError as error:
+                item = dict(error.errors()[0])
+                raise ConfigError(validation_sentence({**item, "loc": (path, key), "input": value})) from error
+
+
+_CALL = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+def get_object_or_explain(node: dict[str, Any], path: str) -> Callable[..., Any]:
+    """Return the class or function that a `_target_` names."""
+    try:
+        return get_object(node["_target_"])
+    except KeyError as error:
+        raise ConfigError(f"{path} needs a _target_, the class or function that makes it.") from error
+    except Exception as error:  # importing is running: there is no end to what it may raise
+        raise ConfigError(
+            f"{path}._target_={node['_target_']} cannot be imported: it should be package.module.Name."
+        ) from error
+
+
+GIVEN = ("num_classes", "image_size", "norm_layer")  # what the program passes to a network
+
+
+def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int, image_size: int) -> torch.nn.Module:
+    """Return the network that the groups `model` and `norm` describe.
+
+    Raises ConfigError where a part refuses its arguments, or is not a part of a network.
+    """
+    _check_call(norm, "norm", torch.nn.Module, ("num_features", "device", "dtype"))
+    _check_call(model, "model", None, GIVEN)
+    if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
+        raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")
+    try:
+        norm_layer = instantiate(norm, _convert_="all")
+        network = instantiate(
+            model, num_classes=num_classes, image_size=image_size, norm_layer=norm_layer, _convert_="all"
+        )
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__
+        raise ConfigError(str(cause if cause is not None else error).splitlines()[0]) from error
+    if not isinstance(network, torch.nn.Module):
+        raise ConfigError(f"model._target_={model['_target_']} is not allowed: it does not make a torch.nn.Module.")
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            try:
+                check_statistics(module.eps, module.momentum)
+            except ValueError as error:
+                raise ConfigError(f"norm: {error}") from error
+    return network
+
+
+def initialize_(network: nn.Module, seed: int, purpose: str = "init") -> nn.Module:
+    """Draw the parameters anew, in place, each layer's from its own generator; return the network.
+
+    A layer's initial weights are a function of (seed, purpose, its name in the network, their shape) alone, so two
+    networks that differ only in their norms start from the same weights. The distributions are the layers'
+    own (``reset_parameters``); torch's global generator is left as it was.
+
+    Raises ValueError for a network that is not on the CPU, whose generator would be another one.
+    """
+    if any(tensor.device.type != "cpu" for tensor in network.parameters()):
+        raise ValueError("initialize_ needs the network on the CPU; call it before moving the network.")
+    with torch.random.fork_rng(devices=[]):
+        for name, module in network.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                torch.default_generator.manual_seed(derive_seed(seed, f"{purpose}/{name}"))
+                reset()
+    return network
+
+
+def restore_biases_(network: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give the layers of `network` the biases that a state dict has for them, in place; return the network.
+
+    The networks here leave out every bias that a norm cancels. The published ones have them, and in evaluation they
+    are cancelled only by running means that were taken with them: so a checkpoint of that form, its keys renamed to
+    those of this network, keeps its biases.
+
+        network = restore_biases_(binarynet(10, 32, AttentionBatchNorm2d), state_dict)
+        network.load_state_dict(state_dict)
+    """
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None and f"{name}.bias" in state_dict:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    return network

@@ -1,0 +1,102 @@
+"""What varies in a folder of runs besides data set, network and norm, and how to name it."""
+
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from abn_exp.report.comparisons import Cell
+
+Key = tuple[str, str, str, str]
+ABSENT = "absent"
+REFERENCES = {"precision": "fp32"}  # of a factor, where it is among the levels, whatever most cells have
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Something that varies: one key of the configuration, several that vary together, or the whole recipe.
+
+    The first of ``levels`` is the reference.
+    """
+
+    name: str
+    levels: tuple[str, ...]
+    by_cell: Mapping[Key, str]
+
+    @property
+    def reference(self) -> str:
+        return self.levels[0]
+
+    def level(self, cell: Cell) -> str:
+        return self.by_cell[cell.key]
+
+
+def place(cell: Cell, factors: Iterable[Factor]) -> str:
+    """Return what a comparison of norms holds fixed, in words."""
+    levels = [
+        f"{factor.name} {level}".removeprefix("variant ") for factor in factors for level in [factor.level(cell)]
+    ]
+    return f"{cell.dataset} with {cell.model}" + (f" ({', '.join(levels)})" if levels else "")
+
+
+def find_factors(settings: Mapping[Key, Mapping[str, Any]]) -> list[Factor]:
+    """Return what varies between cells of the same data set, network and norm.
+
+    ``settings`` gives the flat configuration of each cell, by the cell's key, and under "recipe" the recipe's name.
+    A key whose value follows from the recipe is the recipe's; keys that follow from each other are one factor. The
+    reference level is the one of REFERENCES, else the one most cells have, else the one with the shortest variant
+    name, the fewest overrides.
+    Where this does not tell all cells apart, the variant's name itself is the factor.
+    """
+    alike: dict[tuple[str, ...], list[Key]] = {}
+    for cell in settings:
+        alike.setdefault(cell[:3], []).append(cell)
+    columns: dict[str, dict[Key, str]] = {}
+    for key in sorted({key for one in settings.values() for key in one}, key=lambda key: (key != "recipe", key)):
+        column = {cell: _text(one.get(key, ABSENT)) for cell, one in settings.items()}
+        if any(len({column[cell] for cell in cells}) > 1 for cells in alike.values()):
+            columns[key] = column
+    groups: list[list[str]] = []
+    for key, column in columns.items():
+        for group in groups:
+            lead = columns[group[0]]
+            if _follows(column, lead, alike) and (group[0] == "recipe" or _follows(lead, column, alike)):
+                group.append(key)
+                break
+        else:
+            groups.append([key])
+    factors = [_factor(group, columns) for group in groups]
+    if len({(*cell[:3], *(factor.by_cell[cell] for factor in factors)) for cell in settings}) < len(settings):
+        return [_factor(["variant"], {"variant": {cell: cell[3] for cell in settings}})]
+    return factors
+
+
+def _follows(column: Mapping[Key, str], lead: Mapping[Key, str], alike: Mapping[Any, list[Key]]) -> bool:
+    """Tell whether, within cells of one data set, network and norm, the one value decides the other."""
+    return all(
+        len({lead[c] for c in cells}) == len({(lead[c], column[c]) for c in cells}) for cells in alike.values()
+    )
+
+
+def _factor(group: Sequence[str], columns: Mapping[str, Mapping[Key, str]]) -> Factor:
+    keys = group[:1] if group[0] == "recipe" else group
+    by_cell = {cell: ", ".join(columns[key][cell] for key in keys) for cell in columns[keys[0]]}
+    counts: Counter[Hashable] = Counter(by_cell.values())
+    shortest = {level: min(len(c[3]) for c, own in by_cell.items() if own == level) for level in by_cell.values()}
+    levels = sorted(shortest, key=lambda level: [_numeric(part) for part in level.split(", ")])
+    name = ", ".join(key.removeprefix("recipe.") for key in keys)
+    reference = min(levels, key=lambda level: (level != REFERENCES.get(name), -counts[level], shortest[level]))
+    return Factor(name, (reference, *(level for level in levels if level != reference)), by_cell)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _numeric(level: str) -> tuple[float, str]:
+    """Sort numbers by size, before everything else."""
+    try:
+        return float(level), level
+    except ValueError:
+        return float("inf"), level

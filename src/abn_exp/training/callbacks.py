@@ -1,0 +1,199 @@
+"""What a run watches while it trains: the record of each epoch, sign flips, divergence, progress, checkpoints."""
+
+import errno
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytorch_lightning as pl
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from abn_exp.binarize import BinaryConv2d, BinaryLinear
+from abn_exp.errors import STOPPED, Diverged
+from abn_exp.files import write_text_atomic
+from abn_exp.results import read_metrics
+from abn_exp.training.classifier import LitClassifier
+from abn_exp.training.wandb_run import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class EpochRecord(pl.Callback):
+    """Writes a line an epoch to `metrics.jsonl`, the log and W&B: losses, accuracies, rate, flips, speed, ETA.
+
+    flip_ratio of a layer: the share of its binary weights whose sign at the epoch's end is not the one at its
+    start. latent_beyond_one: the share of its latent weights with |w| > 1.
+    What was written so far is also in every checkpoint, under its checksums: a run that goes on writes the file anew
+    from there, so that nothing that befell the file, and no epoch that has to be repeated, is left in it.
+
+    Raises Diverged where a loss, a weight or a running statistic is not finite, OSError where the disk is full.
+    """
+
+    def __init__(self, directory: Path, tracker: Tracker) -> None:
+        self.path = directory / "metrics.jsonl"
+        self.tracker = tracker
+
+        self.lines: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lines = list(state_dict["lines"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.lines:  # also where all epochs are done, and on_train_start is not called
+            self._write(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if len(self.lines) < trainer.current_epoch:  # a checkpoint of before it held the lines
+            self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] < trainer.current_epoch]
+        self._write(trainer)
+        scores = [(line["val/acc"], -line["epoch"]) for line in self.lines if "val/acc" in line]
+        self.best = max(scores, default=None)
+        self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signs = {name: weight > 0 for name, weight in binary_weights(pl_module)}
+        self.epoch_started = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.train_seconds = time.monotonic() - self.epoch_started
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LitClassifier)
+        epoch = trainer.current_epoch
+        metrics: dict[str, Any] = {"epoch": epoch, **pl_module.epoch_metrics("train")}
+        seconds = time.monotonic() - self.epoch_started
+        training = self.train_seconds if pl_module.eval_stages else seconds
+        if pl_module.eval_stages:
+            metrics |= pl_module.evaluated
+        metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics |= self._binary_metrics(pl_module)
+        images = len(trainer.train_dataloader.loader.labels)  # type: ignore[union-attr]
+        metrics |= {"seconds": seconds, "images_per_second": images / training}
+        self.lines.append(metrics)
+        if trainer.is_global_zero:
+            append_line(self.path, json.dumps(metrics))
+        self.tracker.log(metrics)
+        self._say(metrics, trainer)
+        bad = _not_finite(metrics, pl_module)
+        if trainer.strategy.reduce_boolean_decision(
+            bad is not None, all=False
+        ):  # running statistics are each device's
+            bad = bad if bad is not None else "a running statistic of another device"
+            raise Diverged(f"diverged in epoch {epoch + 1}: {bad} is not finite")
+
+    def _binary_metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
+        metrics = {}
+        for name, weight in binary_weights(pl_module):
+            metrics[f"bnn/flip_ratio/{name}"] = ((weight > 0) != self.signs[name]).float().mean()
+            metrics[f"bnn/latent_beyond_one/{name}"] = (weight.abs() > 1).float().mean()
+        values = torch.stack(list(metrics.values())).tolist() if metrics else []
+        return dict(zip(metrics, values, strict=True))
+
+    def _say(self, metrics: dict[str, Any], trainer: pl.Trainer) -> None:
+        epoch, epochs = metrics["epoch"], trainer.max_epochs or 0
+        done = epoch + 1 - self.first_epoch
+        eta = (time.monotonic() - self.started) / done * (epochs - epoch - 1)
+        parts = [f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"]
+        parts.append(f"train loss {metrics['train/loss']:.3f} acc {metrics['train/acc']:.3f}")
+        if "val/acc" in metrics:
+            self.best = max(filter(None, [self.best, (metrics["val/acc"], -epoch)]))
+            parts.append(f"val acc {metrics['val/acc']:.3f} (best {self.best[0]:.3f} in {1 - self.best[1]})")
+        if "test/acc" in metrics:
+            parts.append(f"test acc {metrics['test/acc']:.3f}")
+        parts.append(f"lr {metrics['lr']:.1e}  {metrics['images_per_second']:.0f} img/s")
+        parts.append("ETA " + time.strftime("%H:%M:%S", time.gmtime(eta)))
+        log.info("  ".join(parts))
+
+
+class Bar(pl.Callback):
+    """One bar over all steps of a run, with the time left; what is logged meanwhile appears above it."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        assert isinstance(pl_module, LitClassifier)
+        self.task = self.progress.add_task("", total=pl_module.steps, completed=trainer.global_step, epoch=1)
+        self.progress.start()
+        self._send_logs_to(sys.stdout)  # which the bar has replaced by a stream that prints above it
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.progress.update(self.task, completed=trainer.global_step, epoch=trainer.current_epoch + 1)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.progress.stop()
+        self._send_logs_to(sys.stdout)
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+    @staticmethod
+    def _send_logs_to(stream: TextIO) -> None:
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(stream)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line, or nothing of it. Raises OSError that names the file, which a full disk's own error does not."""
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        content = line.encode() + b"\n"
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _not_finite(metrics: dict[str, Any], module: torch.nn.Module) -> str | None:
+    """Name a loss, a weight or a running statistic that is not finite: a sign hides a NaN weight from the loss."""
+    for key, value in metrics.items():
+        if key.endswith("/loss") and not math.isfinite(value):
+            return key
+    values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    finite = torch.stack([value.isfinite().all() for value in values.values()])
+    if finite.all():  # the one wait for the device
+        return None
+    return list(values)[finite.tolist().index(False)].removeprefix("network.")
+
+
+def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the latent weights of a network's binary layers with the layers' names."""
+    return [
+        (name.removeprefix("network."), layer.weight.detach())
+        for name, layer in module.named_modules()
+        if isinstance(layer, BinaryConv2d | BinaryLinear)
+    ]
+
+
+class StopTogether(pl.Callback):
+    """Lets SIGTERM and SIGINT end a run of several processes at once, as a kill would: what is on disk is whole.
+
+    Lightning's own handlers wait for the other processes, which may be waiting for this one in the middle of a step.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stop(number: int, _: Any) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop if trainer.is_global_zero else signal.SIG_DFL)

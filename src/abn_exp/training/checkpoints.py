@@ -1,0 +1,103 @@
+"""Checkpoints: written atomically and in the background, verified when read."""
+
+import io
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from abn_exp.errors import DamagedFile
+from abn_exp.files import writing
+from abn_exp.results import read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, and keeps the one before `last.ckpt`.
+
+    Lightning writes to the system's temporary folder; where that is another file system, its "rename" is a copy,
+    and a full disk or a kill leaves half a file under the final name.
+
+    The disk is written to while training goes on: the bytes are fixed before `save_checkpoint` returns, and the
+    next one, or the end of the run, waits until they are there. An error comes up then, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.teardown()
+        disk = ThreadPoolExecutor(1)
+        self._pending = disk.submit(_write_checkpoint, buffer, Path(path))
+        disk.shutdown(wait=False)  # the thread ends with its work
+
+    def teardown(self) -> None:
+        """Wait for the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove nothing: a checkpoint replaces its older self; other paths are what a (foreign) file says."""
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Return what `read_checkpoint` does: verified, and without executing anything, whatever is asked for."""
+        return read_checkpoint(path)
+
+
+def _write_checkpoint(buffer: io.BytesIO, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as file:
+        file.write(buffer.getbuffer())
+        if path.name == "last.ckpt" and path.exists():
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, previous(path))
+
+
+def previous(path: Path) -> Path:
+    """Return where the checkpoint before `path` is kept."""
+    return path.with_name(f"previous-{path.name}")
+
+
+def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
+    """Return the callbacks that save `last.ckpt` after every epoch and, if asked, `best.ckpt` by `val/acc`.
+
+    Only ends of epochs are saved: what Lightning saves inside an epoch resumes on other batches.
+    """
+    best_weights = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
+    kinds: list[dict[str, Any]] = [best_weights, {"filename": "last"}] if keep_best else [{"filename": "last"}]
+    return [  # the best first, so that last.ckpt knows what best.ckpt holds
+        ModelCheckpoint(
+            directory / "checkpoints",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            **kind,
+        )
+        for kind in kinds
+    ]
+
+
+def usable_checkpoint(path: Path) -> Path | None:
+    """Return `path` where it is whole, else the checkpoint before it, else None; say so where there was one."""
+    for candidate in (path, previous(path)):
+        try:
+            read_checkpoint(candidate)
+        except FileNotFoundError:
+            continue
+        except (DamagedFile, OSError) as error:
+            log.warning("%s; going on from the checkpoint before it, or from the start where there is none", error)
+            continue
+        return candidate
+    return None

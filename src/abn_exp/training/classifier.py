@@ -1,0 +1,157 @@
+"""What is learned and how: loss, metrics, optimizer. The network comes from outside."""
+
+import math
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from abn_exp.binarize import clip_latent_weights_
+from abn_exp.config import RecipeConfig
+from abn_exp.norm import SynchronizedStatistics
+from abn_exp.seeding import derive_seed
+
+Stage = Literal["train", "val", "test"]
+
+
+class LitClassifier(pl.LightningModule):
+    """A network that learns to classify images (B, 3, S, S) into labels (B,) by cross-entropy.
+
+    Each stage adds up loss, top-1 and top-5 on the device and gives means over images once an epoch
+    (`epoch_metrics`), so that no step waits for the device. Training takes bundles of batches (`Bundles`), so that
+    what Lightning costs is spent once a bundle and not once a step.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: RecipeConfig,
+        seed: int,
+        num_classes: int,
+        steps_per_epoch: int,
+        eval_stages: tuple[Stage, ...] = ("val",),
+        sync_norm: bool = False,
+    ) -> None:
+        """`eval_stages` names the loaders that are evaluated after every epoch, in their order.
+
+        `sync_norm`: whether batch norms take their statistics over the batches of all processes.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.steps = steps_per_epoch * recipe.epochs
+        self.network = network
+        self.num_classes = num_classes
+        self.recipe = recipe
+        self.seed = seed
+        self.eval_stages = eval_stages
+        self.sync_norm = sync_norm
+        self.evaluated: dict[str, float] = {}  # what the last evaluation found
+        self._sums: dict[Stage, Tensor] = {}
+
+    def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
+        images, labels = batch
+        # Where the network is compiled, it is for training; each other shape of a batch would be compiled again.
+        logits = self.network(images) if stage == "train" else self.network.forward(images)
+        smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        with torch.no_grad():
+            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            count = loss.new_tensor(len(labels))
+            sums = torch.stack([loss * count, top5[:, 0].sum(), top5.sum(), count])
+            self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
+        return loss
+
+    def epoch_metrics(self, stage: Stage) -> dict[str, float]:
+        """Return the stage's means since the last call, over the images of all devices, and start anew."""
+        sums = self.trainer.strategy.reduce(self._sums.pop(stage), reduce_op="sum")
+        loss, top1, top5, count = (float(value) for value in sums)
+        return {
+            f"{stage}/loss": loss / count,
+            f"{stage}/acc": top1 / count,
+            f"{stage}/acc_top5": top5 / count,
+        }
+
+    def on_train_epoch_start(self) -> None:
+        # Whatever a network draws while it trains is a function of (seed, epoch): a resumed run draws the same.
+        torch.manual_seed(derive_seed(self.seed, "train", self.current_epoch))
+        if self.recipe.optimizer.rebuild_each_epoch:
+            self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
+
+    def training_step(self, batches: list[tuple[Tensor, Tensor]], batch_index: int) -> None:
+        """Take a step of the optimizer on each batch of a bundle."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(scheduler, LambdaLR)
+        for batch in batches:
+            if self.trainer.received_sigterm:  # Lightning ends the run as soon as this returns
+                return
+            with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
+                loss = self._shared_step(batch, "train")
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            scheduler.step()
+            if self.recipe.clip_latent_weights:
+                clip_latent_weights_(self.network)
+
+    def on_validation_epoch_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_epoch_start(self) -> None:
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        """Evaluate the first process's running statistics everywhere: they are what a checkpoint holds."""
+        if self.trainer.world_size > 1:
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int, dataloader_idx: int = 0) -> None:
+        self._shared_step(batch, self.eval_stages[dataloader_idx])
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluated = {
+            key: value for stage in self.eval_stages for key, value in self.epoch_metrics(stage).items()
+        }
+        if "val/acc" in self.evaluated:
+            self.log("val/acc", self.evaluated["val/acc"])  # in float32, for the best checkpoint
+
+    def on_test_epoch_end(self) -> None:
+        self.evaluated = self.epoch_metrics("test")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._shared_step(batch, "test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        options = self.recipe.optimizer
+        optimizer: torch.optim.Optimizer
+        if options.name == "adam":
+            optimizer = torch.optim.Adam(self.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
+        else:
+            optimizer = torch.optim.SGD(
+                self.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+            )
+        warmup = self.recipe.schedule.warmup_epochs * self.steps // self.recipe.epochs
+        scheduler = LambdaLR(optimizer, lambda step: rate(step, self.steps, warmup, self.recipe.schedule.name))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def rate(step: int, steps: int, warmup: int, schedule: Literal["constant", "cosine", "linear"]) -> float:
+    """Return the factor of the learning rate at `step` of `steps`: linear over `warmup`, then the schedule to zero.
+
+    cosine: (1 + cos(pi t)) / 2, linear: 1 - t, with t in [0, 1) the share of the steps after the warm-up.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    t = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return {"constant": 1.0, "cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t}[schedule]

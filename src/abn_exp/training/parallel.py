@@ -1,0 +1,221 @@
+"""How many runs to train at once on this machine, each in its own process: measured (`seeds_at_once=auto`)."""
+
+import logging
+import multiprocessing
+import os
+import queue
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from threading import BrokenBarrierError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abn_exp.config import Config
+from abn_exp.data.catalog import CATALOG
+from abn_exp.data.prepare import ImageDataset, Split
+from abn_exp.identity import RunPlan
+from abn_exp.training.classifier import LitClassifier
+from abn_exp.training.setup import device_of, loaders_of, network_of, waste_nothing
+
+SECONDS = 3.0  # of training, for each number that is tried
+WARM = 1.0  # of training before the first number
+PATIENCE = 180.0  # for the slowest process to begin: it imports, builds, compiles
+WORTH, AS_GOOD = 1.1, 0.95  # so much faster than one at a time; not worth more processes than that share of the best
+CONTEXT_BYTES = 600e6  # what a process takes of a GPU before its first tensor
+
+log = logging.getLogger(__name__)
+_spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+
+
+class StepLoop:
+    """A run's network, data, loss and optimizer, stepped without a trainer: for measuring speed."""
+
+    def __init__(self, config: Config, data: ImageDataset, device: torch.device, norm: str = "abn") -> None:
+        self.config, self.device = config, device
+        waste_nothing()
+        classes = len(data.classes)
+        self.network = network_of(config, norm, classes, device)
+        if config.compile:
+            self.network.compile()
+        self.loaders = loaders_of(config, data, device)
+        steps = len(self.loaders["train"])
+        self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.classifier._shared_step((images, labels), "train")
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """One step of training on one batch."""
+        torch.use_deterministic_algorithms(self.config.deterministic)
+        torch.backends.cudnn.benchmark = not self.config.deterministic
+        self.loss(*batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU has always finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory(key: str, file: str = "/proc/self/status") -> int:
+    """Return a size in bytes that Linux says: of this process VmRSS or VmHWM. Raises OSError elsewhere."""
+    lines = Path(file).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
+    """Return random images: how long a step takes does not depend on what is in them."""
+    random = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=random)
+        return Split(images, torch.arange(n) % 10)
+
+    return ImageDataset("random", split(train), split(test), tuple("0123456789"))
+
+
+def runs_at_once(this: RunPlan, pending: int) -> int:
+    """Return how many runs like `this` to train at a time, where `pending` are to be trained; say why.
+
+    As many as give the most images a second in all, or fewer that are nearly as fast; 1 where several gain nothing.
+    """
+    config = this.config
+    device = device_of(config)
+    counts = candidates(pending, device, config.threads)
+    if len(counts) < 2:
+        return 1
+    log.info("seeds_at_once=auto: measuring %s runs at once", ", ".join(map(str, counts)))
+    rates = measure(config, this.choices["norm"], counts, device)
+    chosen = choose(rates)
+    speeds = ", ".join(f"{count} at once {rate:,.0f} images/s" for count, rate in rates.items())
+    log.info("%s in all: %d at a time", speeds or "none could be measured", chosen)
+    return chosen
+
+
+def candidates(pending: int, device: torch.device, threads: int) -> list[int]:
+    """Return the numbers to try: powers of two and as many as there are cores for, never more than are pending."""
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    most = min(pending, cores if device.type == "cpu" else min(16, cores))
+    return sorted({count for count in (1, 2, 4, 8, 16, 32, 64, cores) if count <= most})
+
+
+def choose(rates: dict[int, float]) -> int:
+    """Return the least number whose images a second are nearly the best, or 1 where the best gains little."""
+    best = max(rates.values(), default=0.0)
+    if best < WORTH * rates.get(1, 0.0):
+        return 1
+    return min((count for count, rate in rates.items() if rate >= AS_GOOD * best), default=1)
+
+
+def measure(
+    config: Config, norm: str, counts: list[int], device: torch.device, seconds: float = SECONDS
+) -> dict[int, float]:
+    """Return the images a second, in all, of each number of processes that train at once; those that fit."""
+    barrier = _spawn.Barrier(max(counts) + 1)
+    found: multiprocessing.Queue[tuple[float, float] | None] = _spawn.Queue()
+    processes = [
+        _spawn.Process(target=_process, args=(config, norm, index, counts, seconds, barrier, found), daemon=True)
+        for index in range(max(counts))
+    ]
+    free = _free_bytes(device)
+    rates: dict[int, float] = {}
+    try:
+        for process in processes:
+            process.start()
+        for count in counts:
+            barrier.wait(PATIENCE)
+            answers = [found.get(timeout=PATIENCE) for _ in range(count)]
+            measured = [answer for answer in answers if answer is not None]
+            if len(measured) < count:
+                raise BrokenBarrierError
+            if count * (max(size for _, size in measured) + _data_bytes(config)) > free:
+                log.info("%d at once would not fit into memory", count)
+                break
+            rates[count] = sum(rate for rate, _ in measured)
+    except (BrokenBarrierError, queue.Empty):
+        log.warning("a process of those that were to be measured has ended; its number is left out")
+    finally:
+        for process in processes:
+            process.kill()
+    return rates
+
+
+def _process(
+    config: Config, norm: str, index: int, counts: list[int], seconds: float, barrier: Barrier, found: Any
+) -> None:
+    """Train as one of the processes; of each count, the first that many work and the others wait."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    try:
+        loop, batches = _begin(config, norm)
+        for count in counts:
+            synchronize(loop.device)
+            barrier.wait(PATIENCE)
+            if index < count:
+                found.put((_rate(loop, batches, seconds), _used_bytes(loop.device)))
+    except BrokenBarrierError:
+        pass
+    except BaseException:
+        found.put(None)
+        barrier.abort()
+        raise
+
+
+def _begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
+    """Return a loop that has taken its first steps, and batches without end."""
+    torch.set_num_threads(config.threads)
+    recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
+    options = config.dataset.model_copy(update={"train_images": None})
+    data = random_data(8 * recipe.batch_size, 10, options.image_size)
+    config = config.model_copy(update={"recipe": recipe, "dataset": options})
+    loop = StepLoop(config, data, device_of(config), norm)
+    batches = cycle(loop.loaders["train"])
+    _rate(loop, batches, WARM)
+    return loop, batches
+
+
+def _rate(loop: StepLoop, batches: Iterator[Any], seconds: float) -> float:
+    images, start = 0, time.monotonic()
+    while time.monotonic() < start + seconds:
+        batch = next(batches)
+        loop.step(batch)
+        images += len(batch[1])
+    synchronize(loop.device)
+    return images / (time.monotonic() - start)
+
+
+def _used_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    try:
+        return memory("VmHWM")  # ru_maxrss begins with what the process that started this one had
+    except OSError:
+        return 0.0
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Return the memory that processes may share: nine tenths of what is free, or no bound where that is unknown."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    try:
+        return 0.9 * memory("MemAvailable", "/proc/meminfo")
+    except OSError:
+        return float("inf")
+
+
+def _data_bytes(config: Config) -> float:
+    """Return what a run's training images take (`BatchLoader`), which is not there while the speed is measured."""
+    known = CATALOG.get(config.dataset.name)
+    count = config.dataset.train_images or (known.train_count if known is not None else 0)
+    side = config.dataset.image_size + 2 * config.dataset.padding
+    return count * side**2 * 4 * (2 if config.dataset.flip else 1)

@@ -1,0 +1,355 @@
+"""One run, top to bottom: configuration -> data -> network -> training -> test -> record."""
+
+import io
+import logging
+import math
+import os
+import shutil
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from rich.console import Console
+from rich.table import Table
+from torch._dynamo.exc import TorchDynamoException
+
+from abn_exp import provenance
+from abn_exp.config import Config, config_hash, science
+from abn_exp.data.loader import BatchLoader, Bundles
+from abn_exp.errors import ConfigError, DamagedFile, Diverged, in_a_line
+from abn_exp.exact16 import has_exact16
+from abn_exp.files import remove_parts, write_text_atomic
+from abn_exp.identity import RunPlan
+from abn_exp.models.cost import NetworkSummary, summarize
+from abn_exp.results import RunResult, read_checkpoint, read_config, read_metrics, read_result, write_result
+from abn_exp.training.callbacks import Bar, EpochRecord, StopTogether
+from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, usable_checkpoint
+from abn_exp.training.classifier import LitClassifier, Stage
+from abn_exp.training.setup import (
+    BUNDLE,
+    data_of,
+    device_of,
+    loaders_of,
+    network_of,
+    rank_of,
+    trainer_options,
+    waste_nothing,
+)
+from abn_exp.training.wandb_run import Tracker
+
+log = logging.getLogger(__name__)
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over processes
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
+warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.compile, of exact16; both are meant
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
+
+
+def run(this: RunPlan, command: str) -> RunResult:
+    """Train and test one network, or go on with it, or show its result where it is already finished.
+
+    Raises ConfigError for what the user can mend; whatever ends a run without a result is left in `FAILED`.
+    """
+    config, directory = this.config, this.directory
+    if rank_of(config) > 0:
+        return _help(this)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _owned(directory), _logged_to(directory / "train.log"):
+        remove_parts(directory)
+        remove_parts(directory / "checkpoints")
+        if config.force:
+            _start_anew(directory)
+        finished = _check_same(this)
+        if finished is not None:
+            log.info("%s is finished (force=true runs it again)", directory)
+            show(finished)
+            return finished
+        write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config.model_dump()))
+        for name in ("result.json", "SHA256SUMS", "FAILED"):
+            (directory / name).unlink(missing_ok=True)
+        try:
+            result = _train_and_test(this)
+        except Exception as error:
+            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
+            raise
+        write_result(directory, result)
+        log.info("%s", directory)
+        show(result)
+        return result
+
+
+def _help(this: RunPlan) -> RunResult:
+    """Train and test as one of the processes that share a run; the first one writes, logs and reports."""
+    logging.disable(logging.INFO)
+    try:
+        return _train_and_test(this)
+    except Diverged:
+        raise SystemExit(0) from None  # with any other code, Lightning would kill the first before it has said why
+
+
+def _train_and_test(this: RunPlan) -> RunResult:
+    config, directory = this.config, this.directory
+    recipe, rank = config.recipe, rank_of(config)
+    torch.set_num_threads(config.threads)
+    waste_nothing()
+    if config.devices > 1:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
+    device = device_of(config)
+
+    data = data_of(config)
+    loaders = loaders_of(config, data, device, rank=rank, world_size=config.devices)
+    network = network_of(config, this.choices["norm"], len(data.classes), device)
+    summary = summarize(network, config.dataset.image_size)
+    log.info(
+        "%s seed %d on %s\n%s",
+        this.cell,
+        config.seed,
+        _place(config, device, network),
+        as_text(summary.table()),
+    )
+
+    stages = tuple(
+        stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
+    )
+    if config.compile:
+        network.compile()
+    steps = len(loaders["train"])
+    classifier = LitClassifier(network, recipe, config.seed, len(data.classes), steps, stages, config.sync_norm)
+    window = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
+    with Tracker(window, **_wandb_arguments(this)) as tracker:
+        if tracker.run_id is not None:
+            write_text_atomic(directory / "wandb-run-id", tracker.run_id)
+        trainer = _trainer(config, device, directory, tracker, stages)
+        last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
+        if last is not None:
+            log.info("going on from %s", last)
+        bundles = Bundles(loaders["train"], BUNDLE)
+        try:
+            trainer.fit(classifier, bundles, [loaders[stage] for stage in stages] or None, ckpt_path=last)
+        except TorchDynamoException as error:  # no C++ compiler, say
+            why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
+            raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
+        place = _place(config, device, network)
+        result = _test(this, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
+        tracker.summarize(_headline(result))
+    return result
+
+
+def _place(config: Config, device: torch.device, network: torch.nn.Module) -> str:
+    """Return the device's name, with the precision where that is the device's choice and not fp32."""
+    name = provenance.device_name(device, config.threads)
+    return f"{name}, exact16" if config.precision == "auto" and has_exact16(network) else name
+
+
+def _headline(result: RunResult) -> dict[str, float]:
+    """Return the numbers a W&B run is remembered by; those the recipe does not ask for are left out."""
+    values = {
+        "final/test_acc": result.test_acc,
+        "final/test_acc_top5": result.test_acc_top5,
+        "final/test_loss": result.test_loss,
+        "final/test_acc_best_val": result.test_acc_best_val,
+        "final/test_acc_peak": result.test_acc_peak,
+        "final/val_acc": result.val_acc_last,
+        "best/val_acc": result.val_acc_best,
+        "best/epoch": result.best_epoch,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _trainer(
+    config: Config, device: torch.device, directory: Path, tracker: Tracker, stages: tuple[Stage, ...]
+) -> pl.Trainer:
+    alone = sys.stdout.isatty() and current_process().name == "MainProcess" and rank_of(config) == 0
+    show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
+    callbacks = [EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
+    if config.devices > 1:
+        callbacks.append(StopTogether())
+    return pl.Trainer(
+        **trainer_options(config, device),
+        strategy="ddp" if config.devices > 1 else "auto",
+        max_epochs=config.recipe.epochs,
+        callbacks=[*callbacks, Bar()] if show_bar else callbacks,
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # SLURM and the like start runs, not their parts
+        default_root_dir=directory,
+        limit_val_batches=1.0 if stages else 0,
+    )
+
+
+def _test(
+    this: RunPlan,
+    trainer: pl.Trainer,
+    classifier: LitClassifier,
+    loader: BatchLoader,
+    summary: NetworkSummary,
+    place: str,
+    wandb_run_id: str | None,
+) -> RunResult:
+    """Read the test set with the last epoch's weights and, where there is a validation split, with the best one's."""
+    directory, config = this.directory, this.config
+    metrics = read_metrics(directory)
+    trainer.test(classifier, loader, verbose=False)
+    test = classifier.evaluated
+    if not math.isfinite(test["test/loss"]):
+        raise Diverged(f"diverged in epoch {config.recipe.epochs}: test/loss is not finite")
+    val = [line["val/acc"] for line in metrics if "val/acc" in line]
+    test_best = None
+    if "val" in classifier.eval_stages:
+        best = directory / "checkpoints" / "best.ckpt"
+        try:
+            classifier.load_state_dict(read_checkpoint(best)["state_dict"])
+        except (DamagedFile, OSError) as error:
+            raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
+        trainer.test(classifier, loader, verbose=False)
+        test_best = classifier.evaluated["test/acc"]
+    peaks = [line["test/acc"] for line in metrics if "test/acc" in line]
+    return RunResult(
+        dataset=this.choices["dataset"],
+        model=this.choices["model"],
+        norm=this.choices["norm"],
+        recipe=this.choices["recipe"],
+        variant=this.variant,
+        seed=config.seed,
+        config_hash=config_hash(config),
+        epochs=config.recipe.epochs,
+        train_seconds=round(sum(line["seconds"] for line in metrics), 2),
+        images_per_second=round(statistics.median(line["images_per_second"] for line in metrics), 1),
+        val_acc_last=val[-1] if val else None,
+        val_acc_best=max(val, default=None),
+        best_epoch=val.index(max(val)) + 1 if val else None,
+        test_acc=test["test/acc"],
+        test_acc_top5=test["test/acc_top5"],
+        test_loss=test["test/loss"],
+        test_acc_best_val=test_best,
+        test_acc_peak=max(peaks, default=None),
+        parameters=summary.totals,
+        versions=provenance.versions(),
+        git_commit=provenance.git_commit(),
+        device=place,
+        wandb_run_id=wandb_run_id,
+    )
+
+
+def show(result: RunResult) -> None:
+    """Print a finished run's numbers as a table."""
+    log.info("%s, seed %d", "-".join(result.cell), result.seed)
+    table = Table("", "top-1")
+    rows = {
+        "test, last epoch (headline)": result.test_acc,
+        "test, best validation epoch": result.test_acc_best_val,
+        "test, peak over epochs (peeking)": result.test_acc_peak,
+        "validation, last epoch": result.val_acc_last,
+        f"validation, best epoch ({result.best_epoch})": result.val_acc_best,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, f"{100 * value:.2f} %")
+    table.caption = f"{result.epochs} epochs in {result.train_seconds:.0f} s, {result.images_per_second:.0f} images/s"
+    log.info(as_text(table))
+
+
+def as_text(table: Table) -> str:
+    """Return a table as plain text, for a terminal and a log alike."""
+    out = io.StringIO()
+    Console(file=out, width=120).print(table)
+    return out.getvalue()
+
+
+@contextmanager
+def _owned(directory: Path) -> Iterator[None]:
+    """Keep a run's directory to one process."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class RunLog(logging.FileHandler):
+    """A log that says once, in a sentence, that it cannot be written: no traces on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        print(f"{self.baseFilename} cannot be written: {sys.exception()}", file=sys.stderr)
+        logging.getLogger().removeHandler(self)
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Append to a file whatever is logged inside."""
+    handler = RunLog(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _start_anew(directory: Path) -> None:
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _check_same(this: RunPlan) -> RunResult | None:
+    """Return the directory's result if there is one; refuse a directory that another configuration has written.
+
+    A damaged record is made again: the checkpoint, which has checksums of its own, holds all that it says.
+    """
+    directory, finished = this.directory, None
+    if not (directory / "config.yaml").is_file():
+        return None
+    try:
+        try:
+            finished = read_result(directory)
+        except DamagedFile as error:
+            log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
+        theirs = science(read_config(directory))
+    except (DamagedFile, KeyError) as error:
+        what = error if isinstance(error, DamagedFile) else f"{directory / 'config.yaml'} lacks {error}"
+        raise ConfigError(f"{what}; force=true runs the run again from its start.") from error
+    ours = science(this.config.model_dump())
+    if different := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        raise ConfigError(
+            f"{directory} was made by another configuration (different: {', '.join(different)}); "
+            "choose another name=, or force=true to replace it."
+        )
+    return finished
+
+
+def _wandb_arguments(this: RunPlan) -> dict[str, Any]:
+    config = this.config
+    earlier = this.directory / "wandb-run-id"
+    run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else ""
+    return {
+        "id": run_id or None,
+        "resume": "allow" if run_id else None,
+        "group": this.cell,
+        "job_type": "train",
+        "name": f"{this.cell}-s{config.seed}",
+        "tags": [this.choices["dataset"], this.choices["model"], this.choices["norm"]],
+        "config": {
+            **this.choices,
+            "variant": this.variant,
+            "study": config.name,
+            "seed": config.seed,
+            "cfg": config.model_dump(),
+        },
+    }

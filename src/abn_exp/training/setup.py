@@ -1,0 +1,177 @@
+"""What a run is put together from: its device, data, network, and how a step is computed."""
+
+import ctypes
+import logging
+import os
+import re
+from contextlib import suppress
+from multiprocessing import current_process
+from typing import Any
+
+import torch
+
+from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from abn_exp.data.loader import BatchLoader
+from abn_exp.data.prepare import ImageDataset, channel_statistics, load
+from abn_exp.data.splits import stratified_split, stratified_subset
+from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_, use_float32_
+from abn_exp.models.build import build_network, initialize_
+from abn_exp.training.classifier import Stage
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+BUNDLE = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
+
+log = logging.getLogger(__name__)
+
+
+def rank_of(config: Config) -> int:
+    """Return which of a run's processes this is. Lightning starts the others with the command of the first, 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if config.devices > 1 else 0
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the device of a run. Raises ConfigError where there are not as many of that kind as are asked for."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto.")
+    if kind == "cuda" and config.precision in ("exact16", "bf16") and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"precision={config.precision}, but this GPU has no bfloat16; use precision=fp32.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if config.devices > count:
+        raise ConfigError(f"devices={config.devices}, but torch sees {count} CUDA devices; choose fewer.")
+    # A run's own processes take one GPU each; the workers of a launcher on one machine (joblib) take turns.
+    worker = re.search(r"-(\d+)$", current_process().name)
+    turn = rank_of(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
+    return torch.device("cuda", turn % count)
+
+
+def waste_nothing() -> None:
+    """Let the process leave out work that no number depends on."""
+    # Deterministic kernels write every value of a result: filling it with NaN first is a pass for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # A step frees its maps and the next one takes as many. Giving them back to the system in between, to get them
+    # anew and filled with zeros, is up to a third of a narrow network's step on a CPU.
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            libc.mallopt(option, value)
+
+
+def data_of(config: Config) -> ImageDataset:
+    options = config.dataset
+    try:
+        data = load(
+            options.name,
+            options.root,
+            path=options.path,
+            image_size=options.image_size,
+            download=options.download,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if options.num_classes not in (None, len(data.classes)):
+        raise ConfigError(
+            f"dataset.num_classes={options.num_classes}, but {options.name} has {len(data.classes)} classes."
+        )
+    return data
+
+
+def loaders_of(
+    config: Config, data: ImageDataset, device: torch.device, *, rank: int = 0, world_size: int = 1
+) -> dict[Stage, BatchLoader]:
+    """Return the loaders of the training, validation (where there is a split) and test images.
+
+    Of `world_size` processes, the one with `rank` gets its share of every batch.
+    """
+    recipe, options = config.recipe, config.dataset
+    if recipe.normalization == "imagenet":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    elif options.mean is not None and options.std is not None:
+        mean, std = options.mean, options.std
+    else:
+        mean, std = map(list, channel_statistics(data.train.images))
+    common: dict[str, Any] = {"mean": mean, "std": std, "device": device, "rank": rank, "world_size": world_size}
+    try:
+        indices = torch.arange(len(data.train.labels))
+        if options.train_images is not None:
+            indices = stratified_subset(data.train.labels, options.train_images, recipe.split_seed)
+        chosen, held_out = stratified_split(data.train.labels[indices], recipe.val_fraction, recipe.split_seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    train, val = indices[chosen], indices[held_out]
+    if len(train) < recipe.batch_size:
+        raise ConfigError(
+            f"recipe.batch_size={recipe.batch_size} is larger than the set, {len(train)} training images; "
+            "choose a smaller one."
+        )
+    loaders: dict[Stage, BatchLoader] = {
+        "train": BatchLoader(
+            data.train,
+            train,
+            recipe.batch_size,
+            seed=config.seed,
+            shuffle=True,
+            padding=options.padding,
+            flip=options.flip,
+            **common,
+        ),
+        "test": BatchLoader(data.test, torch.arange(len(data.test.labels)), 500, **common),
+    }
+    if len(val):
+        loaders["val"] = BatchLoader(data.train, val, 500, **common)
+    return loaders
+
+
+def network_of(config: Config, norm: str, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """Return the network that a run trains, on its device, at its start: precision and memory format are set.
+
+    `norm` is the norm's name, on which the initial weights depend where they are not paired.
+    """
+    size = config.dataset.image_size
+    network = build_network(config.model, config.norm, num_classes, size)
+    initialize_(network, config.seed, "init" if config.recipe.paired_init else f"init/{norm}")
+    # A fifth faster on a CPU, and what tensor cores want.
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if precision_of(config, device) == "exact16":
+        # What the trainer will set, too: the check is of the kernels that will be used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+        use_exact16_(network, dtype, integers=has_integer_conv2d(device))
+        try:
+            check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
+        except (ValueError, RuntimeError) as error:  # RuntimeError: the device has no such kernel
+            if config.precision == "exact16":
+                raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
+            log.warning("precision=auto is fp32 here: %s", in_a_line(error))
+            use_float32_(network)
+    return network
+
+
+def precision_of(config: Config, device: torch.device) -> str:
+    """Return what `precision=auto` stands for on a device; any other choice is itself."""
+    if config.precision != "auto":
+        return config.precision
+    return "exact16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def trainer_options(config: Config, device: torch.device) -> dict[str, Any]:
+    """Return those of the trainer's options that decide how a step is computed, and those that keep it quiet."""
+    return {
+        "accelerator": "gpu" if device.type == "cuda" else device.type,
+        "devices": [device.index] if device.type == "cuda" and config.devices == 1 else config.devices,
+        "precision": "bf16-mixed" if config.precision == "bf16" else "32-true",
+        "deterministic": config.deterministic,
+        "benchmark": not config.deterministic,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }

@@ -1,0 +1,164 @@
+"""What a multirun adds to its runs: a check of all of them before the first, and the account at its end."""
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from abn_exp.config import config_hash
+from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.files import write_text_atomic
+from abn_exp.identity import RunPlan, plan
+from abn_exp.report.build import Report, print_report, write_report
+from abn_exp.results import Run, find_runs
+from abn_exp.training.parallel import runs_at_once
+from abn_exp.training.wandb_run import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class SweepCallback(Callback):
+    """Hydra calls it around a multirun. SystemExit is the one exception of a callback that Hydra lets through."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
+        try:
+            self.plans = expand(config)
+            _check_devices(self.plans)
+            _check_launcher(self.plans, config)
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise SystemExit(f"error: {in_a_line(error)}") from None
+        finished = sum(run.status == "finished" for run in self._runs())
+        force = self.plans[0].config.force
+        self.complete = finished == len(self.plans) and not force
+        for folder in {this.directory.parents[4] for this in self.plans}:
+            record_command(folder, command(config))
+        log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
+        if not self.complete:
+            self._train_at_once(config, len(self.plans) if force else len(self.plans) - finished)
+
+    def _train_at_once(self, config: DictConfig, pending: int) -> None:
+        """Let Hydra launch as many runs at a time as `seeds_at_once` says: joblib does it, with the same numbers."""
+        done = {run.directory for run in self._runs() if run.status == "finished"}
+        this = next((this for this in self.plans if this.directory not in done), self.plans[0])
+        count = this.config.seeds_at_once
+        if count == "auto":
+            try:
+                count = runs_at_once(this, pending)
+            except ConfigError as error:
+                raise SystemExit(f"error: {error}") from None
+        if count != 1:
+            with flag_override(config, ["struct", "readonly"], [False, False]):
+                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf(n_jobs=int(count)))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Let go of the run's configuration, a thousand objects that Hydra would keep to the end of the sweep."""
+        job_return.cfg = job_return.hydra_cfg = None
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
+        failed = []
+        for folder in sorted({this.directory.parents[4] for this in self.plans}):
+            try:
+                report = write_report(folder)
+            except (ValueError, OSError) as error:
+                failed.append(f"NO REPORT of {folder}: {error}")
+                continue
+            print_report(report)
+            log.info("%s", folder / "report.md")
+            if not self.complete:
+                self._log_report(report, folder)
+        failed += self._failed()
+        for line in failed:
+            log.error("%s", line)
+        if failed:
+            raise SystemExit(1)
+
+    def _failed(self) -> list[str]:
+        """Return a line for each of this multirun's runs that has no result of its own, with the reason."""
+        found = {run.directory: run for run in self._runs()}
+        lines = []
+        for this in self.plans:
+            run = found.get(this.directory)
+            if run is None:
+                lines.append(f"NOT BEGUN {this.directory}: no reason recorded")
+            elif run.result is None:
+                lines.append(f"{run.status.upper()} {this.directory}: {run.reason or 'no reason recorded'}")
+            elif run.result.config_hash != config_hash(this.config):
+                lines.append(f"REFUSED {this.directory}: it holds the result of another configuration")
+        return lines
+
+    def _runs(self) -> list[Run]:
+        """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
+        ours = {this.directory for this in self.plans}
+        folders = {directory.parents[4] for directory in ours}
+        return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
+
+    def _log_report(self, report: Report, folder: Any) -> None:
+        settings = self.plans[0].config.wandb
+        name = f"{report.name}-report"
+        try:
+            with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
+                tracker.log_report(folder)
+        except ConfigError as error:
+            log.error("error: %s", error)
+
+
+def _check_devices(plans: list[RunPlan]) -> None:
+    """Refuse what Lightning cannot do: to start a run's other processes, it repeats the whole command."""
+    if any(this.config.devices > 1 for this in plans):
+        raise ConfigError(
+            "devices=1 is the only choice in a multirun: give each run a GPU (seeds_at_once=auto), or run one "
+            "after another, without -m and seeds=."
+        )
+
+
+def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
+    """Refuse two answers to the question of who launches the runs."""
+    launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+    if launcher != "BasicLauncher" and any(this.config.seeds_at_once != 1 for this in plans):
+        raise ConfigError(
+            f"seeds_at_once is for runs without a launcher, but hydra/launcher is {launcher}; leave one of them out."
+        )
+
+
+def command(config: DictConfig) -> str:
+    """Return what was typed to start a multirun; with -m, which a study or a list of seeds may have stood for."""
+    overrides = config.hydra.overrides
+    words = [word for word in overrides.hydra if word != "hydra.mode=MULTIRUN"]
+    return shlex.join(["python", "train.py", "-m", *overrides.task, *words])
+
+
+def record_command(folder: Path, typed: str) -> None:
+    """Add a command to those that made a folder, unless it is among them."""
+    path = folder / "command.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if typed not in lines:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, "\n".join([*lines, typed]) + "\n")
+
+
+def expand(config: DictConfig) -> list[RunPlan]:
+    """Return the plan of every run of a multirun, in its order.
+
+    Raises ConfigError where one of them is not allowed.
+    """
+    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+    plans = []
+    for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        plans.append(plan(cfg, dict(cfg.hydra.runtime.choices)))
+    return plans

@@ -1,0 +1,133 @@
+"""The benchmark compares like with like, counts what it says, and writes what it found."""
+
+import csv
+import math
+import os
+import runpy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from abn_exp import models
+from abn_exp.binarize import Binarization
+from abn_exp.models.build import initialize_
+from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.training.parallel import random_data
+from benchmarks import measure, report, run
+from benchmarks.configurations import BASE, EAGER, ROWS, Effort
+from benchmarks.conventional import ConventionalLoop, Norm, conventional
+from benchmarks.run import Benchmark
+from tests.helpers.runs import REPOSITORY
+
+TINY = Effort(
+    batch_size={"resnet18_paper": 4, "binarynet": 4},
+    repetitions=2,
+    warm=1,
+    steps=1,
+    all_rows=("resnet18_paper", "binarynet"),
+    images=(8, 16),
+    widths=(0.25, 0.5),
+    batches=(2, 4),
+    growth_width=0.25,
+    growth_batch=4,
+    seeds=2,
+)
+
+
+@pytest.mark.parametrize("model", ["resnet18_paper", "binarynet"])
+def test_the_conventional_network_computes_what_ours_does(model):
+    zero = Binarization(sign_zero="zero")
+    ours = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.25, binarization=zero)
+    initialize_(ours, 0).double()
+    theirs = conventional(initialize_(getattr(models, model)(10, 32, Norm, width=0.25), 0)).double()
+    for layer in theirs.modules():
+        if isinstance(layer, Norm):
+            layer.moving_mean, layer.moving_var = layer.moving_mean.double(), layer.moving_var.double()
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for network in (ours, theirs):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(theirs(x), ours(x))
+    names = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(names[name].grad.view_as(parameter), parameter.grad, msg=name)
+    biases = [layer.bias for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(biases) == sum(isinstance(layer, nn.Conv2d) for layer in ours.modules()) > 5
+    assert all(bias is not None for bias in biases)
+
+
+def test_the_conventional_norm_keeps_its_statistics_graph_unless_it_is_cut():
+    x = torch.randn(4, 2, 3, 3, requires_grad=True)
+    for detach in (False, True):
+        norm = Norm(2, detach=detach)
+        norm(x)
+        norm(x)
+        assert (norm.moving_mean.grad_fn is None) == detach
+        mean = x.mean((0, 2, 3))
+        torch.testing.assert_close(norm.moving_mean.flatten(), 0.99 * mean)
+
+
+def test_conventional_images_are_cropped_flipped_and_normalised():
+    data = random_data(2, 2)
+    loop = ConventionalLoop(nn.Linear(1, 1), data, 2, torch.device("cpu"), 0)
+    plain = torch.stack([loop.test_loader.dataset[i][0] for i in range(2)])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(plain, (data.test.images / 255 - mean) / std)
+    drawn = {tuple(loop.train_loader.dataset[0][0].flatten()[:50].tolist()) for _ in range(20)}
+    assert len(drawn) > 5
+
+
+def test_saved_bytes_count_each_storage_once_and_no_weight():
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(16, 8, requires_grad=True)
+    assert measure.saved_bytes(lambda: (layer(x) * layer(x)).sum(), layer) == 3 * 16 * 8 * 4  # x, both products
+
+
+def test_exponent_is_the_power():
+    assert measure.exponent([1, 2, 4], [3, 24, 192]) == pytest.approx(3)
+
+
+def test_host_growth_finds_a_leak():
+    if not math.isfinite(measure.host_growth(lambda: None, 2)):
+        pytest.skip("this system does not say how much memory a process has")
+    kept = []
+    leak = measure.host_growth(lambda: kept.append(bytearray(b"1") * 500_000), 30)
+    assert leak == pytest.approx(500_000, rel=0.2)
+
+
+def test_interleaving_takes_turns():
+    order = []
+    calls = {name: partial(lambda name: order.append(name) or 1.0, name) for name in "ab"}
+    assert measure.interleaved(calls, 2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert order == ["a", "b", "a", "b"]
+
+
+@pytest.mark.slow
+def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "WIDTHS", {"resnet18_paper": 0.25, "binarynet": 0.0625})
+    rows = tuple(row for row in ROWS if not row.compile)
+    found = Benchmark(torch.device("cpu"), TINY, 1, rows).run()
+    folder = report.write(found, TINY, "CPU (some, 2 threads)", "python scripts/benchmark.py", tmp_path)
+    assert folder == tmp_path / "cpu-some-2-threads"
+    assert {path.name for path in folder.iterdir()} == {"benchmark.csv", "benchmark.md", "growth.png", "growth.pdf"}
+    with open(folder / "benchmark.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["row"] for line in lines} >= {row.name for row in rows}
+    assert all(float(line["median"]) for line in lines if line["column"] != "growth of host memory, kB/step")
+    saved = {row: q.median for (place, row, c), q in found.columns.items() if place == "binarynet" and "saved" in c}
+    assert saved[BASE] > saved["ours, fp32"] > saved[EAGER]
+    text = (folder / "benchmark.md").read_text()
+    assert "extrapolated from 1 steps" in text
+    assert found.ratios["resnet18_paper", BASE].median == 1
+    assert ("seeds", EAGER) in found.growth or os.cpu_count() == 1
+
+
+@pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--threads", "x"], ["--device", "tpu"]])
+def test_wrong_arguments_are_refused_in_a_sentence(arguments, capsys):
+    parser = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark.py"))["parser"]()
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(arguments)
+    assert caught.value.code == 2
+    assert arguments[1] in capsys.readouterr().err.splitlines()[-1]

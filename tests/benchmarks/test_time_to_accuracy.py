@@ -1,0 +1,130 @@
+"""Time to accuracy: the right runs, the right hours, the least that is enough."""
+
+import csv
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from abn_exp.identity import RunPlan
+from abn_exp.results import RunResult, write_result
+from benchmarks import budget_report
+from benchmarks.time_to_accuracy import TimeToAccuracy, read, time_to_accuracy
+from tests.helpers.runs import REPOSITORY, TINY
+
+MakePlan = Callable[..., RunPlan]
+REACHED = {
+    ("constant", 2): (0.60, 0.62),
+    ("constant", 4): (0.70, 0.74),
+    ("cosine", 1): (0.65, 0.66),
+    ("cosine", 2): (0.71, 0.74),
+    ("cosine", 4): (0.80, 0.81),
+}
+
+
+def finish(plan: RunPlan, accuracy: float) -> Path:
+    plan.directory.mkdir(parents=True)
+    (plan.directory / "config.yaml").write_text(yaml.safe_dump(plan.config.model_dump()))
+    dataset, model, norm, variant, _ = plan.directory.parts[-5:]
+    result = RunResult(
+        **{"dataset": dataset, "model": model, "norm": norm, "recipe": "fixed", "variant": variant},
+        **{"seed": plan.config.seed, "config_hash": "0a1b2c", "epochs": plan.config.recipe.epochs},
+        **{"train_seconds": 12.5, "images_per_second": 800.0, "val_acc_last": 0.8, "val_acc_best": 0.82},
+        **{"best_epoch": 1, "test_acc": accuracy, "test_acc_top5": 0.99, "test_loss": 0.5},
+        **{"test_acc_best_val": accuracy, "test_acc_peak": None, "parameters": {}, "versions": {}},
+        **{"git_commit": "abcdef0", "device": "cpu", "wandb_run_id": None},
+    )
+    write_result(plan.directory, result)
+    return plan.directory.parents[4]
+
+
+def folder_of(make_plan: MakePlan, reached: dict[tuple[str, int], tuple[float, ...]], *overrides: str) -> Path:
+    for (schedule, epochs), accuracies in reached.items():
+        for seed, accuracy in enumerate(accuracies):
+            words = (f"recipe.schedule.name={schedule}", f"recipe.epochs={epochs}", f"seed={seed}")
+            folder = finish(make_plan(*TINY, *overrides, *words, tiny=False), accuracy)
+    return folder
+
+
+@pytest.fixture
+def found(make_plan: MakePlan) -> TimeToAccuracy:
+    return time_to_accuracy(folder_of(make_plan, REACHED), torch.device("cpu"), 1, 2)
+
+
+def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> None:
+    assert [(row.loop, row.budget.schedule, row.budget.epochs) for row in found.rows] == [
+        ("conventional", "constant", 4),
+        *(("ours", *key) for key in sorted(REACHED)),
+    ]
+    assert found.images == 180  # of 200, a tenth is for validation
+    theirs, ours = found.epoch["conventional"].median, found.epoch["ours"].median
+    assert theirs > 0 < ours
+    assert [row.hours * 3600 for row in found.rows] == pytest.approx(
+        [4 * theirs, *(n * ours for n in (2, 4, 1, 2, 4))]
+    )
+    assert found.soonest is found.rows[4]
+    assert found.ratio == pytest.approx(2 * theirs / ours)
+    against = found.rows[4].against
+    assert against is not None
+    assert against.differences == pytest.approx((1.0, 0.0))
+
+
+def test_none_is_soonest_where_none_is_enough(make_plan: MakePlan, tmp_path: Path) -> None:
+    low = {key: tuple(a - 0.2 * (key[0] == "cosine") for a in accuracies) for key, accuracies in REACHED.items()}
+    found = time_to_accuracy(folder_of(make_plan, low), torch.device("cpu"), 1, 1)
+    assert found.soonest is None
+    assert found.ratio is None
+    assert "**No decayed budget" in budget_report.write(found, "CPU", "command", tmp_path).read_text()
+
+
+def test_files(found: TimeToAccuracy, tmp_path: Path) -> None:
+    path = budget_report.write(
+        found, "CPU (some, 1 thread)", "python scripts/benchmark.py --budget x", tmp_path / "out"
+    )
+    text = path.read_text()
+    assert "epochs of a cosine rate" in text
+    assert "| ours | cosine | 2 | 2 | 72.50 ± 2.12 | +0.50 (-5.85 to 6.85) | 0.500 |" in text
+    with open(path.with_suffix(".csv"), encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * (1 + len(REACHED))
+    assert {float(line["test_acc_percent"]) for line in lines if line["loop"] == "conventional"} == {70, 74}
+    assert path.with_suffix(".png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("reached", "message"),
+    [
+        ({}, "finished runs of 0 cells"),
+        ({("cosine", 2): (0.7, 0.7)}, "needs at least two seeds of a constant rate and of a decayed one"),
+        ({("constant", 2): (0.7, 0.7)}, "needs at least two seeds"),
+        ({("constant", 2): (0.7,), ("cosine", 2): (0.7, 0.7)}, "needs at least two seeds"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(make_plan: MakePlan, tmp_path: Path, reached, message) -> None:  # type: ignore[no-untyped-def]
+    folder = folder_of(make_plan, reached) if reached else tmp_path
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(folder)
+
+
+def test_runs_that_differ_in_something_else_are_refused(make_plan: MakePlan) -> None:
+    folder_of(make_plan, {("constant", 2): (0.7, 0.7)})
+    folder = folder_of(make_plan, {("cosine", 2): (0.7, 0.7)}, "recipe.optimizer.lr=0.01")
+    with pytest.raises(ValueError, match=r"differ in recipe\.optimizer\.lr; only seed, recipe\.schedule\.name"):
+        read(folder)
+
+
+def test_the_script_says_so_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--budget", str(tmp_path), "--out", str(tmp_path / "out")])
+    main = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark.py"))["main"]
+    assert main() == 1
+    assert capsys.readouterr().err == (
+        f"{tmp_path} has finished runs of 0 cells; name the folder of one data set, model and norm.\n"
+    )
+    assert not (tmp_path / "out").exists()

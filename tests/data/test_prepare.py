@@ -1,0 +1,671 @@
+import dataclasses
+import io
+import logging
+import os
+import pickle
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+from abn_exp.data import prepare as prepare_module
+from abn_exp.data import readers
+from abn_exp.data.catalog import CATALOG
+from abn_exp.data.prepare import channel_statistics, load, prepare
+from abn_exp.data.splits import stratified_split, stratified_subset
+from tests.helpers.datasets import (
+    CIFAR10_NAMES,
+    RANDOM,
+    jpeg,
+    pixels,
+    python2_pickle,
+    tinyimagenet_members,
+    write_tar,
+    write_zip,
+)
+from tests.helpers.runs import REPOSITORY
+
+LETTERS = ["ant", "bee", "cat"]
+
+
+def register(monkeypatch: pytest.MonkeyPatch, name: str, **facts: object) -> None:
+    monkeypatch.setitem(CATALOG, name, dataclasses.replace(CATALOG[name], **facts))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+# --- CIFAR archives ---
+
+
+def write_cifar10(root: Path, names: list[bytes] = CIFAR10_NAMES) -> tuple[np.ndarray, list[int], np.ndarray, str]:
+    train, test = pixels(50), pixels(10)
+    labels = [int(label) for label in RANDOM.permutation(50) % 10]
+    members = {"batches.meta": python2_pickle({b"label_names": names})}
+    for i in range(5):
+        part = slice(10 * i, 10 * i + 10)
+        members[f"data_batch_{i + 1}"] = python2_pickle(
+            {b"data": train[part].reshape(10, -1), b"labels": labels[part]}
+        )
+    members["test_batch"] = python2_pickle({b"data": test.reshape(10, -1), b"labels": list(range(10))})
+    members["readme.html"] = b"not a pickle"
+    md5 = write_tar(root / "cifar-10-python.tar.gz", "cifar-10-batches-py", members)
+    return train, labels, test, md5
+
+
+def test_cifar10_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, test, md5 = write_cifar10(tmp_path)
+    register(monkeypatch, "cifar10", md5=md5, train_count=50, test_count=10)
+    data = load("cifar10", tmp_path)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert torch.equal(data.train.images, torch.from_numpy(train))
+    assert data.train.labels.tolist() == labels
+    assert torch.equal(data.test.images, torch.from_numpy(test))
+    assert data.test.labels.tolist() == list(range(10))
+    assert data.classes == tuple(name.decode() for name in CIFAR10_NAMES)
+    assert data.test_boxes is None
+    assert sorted(os.listdir(tmp_path)) == [".cifar10.lock", "cifar-10-python.tar.gz", "cifar10.npz"]
+
+
+def test_cifar100_archive_gives_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = pixels(100), pixels(100)
+    fine = [int(label) for label in RANDOM.permutation(100)]
+    batch = {b"coarse_labels": [0] * 100, b"fine_labels": fine}
+    names = {b"fine_label_names": [b"c%02d" % i for i in range(100)], b"coarse_label_names": [b"x"]}
+    members = {
+        "meta": python2_pickle(names),
+        "train": python2_pickle(batch | {b"data": train.reshape(100, -1)}),
+        "test": python2_pickle(batch | {b"data": test.reshape(100, -1)}),
+    }
+    md5 = write_tar(tmp_path / "cifar-100-python.tar.gz", "cifar-100-python", members)
+    register(monkeypatch, "cifar100", md5=md5, train_count=100, test_count=100)
+    data = load("cifar100", tmp_path)
+    assert data.train.labels.tolist() == fine
+    assert torch.equal(data.test.images, torch.from_numpy(test))
+    assert len(data.classes) == 100
+
+
+def test_the_converted_file_is_the_first_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, md5 = write_cifar10(tmp_path)
+    register(monkeypatch, "cifar10", md5=md5)
+    file = prepare("cifar10", tmp_path)
+    assert file == tmp_path / "cifar10.npz"
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    assert prepare("cifar10", tmp_path) == file
+    assert len(load("cifar10", tmp_path).classes) == 10
+
+
+def test_same_source_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, md5 = write_cifar10(tmp_path)
+    register(monkeypatch, "cifar10", md5=md5)
+    file = prepare("cifar10", tmp_path)
+    assert file is not None
+    first = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(time, "time", lambda: 2e9)  # a zip member is dated by default
+    prepare("cifar10", tmp_path)
+    assert file.read_bytes() == first
+
+
+def test_wrong_md5_is_refused_before_unpickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar10(tmp_path)
+    monkeypatch.setattr(readers.ArrayUnpickler, "load", lambda self: pytest.fail("unpickled"))
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz is not the original: its md5 is .* delete it"):
+        prepare("cifar10", tmp_path)
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "executed"
+    content = pickle.dumps({b"data": Hostile(marker)}, protocol=4)
+    md5 = write_tar(tmp_path / "cifar-10-python.tar.gz", "x", {"data_batch_1": content})
+    register(monkeypatch, "cifar10", md5=md5)
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz cannot be read: it asks for .posix\.mkdir"):
+        prepare("cifar10", tmp_path)
+    assert not marker.exists()
+    pickle.loads(content)  # it would have run
+    assert marker.exists()
+
+
+def test_archive_in_another_class_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, md5 = write_cifar10(tmp_path, CIFAR10_NAMES[::-1])
+    register(monkeypatch, "cifar10", md5=md5)
+    with pytest.raises(ValueError, match="another order"):
+        prepare("cifar10", tmp_path)
+
+
+# --- TinyImageNet ---
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    register(monkeypatch, "tinyimagenet", num_classes=3)
+    return tinyimagenet_members()
+
+
+def test_tinyimagenet_archive(tmp_path: Path, tiny: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
+    write_zip(tmp_path / "tiny-imagenet-200-mini.zip", tiny)
+    data = load("tinyimagenet", tmp_path)
+    assert data.classes == ("n01", "n02", "n03")
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    reds = data.train.images[:, 0, 32, 32].float()
+    torch.testing.assert_close(reds, torch.tensor([10.0, 10, 20, 20, 30, 30]), atol=2, rtol=0)
+    assert data.test.labels.tolist() == [2, 0, 1]  # as val_annotations.txt says
+    assert data.test.images.shape == (3, 3, 64, 64)
+    assert (data.test.images == torch.tensor([50, 51, 52]).view(3, 1, 1, 1)).all()  # grey: three equal channels
+    assert data.test_boxes is not None
+    assert data.test_boxes.tolist() == [[0, 1, 62, 63], [1, 1, 62, 63], [2, 1, 62, 63]]
+    assert "tinyimagenet has 6 + 3 images here; the full set has 100000 + 10000" in caplog.text
+
+
+def test_the_full_archive_goes_before_a_part_of_it(tmp_path: Path, tiny: dict[str, bytes]) -> None:
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
+    (tmp_path / "tiny-imagenet-200-mini.zip").write_bytes(b"no archive")
+    assert len(load("tinyimagenet", tmp_path).classes) == 3
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_cut_zip(tmp_path: Path, tiny: dict[str, bytes], keep: float) -> None:
+    file = tmp_path / "tiny-imagenet-200.zip"
+    write_zip(file, tiny)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(ValueError, match=r"tiny-imagenet-200\.zip is cut or damaged .* get it again from http"):
+        prepare("tinyimagenet", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".tinyimagenet.lock", "tiny-imagenet-200.zip"]
+
+
+@pytest.mark.parametrize("evil", ["../../evil.JPEG", "/absolute.JPEG", "../train/n01/images/up.JPEG", "a\nb.JPEG"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, tiny: dict[str, bytes], evil: str) -> None:
+    root = tmp_path / "inner" / "data"
+    root.mkdir(parents=True)
+    image = next(content for name, content in tiny.items() if name.endswith(".JPEG"))
+    write_zip(root / "tiny-imagenet-200.zip", tiny | {evil: image})
+    with pytest.raises(
+        ValueError, match=r"tiny-imagenet-200\.zip: its member .* is not a path inside it: get the original"
+    ):
+        prepare("tinyimagenet", root)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {"inner/data/.tinyimagenet.lock", "inner/data/tiny-imagenet-200.zip"}
+
+
+def test_zip_bomb_is_refused_before_reading(
+    tmp_path: Path, tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny | {"bomb": bytes(1_000_000)})
+    monkeypatch.setattr(readers, "MAX_UNCOMPRESSED_BYTES", 500_000)
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *args: pytest.fail("read"))
+    with pytest.raises(ValueError, match="would unpack to"):
+        prepare("tinyimagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train/n01/images/big.JPEG": jpeg(np.zeros((65, 64), np.uint8))}, "big.JPEG has 64 x 65 pixels"),
+        ({"train/n01/images/bad.JPEG": b"\xff\xd8\xff"}, "bad.JPEG is not a readable image"),
+        ({"train/n04/images/x.JPEG": jpeg(np.zeros((64, 64), np.uint8))}, "4 classes instead of 3"),
+        ({"val/images/val_9.JPEG": b""}, "does not say what val/images/val_9.JPEG shows"),
+        ({"val/val_annotations.txt": None}, "has no val/val_annotations.txt"),
+        ({"val/val_annotations.txt": b"val_0.JPEG\tn77\t0\t0\t1\t1\n"}, "line 1: 'n77' has no training images"),
+        ({"val/val_annotations.txt": b"val_0.JPEG\tn01\t0\t0\t1\n"}, "line 1 has 3 coordinates"),
+        ({"val/val_annotations.txt": b"val_0.JPEG n01\n"}, "line 1 is not FILE CLASS"),
+    ],
+)
+def test_wrong_content_of_the_zip(
+    tmp_path: Path, tiny: dict[str, bytes], change: dict[str, bytes | None], message: str
+) -> None:
+    changed = tiny | {f"tiny-imagenet-200/{name}": content for name, content in change.items()}
+    members = {name: content for name, content in changed.items() if content is not None}
+    write_zip(tmp_path / "tiny-imagenet-200.zip", members)
+    with pytest.raises(ValueError, match=message):
+        prepare("tinyimagenet", tmp_path)
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+# --- Image folders ---
+
+
+def write_folder(folder: Path, classes: list[str], per_class: int = 2, size: int = 32) -> dict[str, np.ndarray]:
+    """Write random PNGs; return the images of each split in the order of classes and files."""
+    written = {}
+    for split in ("train", "test"):
+        images = pixels(per_class * len(classes), size)
+        for i, image in enumerate(images):
+            file = folder / split / classes[i // per_class] / f"{i % per_class:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(file)
+        written[split] = images
+    return written
+
+
+def test_catalog_set_from_an_image_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", 7)  # several pieces of work for the threads
+    names = [name.decode() for name in CIFAR10_NAMES]
+    written = write_folder(tmp_path / "cifar10", names)
+    (tmp_path / "cifar10" / "train" / "bird" / ".DS_Store").write_bytes(b"hidden")
+    data = load("cifar10", tmp_path)
+    assert data.classes == tuple(names)
+    assert data.train.labels.tolist() == [i // 2 for i in range(20)]
+    assert torch.equal(data.train.images, torch.from_numpy(written["train"]))
+    assert torch.equal(data.test.images, torch.from_numpy(written["test"]))
+    assert "cifar10 has 20 + 20 images here" in caplog.text
+
+
+def test_the_archive_goes_before_the_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "cifar10", [name.decode() for name in CIFAR10_NAMES])
+    train, *_, md5 = write_cifar10(tmp_path)
+    register(monkeypatch, "cifar10", md5=md5)
+    assert torch.equal(load("cifar10", tmp_path).train.images, torch.from_numpy(train))
+
+
+def test_wrong_image_size_in_a_catalog_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "cifar10", LETTERS, size=16)
+    with pytest.raises(ValueError, match=r"train/ant/000\.png has 16 x 16 pixels instead of 32 x 32"):
+        prepare("cifar10", tmp_path)
+
+
+def test_wrong_number_of_classes_in_a_catalog_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "cifar10", LETTERS)
+    with pytest.raises(ValueError, match="3 classes instead of 10"):
+        prepare("cifar10", tmp_path)
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+def test_folder_is_resized_around_its_centre(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        file = tmp_path / "images" / split / "ant" / "wide.png"
+        file.parent.mkdir(parents=True)
+        image = np.full((64, 128, 4), 255, np.uint8)  # with an opacity channel, and white beside the centre
+        image[:, 32:96, :3] = RANDOM.integers(0, 200, (64, 64, 3))
+        Image.fromarray(image).save(file)
+    data = load("folder", tmp_path, path=tmp_path / "images", image_size=32)
+    rgb = torch.from_numpy(image[:, :, :3]).permute(2, 0, 1)
+    expected = TF.center_crop(TF.resize(rgb, [32], antialias=True), [32])
+    torch.testing.assert_close(data.test.images[0].int(), expected.int(), atol=1, rtol=0)
+
+
+def test_folder_has_a_file_for_each_path_and_size(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", LETTERS)
+    write_folder(tmp_path / "b", LETTERS[:2])
+    root = tmp_path / "root"
+    files = {prepare("folder", root, path=tmp_path / which, image_size=s) for which in "ab" for s in (8, 16)}
+    assert len(files) == 4
+    assert load("folder", root, path=tmp_path / "a", image_size=16).train.images.shape == (6, 3, 16, 16)
+    assert load("folder", root, path=tmp_path / "b", image_size=8).classes == ("ant", "bee")
+
+
+def test_folder_is_converted_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = write_folder(tmp_path / "a", LETTERS)
+    options = {"path": tmp_path / "a", "image_size": 32}
+    assert torch.equal(load("folder", tmp_path, **options).train.images, torch.from_numpy(written["train"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "read_image_folder", lambda *a, **k: pytest.fail("converted again"))
+        load("folder", tmp_path, **options)
+    file = tmp_path / "a" / "train" / "ant" / "001.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
+    assert load("folder", tmp_path, **options).train.images[1].max() == 0
+    file.unlink()
+    assert len(load("folder", tmp_path, **options).train.labels) == 5
+
+
+def test_folder_mistakes(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    options = {"path": folder, "image_size": 32}
+    with pytest.raises(ValueError, match="has no folder 'train'"):
+        prepare("folder", tmp_path / "root", **options)
+    write_folder(folder, LETTERS)
+    with pytest.raises(ValueError, match="needs path="):
+        prepare("folder", tmp_path)
+    broken = folder / "test" / "bee" / "002.png"
+    broken.write_text("no image")
+    with pytest.raises(ValueError, match=r"test/bee/002\.png is not a readable image"):
+        prepare("folder", tmp_path, **options)
+    whole = (folder / "test" / "bee" / "001.png").read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"test/bee/002\.png is not a readable image"):
+        prepare("folder", tmp_path, **options)
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(broken)
+    with pytest.raises(ValueError, match=r"002\.png has more than 8 bits"):
+        prepare("folder", tmp_path, **options)
+    broken.unlink()
+    (folder / "test" / "bee" / "nested").mkdir()
+    with pytest.raises(ValueError, match="bee/nested is not a file"):
+        prepare("folder", tmp_path, **options)
+    (folder / "test" / "bee" / "nested").rmdir()
+    (folder / "test" / "dog").mkdir()
+    with pytest.raises(ValueError, match="test/dog is empty"):
+        prepare("folder", tmp_path, **options)
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "test" / "dog" / "0.png")
+    with pytest.raises(ValueError, match="the same classes, but only test has 'dog'"):
+        prepare("folder", tmp_path, **options)
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+# --- The converted file ---
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", LETTERS)
+    options = {"path": tmp_path / "a", "image_size": 8}
+    good = load("folder", tmp_path, **options)
+    file = prepare("folder", tmp_path, **options)
+    assert file is not None
+    content = bytearray(file.read_bytes())
+    image_bytes = content.index(good.train.images.numpy().tobytes())
+    found = 0
+    for position in [image_bytes, image_bytes + 500, *range(0, len(content), 11)]:
+        mask = 1 << (position % 8)
+        content[position] ^= mask
+        file.write_bytes(content)
+        try:
+            data = load("folder", tmp_path, **options)
+        except ValueError as error:
+            assert str(file) in str(error)  # noqa: PT017
+            assert "delete it, and it will be made again" in str(error)  # noqa: PT017
+            found += 1
+        else:  # a date, say
+            assert torch.equal(data.train.images, good.train.images)
+            assert torch.equal(data.test.labels, good.test.labels)
+            assert data.classes == good.classes
+            assert not image_bytes <= position < image_bytes + good.train.images.numel()
+        content[position] ^= mask
+    assert found > 100
+
+
+def test_a_damaged_header_that_hides_the_rest_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "cifar10.npz"
+    split = {"images": pixels(500), "labels": np.arange(500) % 10}
+    arrays = {f"{part}_{key}": array for part in ("train", "test") for key, array in split.items()}
+    np.savez(file, classes=np.array(list("abcdefghij")), test_boxes=np.ones((500, 4), np.int64), **arrays)
+    assert load("cifar10", tmp_path).test_boxes is not None
+    content = file.read_bytes()
+    assert content.count(b"(500, 4)") == 1
+    file.write_bytes(content.replace(b"(500, 4)", b"(500, 0)"))
+    with pytest.raises(ValueError, match=r"cifar10\.npz is damaged .*delete it"):
+        load("cifar10", tmp_path)
+
+
+def test_an_array_that_would_need_unpickling_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "cifar10.npz", train_images=np.array([Hostile(tmp_path / "executed")], object))
+    with pytest.raises(ValueError, match=r"cifar10\.npz is damaged .*delete it"):
+        load("cifar10", tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_contradictions_in_the_converted_file_are_found(tmp_path: Path) -> None:
+    split = {"images": pixels(4), "labels": np.array([0, 1, 2, 10])}  # ten classes: 0 to 9
+    arrays = {f"{part}_{key}": array for part in ("train", "test") for key, array in split.items()}
+    np.savez(tmp_path / "cifar10.npz", classes=np.array(list("abcdefghij")), **arrays)
+    with pytest.raises(ValueError, match=r"cifar10\.npz .*labels are not all from 0 to 9.*delete it"):
+        load("cifar10", tmp_path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "a", LETTERS)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare("folder", tmp_path, path=tmp_path / "a", image_size=32)
+    assert not list(tmp_path.glob("*.npz*"))
+    assert len(load("folder", tmp_path, path=tmp_path / "a", image_size=32).classes) == 3
+
+
+def test_one_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "cifar10", [name.decode() for name in CIFAR10_NAMES], per_class=1)
+    conversions, sizes = [], []
+
+    def slow(*args: object, **kwargs: object) -> dict[str, np.ndarray]:
+        conversions.append(threading.get_ident())
+        time.sleep(0.2)
+        return readers.read_image_folder(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare_module, "read_image_folder", slow)
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        sizes.append(len(load("cifar10", tmp_path).train.labels))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [10] * 4
+    assert len(conversions) == 1
+
+
+# --- The download ---
+
+
+class Response(io.BytesIO):
+    """What urlopen returns, reduced to what is used."""
+
+    def __init__(self, content: bytes, length: int | None) -> None:
+        super().__init__(content)
+        self.headers = {} if length is None else {"Content-Length": str(length)}
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, length: int | None = None) -> list[tuple[str, float]]:
+    asked = []
+
+    def urlopen(url: str, timeout: float) -> Response:
+        asked.append((url, timeout))
+        return Response(content, length)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, *_, md5 = write_cifar10(tmp_path)
+    register(monkeypatch, "cifar10", md5=md5)
+    content = (tmp_path / "cifar-10-python.tar.gz").read_bytes()
+    asked = serve(monkeypatch, content, len(content))
+    root = tmp_path / "new"
+    assert torch.equal(load("cifar10", root).train.images, torch.from_numpy(train))
+    assert asked == [(CATALOG["cifar10"].url, 30.0)]
+    assert sorted(os.listdir(root)) == [".cifar10.lock", "cifar-10-python.tar.gz", "cifar10.npz"]
+
+
+@pytest.mark.parametrize(("length", "reason"), [(None, "what came has md5"), (99, "only 7 of 99 bytes came")])
+def test_wrong_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int | None, reason: str) -> None:
+    serve(monkeypatch, b"<html/>", length)
+    monkeypatch.setattr(readers.ArrayUnpickler, "load", lambda self: pytest.fail("unpickled"))
+    with pytest.raises(ConnectionError, match=reason):
+        prepare("cifar10", tmp_path)
+    assert os.listdir(tmp_path) == [".cifar10.lock"]
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_text_without_a_network(tmp_path: Path, download: bool) -> None:
+    with pytest.raises(OSError, match="cifar10 is not in") as caught:
+        load("cifar10", tmp_path, download=download)
+    info = CATALOG["cifar10"]
+    text = str(caught.value)
+    reason = "no network here" if download else "downloads are off"
+    for part in (reason, info.url, info.md5, info.archive, str(tmp_path), "dataset.root=", "dataset.path="):
+        assert str(part) in text
+    assert "\n" not in text
+
+
+# --- Arguments, the embedded set, constants ---
+
+
+def test_argument_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are digits, cifar10, cifar100, tinyimagenet and folder"):
+        prepare("mnist", tmp_path)
+    with pytest.raises(ValueError, match="is for name='folder' only"):
+        prepare("cifar10", tmp_path, path=tmp_path)
+    with pytest.raises(ValueError, match="images of 32 pixels a side, not image_size=64"):
+        prepare("cifar10", tmp_path, image_size=64)
+
+
+def test_digits_need_no_file(tmp_path: Path) -> None:
+    root = tmp_path / "never made"
+    assert prepare("digits", root) is None
+    data, again = load("digits", root), load("digits", root)
+    info = CATALOG["digits"]
+    assert not root.exists()
+    assert data.train.images.shape == (info.train_count, 3, 32, 32)
+    assert data.test.images.shape == (info.test_count, 3, 32, 32)
+    assert data.train.images.dtype == torch.uint8
+    assert data.classes == tuple("0123456789")
+    assert torch.equal(data.train.images[:, 0], data.train.images[:, 2])
+    assert torch.equal(data.test.images, again.test.images)
+    assert data.train.labels.bincount().min() > 130
+    mean, std = channel_statistics(data.train.images)
+    assert [round(value, 4) for value in mean] == list(info.mean)
+    assert [round(value, 4) for value in std] == list(info.std)
+
+
+def test_digits_are_the_original_enlarged() -> None:
+    from sklearn.datasets import load_digits
+
+    data = load("digits", "unused")
+    labels = torch.cat([data.train.labels, data.test.labels])
+    images = torch.cat([data.train.images, data.test.images]).float()[:, 0].flatten(1)
+    small = [Image.fromarray(image.astype(np.float32) * (255 / 16)) for image in load_digits().images]
+    large = np.stack([np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)) for image in small])
+    originals = torch.from_numpy(large).flatten(1)
+    nearest = torch.cdist(images, originals).argmin(1)
+    assert (images - originals[nearest]).abs().max() < 0.51  # rounding
+    assert len(nearest.unique()) == len(originals)  # each original once, in train or in test
+    assert torch.equal(torch.from_numpy(load_digits().target)[nearest], labels)
+
+
+def test_channel_statistics_against_numpy() -> None:
+    images = pixels(5, 16) // np.array([1, 2, 3], np.uint8)[:, None, None]
+    mean, std = channel_statistics(torch.from_numpy(images))
+    np.testing.assert_allclose(mean, (images / 255.0).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, (images / 255.0).std((0, 2, 3)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_yaml_agrees_with_the_catalog(name: str) -> None:
+    file = REPOSITORY / "conf" / "dataset" / f"{name}.yaml"
+    config = yaml.safe_load(file.read_text())
+    config = config.get("dataset", config)
+    info = CATALOG[name]
+    for key in ("name", "num_classes", "image_size", "padding", "flip"):
+        assert config[key] == getattr(info, key)
+    assert tuple(config["mean"]) == info.mean
+    assert tuple(config["std"]) == info.std
+    assert config["root"] == "${oc.env:DATA_DIR,./data}"
+
+
+def test_one_line_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path / "a", LETTERS)
+    with caplog.at_level(logging.INFO):
+        prepare("folder", tmp_path, path=tmp_path / "a", image_size=32)
+    assert [record.message.rsplit(", ")[-1] for record in caplog.records if "Decoding" in record.message] == [
+        "train",
+        "test",
+    ]
+
+
+# --- Splits ---
+
+some_labels = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(torch.tensor)
+
+
+def shares_are_even(labels: torch.Tensor, chosen: torch.Tensor) -> bool:
+    """Whether each class's count is its exact share rounded down or up."""
+    counts, taken = labels.bincount(), labels[chosen].bincount(minlength=int(labels.max()) + 1)
+    exact = counts.double() * len(chosen) / len(labels)
+    return bool(((taken - exact).abs() < 1).all())
+
+
+@settings(max_examples=80, deadline=None)
+@given(labels=some_labels, fraction=st.floats(0, 0.99), seed=st.integers(0, 2**31))
+def test_stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> None:
+    try:
+        train, val = stratified_split(labels, fraction, seed)
+    except ValueError as error:
+        assert fraction > 0
+        assert "leaves a class without" in str(error)  # noqa: PT017
+        return
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(len(labels)))
+    assert len(val) == round(fraction * len(labels))
+    assert shares_are_even(labels, val)
+    assert set(labels[train].tolist()) == set(labels.tolist())
+    if fraction > 0:
+        assert set(labels[val].tolist()) == set(labels.tolist())
+    again = stratified_split(labels, fraction, seed)
+    assert torch.equal(train, again[0])
+    assert torch.equal(val, again[1])
+
+
+def test_stratified_split_of_a_balanced_set() -> None:
+    labels = torch.arange(1000) % 10
+    train, val = stratified_split(labels, 0.1, seed=0)
+    assert labels[val].bincount().tolist() == [10] * 10
+    assert labels[train].bincount().tolist() == [90] * 10
+    assert not torch.equal(val, stratified_split(labels, 0.1, seed=1)[1])
+    assert len(stratified_split(labels, 0, seed=0)[1]) == 0
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 0.05, 0.95, float("nan")])
+def test_stratified_split_refuses(fraction: float) -> None:
+    with pytest.raises(ValueError, match="fraction"):
+        stratified_split(torch.arange(20) % 5, fraction, seed=0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(labels=some_labels, data=st.data(), seed=st.integers(0, 2**31))
+def test_stratified_subset(labels: torch.Tensor, data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(1, len(labels)))
+    try:
+        subset = stratified_subset(labels, count, seed)
+    except ValueError as error:
+        assert "empty" in str(error)  # noqa: PT017
+        return
+    assert len(subset.unique()) == count
+    assert shares_are_even(labels, subset)
+    assert set(labels[subset].tolist()) == set(labels.tolist())
+    assert torch.equal(subset, stratified_subset(labels, count, seed))
+
+
+def test_subsets_are_nested() -> None:
+    labels = torch.arange(1000) % 10
+    small, large = stratified_subset(labels, 50, seed=3), stratified_subset(labels, 215, seed=3)
+    assert set(small.tolist()) < set(large.tolist())
+    assert not torch.equal(small, stratified_subset(labels, 50, seed=4))
+
+
+@pytest.mark.parametrize("count", [0, 4, 21])
+def test_stratified_subset_refuses(count: int) -> None:
+    with pytest.raises(ValueError, match="images"):
+        stratified_subset(torch.arange(20) % 5, count, seed=0)

@@ -1,0 +1,114 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from abn_exp import models
+from abn_exp.binarize import BinaryConv2d, BinaryLinear
+from abn_exp.models.cost import summarize
+from abn_exp.norm import AttentionBatchNorm2d
+
+
+def on_meta(name, image_size=32, num_classes=10, **arguments):
+    with torch.device("meta"):
+        return getattr(models, name)(num_classes, image_size, AttentionBatchNorm2d, **arguments)
+
+
+def macs(layer):
+    return layer.binary_macs, layer.real_macs
+
+
+def test_a_network_counted_by_hand():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),  # 108 weights, 8 x 8 positions
+        AttentionBatchNorm2d(4),  # 4 shifts
+        BinaryConv2d(4, 6, 3, stride=2, padding=1),  # 216 bits = 27 bytes, 4 x 4 positions
+        nn.Flatten(),
+        BinaryLinear(96, 3, bias=True),  # 288 bits = 36 bytes, and 3 real biases
+        nn.Linear(3, 2),  # 6 + 2
+    )
+    summary = summarize(network, image_size=8)
+    rows = [
+        (r.name, r.kind, r.output_shape, r.parameters, r.binary_parameters, r.bytes_packed, *macs(r))
+        for r in summary.layers
+    ]
+    assert rows == [
+        ("0", "Conv2d", (4, 8, 8), 108, 0, 432, 0, 108 * 64),
+        ("1", "AttentionBatchNorm2d", (4, 8, 8), 4, 0, 16, 0, 0),
+        ("2", "BinaryConv2d", (6, 4, 4), 216, 216, 27, 216 * 16, 0),
+        ("4", "BinaryLinear", (3,), 291, 288, 36 + 12, 288, 0),
+        ("5", "Linear", (2,), 8, 0, 32, 0, 6),
+    ]
+    assert summary.totals == {
+        "total": 627,
+        "binary": 504,
+        "bytes_real": 4 * 627,
+        "bytes_packed": 432 + 16 + 27 + 48 + 32,
+        "binary_macs": 216 * 16 + 288,
+        "real_macs": 108 * 64 + 6,
+    }
+
+
+def test_bits_are_packed_into_whole_bytes():
+    assert summarize(nn.Sequential(BinaryConv2d(3, 1, 1)), 4).totals["bytes_packed"] == 1
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+@pytest.mark.parametrize("name", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
+def test_macs_are_half_of_what_torch_counts(name, image_size):
+    network = on_meta(name, image_size)
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    totals = summarize(network, image_size).totals
+    assert 2 * (totals["binary_macs"] + totals["real_macs"]) == counter.get_total_flops()
+    assert totals["total"] == sum(p.numel() for p in network.parameters())
+    assert totals["bytes_real"] == 4 * totals["total"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs", "real_gmacs", "binary"),
+    [("binarynet", 4.550, 0.011, 36_421_632), ("resnet18_paper", 0.6576, 0.0022, 4_326_400)],
+)
+def test_the_published_networks(name, gmacs, real_gmacs, binary):
+    totals = summarize(on_meta(name), 32).totals
+    assert (totals["binary_macs"] + totals["real_macs"]) / 1e9 == pytest.approx(gmacs, abs=5e-4)
+    assert totals["real_macs"] / 1e9 == pytest.approx(real_gmacs, abs=5e-4)
+    assert totals["binary"] == binary
+    assert totals["bytes_packed"] == binary // 8 + 4 * (totals["total"] - binary)
+
+
+def test_summarize_leaves_no_trace():
+    network = models.vgg_small(10, 16, nn.BatchNorm2d, width=0.1)
+    network.layer2.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    flags = [module.training for module in network.modules()]
+    rng = torch.get_rng_state()
+    summarize(network, 16)
+    assert [module.training for module in network.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_summarize_restores_the_network_after_an_error():
+    network = models.vgg_small(10, 16, nn.BatchNorm2d, width=0.1)
+    with pytest.raises(RuntimeError):
+        summarize(network, 32)
+    assert all(module.training for module in network.modules())
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_table_shows_every_layer_and_the_totals():
+    console = Console(width=110, record=True, file=io.StringIO())
+    summary = summarize(on_meta("binarynet"), 32)
+    console.print(summary.table())
+    lines = console.export_text().splitlines()
+    assert all(any(layer.name in line for line in lines) for layer in summary.layers)
+    (total,) = [line for line in lines if "total" in line]
+    assert "36,421,632" in total
+    assert f"{summary.totals['total']:,}" in total
+    assert f"{summary.totals['bytes_packed'] / 1e6:.3f}" in total
+    assert any(f"{4 * summary.totals['total'] / 1e6:.1f} MB" in line for line in lines)

@@ -1,0 +1,317 @@
+import csv
+import re
+import runpy
+import shutil
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from abn_exp.report import stats
+from abn_exp.report.build import build_report, print_report, write_report
+from abn_exp.report.comparisons import collect_cells, compare_cells, verdict_mean, verdict_spread
+from abn_exp.report.figures import NORM_STYLES, norm_style, norm_styles
+from abn_exp.results import find_runs
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
+from tests.helpers.runs import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "report.py"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return study(tmp_path / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave out what takes most of a report's time, where a test is about its text."""
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+
+
+def only(report):
+    (comparison,) = report.comparisons
+    return comparison
+
+
+def test_cells_hold_scores_by_seed_and_reasons(folder):
+    directory = start_run(folder, "abn", 5)
+    (directory / "FAILED").write_text("diverged: the loss is nan in epoch 4")
+    start_run(folder, "abn", 6)
+    bn, abn = collect_cells(find_runs(folder))
+    assert (bn.norm, abn.norm, abn.group) == ("bn", "abn", ("digits", "binarynet", "fixed"))
+    assert bn.scores["test_acc"] == dict(enumerate(BN))
+    assert abn.failed == {
+        5: "diverged: the loss is nan in epoch 4 (4 epochs recorded)",
+        6: "unfinished (4 epochs recorded)",
+    }
+    np.testing.assert_allclose(abn.sample("test_acc", [0, 5]), [70.8, np.nan])
+
+
+def test_a_clear_difference_is_confirmed_in_the_numbers_of_scipy(folder):
+    decision, sentence = verdict_mean(only(build_report(folder)))
+    assert decision == "confirmed"
+    # mean 0.94 points, std 0.1817: 0.94 +- 2.7764 * 0.1817 / sqrt(5), t = 11.57, p = 0.000318
+    assert sentence == (
+        "On digits with binarynet, abn is +0.94 points above bn "
+        "(95 % interval 0.71 to 1.17, n = 5 paired seeds, p < 0.001, Holm < 0.001)."
+    )
+
+
+def test_the_same_numbers_the_other_way_round_are_refuted(folder):
+    decision, sentence = verdict_mean(only(build_report(folder, reference="abn")))
+    assert decision == "refuted"
+    assert "bn is 0.94 points below abn (95 % interval -1.17 to -0.71" in sentence
+
+
+def test_a_difference_within_the_noise_is_not_decided(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": [0.71, 0.70, 0.72, 0.71, 0.72]})
+    decision, sentence = verdict_mean(only(build_report(tmp_path)))
+    assert decision == "not decided"
+    assert "differs from bn by +0.20 points" in sentence
+    assert "not decided at this n, the interval holds a loss as well as a gain" in sentence
+
+
+def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path):
+    barely = [0.701, 0.718, 0.706, 0.722, 0.722]  # differences 0.1, 0.8, 0.1, 0.7, 0.2: t = 2.5, p = 0.068
+    above = [0.703, 0.716, 0.707, 0.721, 0.722]  # 0.3, 0.6, 0.2, 0.6, 0.2: t = 4.1, p = 0.014
+    study(tmp_path / "one", {"bn": BN, "abn": above})
+    assert verdict_mean(only(build_report(tmp_path / "one")))[0] == "confirmed"
+    others = dict.fromkeys(("a", "b", "c", "d"), barely)
+    study(tmp_path / "many", {"bn": BN, "abn": above, **others})
+    comparison = build_report(tmp_path / "many").comparisons[0]
+    decision, sentence = verdict_mean(comparison)
+    assert comparison.mean_p_holm == pytest.approx(5 * comparison.mean.p)
+    assert decision == "not decided"
+    assert sentence.endswith("the interval leaves out zero, but not after Holm's correction over 5 comparisons.")
+
+
+def test_five_seeds_never_decide_on_spread(tmp_path):
+    study(tmp_path, {"bn": [0.69, 0.70, 0.71, 0.72, 0.73], "abn": [0.705, 0.71, 0.715, 0.72, 0.725]})
+    decision, sentence = verdict_spread(only(build_report(tmp_path)))
+    assert decision == "not decided"
+    assert "0.50 times the std of bn between seeds (0.79 against 1.58 points" in sentence
+    power = 100 * stats.power_at(5, 5)
+    assert f"at n = 5 the test would notice a ratio of 2 in only {power:.0f} % of cases" in sentence
+    assert f"(80 % takes {stats.seeds_needed()} seeds a norm)" in sentence
+
+
+def test_spread_is_decided_where_the_seeds_suffice(tmp_path):
+    rng = np.random.default_rng(0)
+    narrow, wide = 0.7 + 0.002 * rng.standard_normal(25), 0.7 + 0.01 * rng.standard_normal(25)
+    study(tmp_path, {"bn": wide.tolist(), "abn": narrow.tolist()})
+    assert verdict_spread(only(build_report(tmp_path)))[0] == "confirmed"
+    assert verdict_spread(only(build_report(tmp_path, reference="abn")))[0] == "refuted"
+
+
+@pytest.mark.parametrize("accuracies", [[], [0.7], [0.701, 0.711, 0.706, 0.716, 0.721], BN])
+def test_too_little_to_compare_is_said_and_never_a_warning(accuracies, tmp_path):
+    study(tmp_path, {"bn": BN, "abn": accuracies})
+    if not accuracies:
+        start_run(tmp_path, "abn", 0)
+    report = write_report(tmp_path)
+    decision, sentence = verdict_mean(only(report))
+    assert decision == "not decided"
+    assert "nan" not in sentence
+    assert "nan" not in (tmp_path / "report.md").read_text() + (tmp_path / "report.csv").read_text()
+    print_report(report, Console(width=200, quiet=True))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_report_says_what_is_missing_and_why(folder):
+    shutil.rmtree(folder / "digits/binarynet/abn/fixed/seed-4")
+    (start_run(folder, "bn", 5) / "FAILED").write_text("OutOfMemoryError: 2 GB | wanted\nmore")
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    bn, abn = table_rows(section(text, "Test accuracy (%)"))
+    assert (bn["n"], abn["n"]) == ("5/6", "4/6")
+    assert abn["mean ± std"] == "71.65 ± 0.62"  # of 70.8, 72.0, 71.6, 72.2
+    assert abn["min to max"] == "70.80 to 72.20"
+    assert abn["best val epoch"] == "71.75 ± 0.62"
+    missing = section(text, "Runs without a result")
+    assert "bn, seed 5: failed: OutOfMemoryError: 2 GB | wanted more (4 epochs recorded)" in missing
+    assert "abn, seed 4: not started" in missing
+    seeds = table_rows(section(text, "Test accuracy (%) of every seed"))
+    assert seeds[1] == {
+        "norm": "abn",
+        **{f"seed {i}": v for i, v in enumerate(["70.80", "72.00", "71.60", "72.20", "-", "-"])},
+    }
+    (difference,) = table_rows(section(text, "Differences to bn"))
+    assert difference["n"] == "4 pairs"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder, tmp_path):
+    write_report(folder)
+    assert "peeking" not in (folder / "report.md").read_text()
+    for seed in range(2):
+        finish_run(tmp_path / "paper", "bn", seed, 0.7 + 0.01 * seed, peak=0.75)
+    write_report(tmp_path / "paper")
+    (row,) = table_rows(section((tmp_path / "paper/report.md").read_text(), "Test accuracy (%)"))
+    assert row["best test epoch (peeking)"] == "75.00 ± 0.00"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_only_equal_dataset_model_and_variant_are_compared(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, dataset="cifar10")
+    study(tmp_path, {"abn": BN}, variant="fixed-lr-0.5")
+    report = build_report(tmp_path)
+    assert [(c.cell.dataset, c.cell.norm, c.cell.variant) for c in report.comparisons] == [
+        ("cifar10", "abn", "fixed"),
+        ("digits", "abn", "fixed"),
+    ]
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "No comparison on digits with binarynet (fixed-lr-0.5): the reference norm bn was not run there." in text
+    assert {row["variant"] for row in table_rows(section(text, "Test accuracy (%)"))} == {"fixed", "fixed-lr-0.5"}
+
+
+def test_without_the_reference_norm_there_is_no_comparison(tmp_path):
+    study(tmp_path, {"abn": BN})
+    report = write_report(tmp_path)
+    assert report.comparisons == []
+    assert not (tmp_path / "figures/differences.png").exists()
+    text = (tmp_path / "report.md").read_text()
+    assert "## Differences" not in text
+    assert "No comparison on digits with binarynet: the reference norm bn was not run there." in text
+    study(tmp_path, {"abn": BN}, dataset="cifar10")
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("No comparison of norms: the reference norm bn was not run.") == text.count("No comparison") > 0
+
+
+def everything_in(folder):
+    names = ["report.md", "report.csv", "runs.csv", "report.tex"]
+    files = [folder / name for name in names] + sorted((folder / "figures").iterdir())
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_written_twice_and_elsewhere_it_is_byte_for_byte_the_same(folder, tmp_path):
+    write_report(folder)
+    first = everything_in(folder)
+    assert {
+        f"{name}.{kind}" for name in ("learning_curves", "seeds", "differences", "spreads") for kind in ("png", "pdf")
+    } < set(first)
+    assert str(tmp_path).encode() not in b"".join(first.values())
+    elsewhere = tmp_path / "deeper" / folder.name
+    shutil.copytree(folder, elsewhere, ignore=shutil.ignore_patterns("figures", "report.*", "*.csv"))
+    time.sleep(1.1)  # a date in a file has seconds
+    write_report(elsewhere)
+    assert everything_in(elsewhere) == first
+
+
+def test_figures_are_embedded_relatively_and_stale_ones_removed(folder):
+    write_report(folder)
+    embedded = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
+    assert embedded == [f"figures/{name}.png" for name in ("learning_curves", "seeds", "differences", "spreads")]
+    assert all((folder / path).read_bytes().startswith(b"\x89PNG") for path in embedded)
+    write_report(folder, reference="absent")
+    assert not list((folder / "figures").glob("differences.*"))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_csv_files_hold_the_numbers(folder):
+    write_report(folder)
+    runs = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert [float(row["test_acc"]) for row in runs] == BN + CLEARLY_ABOVE
+    assert (runs[0]["status"], runs[0]["seed"], runs[0]["test_acc_peak"], runs[0]["binary"]) == (
+        "finished",
+        "0",
+        "",
+        "900",
+    )
+    bn, abn = csv.DictReader((folder / "report.csv").read_text().splitlines())
+    assert float(bn["test_acc_mean"]) == pytest.approx(71.0)
+    assert bn["difference"] == ""
+    assert float(abn["difference"]) == pytest.approx(0.94)
+    assert (abn["higher"], abn["less_spread"]) == ("confirmed", "not decided")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
+    study(tmp_path, {"bn": BN, "abn_noshift": CLEARLY_ABOVE})
+    write_report(tmp_path)
+    text = (tmp_path / "report.tex").read_text()
+    assert text.startswith("\\begin{tabular}{lllrrrrr}\n\\toprule\n")
+    assert (
+        "digits & binarynet & abn\\_noshift & 5 & 71.94 $\\pm$ 0.84 & 70.90 to 72.98 & "
+        "$+$0.94 [0.71 to 1.17] & $<$0.001 \\\\"
+    ) in text
+    assert {line.count(" & ") for line in text.splitlines() if "&" in line} == {7}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_question_and_command(folder):
+    assert build_report(folder).command.splitlines() == [
+        f"python train.py -m dataset=digits model=binarynet norm={norm} recipe=fixed seed=0,1,2,3,4 name=claims"
+        for norm in ("bn", "abn")
+    ]
+    command = "python train.py -m norm=bn,abn seeds=five 'model.width=[1, 2]' hydra/launcher=joblib"
+    (folder / "command.txt").write_text(f"{command}\n")
+    finish_run(folder, "bn", 5, 0.7, variant="asked", config="question: Does the gate help?\n")
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    assert command in text
+    assert "Does the gate help?" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_provenance_counts_what_differs(folder):
+    path = folder / "digits/binarynet/bn/fixed/seed-0/result.json"
+    path.write_text(path.read_text().replace("2.15.0", "2.14.0"))
+    (path.parent / "SHA256SUMS").unlink(missing_ok=True)
+    (path.parent / "SHA256SUMS").unlink(missing_ok=True)
+    write_report(folder)
+    assert "- torch: 2.14.0 (1 runs), 2.15.0 (9 runs)" in (folder / "report.md").read_text()
+
+
+def test_the_same_run_in_two_studies_is_refused(tmp_path):
+    study(tmp_path / "a", {"bn": BN})
+    study(tmp_path / "b", {"bn": BN})
+    with pytest.raises(ValueError, match="hold the same run twice; give the folder of one study"):
+        build_report(tmp_path)
+
+
+def test_terminal_shows_accuracies_verdicts_and_gaps(folder, capsys):
+    start_run(folder, "abn", 5)
+    print_report(build_report(folder), Console(width=300))
+    out = capsys.readouterr().out
+    assert "71.94 ± 0.84" in out
+    assert "abn is +0.94 points above bn" in out
+    assert "seed 5: unfinished" in out
+
+
+def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
+    rng = np.random.default_rng(1)
+    scores = {norm: (0.7 + 0.01 * rng.standard_normal(12)).tolist() for norm in ("bn", "abn", "iebn")}
+    study(tmp_path, scores)
+    cells = collect_cells(find_runs(tmp_path))
+    alone, both = compare_cells([cells[0], cells[2]]), compare_cells(cells)
+    assert alone[0].spread == both[1].spread
+    assert alone[0].mean == both[1].mean
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_path, capsys, monkeypatch):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    monkeypatch.setattr("sys.argv", ["report.py", str(folder), "--reference", "abn"])
+    assert main() == 0
+    assert "below abn" in capsys.readouterr().out
+    assert (folder / "report.md").is_file()
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "nothing")])
+    assert main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("There are no runs below ")
+    assert len(err.splitlines()) == 1
+
+
+def test_every_norm_has_its_own_style_everywhere():
+    norms = [*NORM_STYLES, *(f"norm{i}" for i in range(60))]
+    styles = norm_styles(norms)
+    assert len({(s.color, s.marker, str(s.linestyle)) for s in styles.values()}) == len(norms)
+    assert len({s.marker for s in NORM_STYLES.values()}) == len(NORM_STYLES)
+    assert norm_style("abn") == styles["abn"] == NORM_STYLES["abn"]
+    assert norm_style("mine") == norm_styles(["mine", "bn", "abn"])["mine"]

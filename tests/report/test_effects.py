@@ -1,0 +1,297 @@
+"""Contrasts, factors, differences of differences and readings, against numbers worked by hand.
+
+With three pairs, t has two degrees of freedom and p = 1 - t / sqrt(t^2 + 2).
+"""
+
+import csv
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from abn_exp.report import stats
+from abn_exp.report.build import build_report, print_report, write_report
+from abn_exp.report.comparisons import overall
+from abn_exp.report.effects import CONTRASTS, Effect
+from abn_exp.report.factors import find_factors
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, study, table_rows
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+
+
+def p_of(t):
+    return 1 - t / math.sqrt(t**2 + 2)
+
+
+def finish(folder, norm, percents, variant="fixed", peaks=None, settings=None, **where):
+    """Write finished runs, seeds 0, 1, ..., with accuracies in percent and a configuration."""
+    for seed, percent in enumerate(percents):
+        peak = None if peaks is None else peaks[seed] / 100
+        text = yaml.safe_dump({"seed": seed} | ({} if settings is None else settings))
+        finish_run(folder, norm, seed, percent / 100, peak=peak, variant=variant, config=text, **where)
+
+
+def momentum(value, **recipe):
+    return {"norm": {"momentum": value}, "recipe": {"epochs": 4, **recipe}}
+
+
+@pytest.fixture
+def crossed(tmp_path):
+    """bn loses 1, 0.5 and 1 points by momentum 0.9; abn gains 0, 1 and 0.5."""
+    folder = tmp_path / "crossed"
+    slow, fast = "fixed", "fixed_norm.momentum-0.9"
+    finish(folder, "bn", [70, 71, 72], slow, settings=momentum(0.1))
+    finish(folder, "abn", [71, 71, 73], slow, settings=momentum(0.1))
+    finish(folder, "bn", [69, 70.5, 71], fast, settings=momentum(0.9))
+    finish(folder, "abn", [71, 72, 73.5], fast, settings=momentum(0.9))
+    return folder
+
+
+def tables_of(folder):
+    return {table.title: table for table in build_report(folder).effects}
+
+
+def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed):
+    table = tables_of(crossed)["Effect of norm.momentum, against 0.1"]
+    assert table.header == ("dataset", "model", "norm", "norm.momentum")
+    bn, abn, average = table.effects
+    assert bn.labels == ("digits", "binarynet", "bn", "0.9")
+    assert average.labels == ("mean of 2", "", "", "0.9")
+    assert bn.mean.differences == pytest.approx([-1, -0.5, -1])
+    assert abn.mean.differences == pytest.approx([0, 1, 0.5])
+    assert average.mean.differences == pytest.approx([-0.5, 0.25, -0.25])  # each seed's mean of the two
+    assert average.mean.difference == pytest.approx(-1 / 6)
+    # t = (5 / 6) / (0.288675 / sqrt 3) = 5; 0.5 / (0.5 / sqrt 3) = sqrt 3; (1 / 6) / (0.381881 / sqrt 3) = 0.755929
+    p = [p_of(5), p_of(math.sqrt(3)), p_of(0.7559289)]
+    assert [e.mean.p for e in table.effects] == pytest.approx(p, rel=1e-6)
+    assert [e.p_holm for e in table.effects] == pytest.approx([3 * p[0], 2 * p[1], p[2]], rel=1e-6)
+    assert {e.decision for e in table.effects} == {"not decided"}
+
+
+def test_the_change_of_a_difference_is_a_difference_of_differences(crossed):
+    (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
+    # abn - bn is 1, 0, 1 at momentum 0.1 and 2, 1.5, 2.5 at 0.9
+    assert change.labels == ("digits", "binarynet", "abn - bn", "0.9", "+0.67", "+2.00")
+    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
+    assert change.mean.p == pytest.approx(p_of(8), rel=1e-6)  # (4 / 3) / (0.288675 / sqrt 3) = 8
+    assert change.p_holm == change.mean.p
+    assert change.decision == "gain"
+    half = 4.302653 * 0.2886751 / math.sqrt(3)
+    assert change.mean.interval == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-5)
+
+
+def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed):
+    finish_run(crossed, "bn", 3, 0.9)
+    finish_run(crossed, "abn", 3, 0.1)
+    assert tables_of(crossed)["Effect of norm.momentum, against 0.1"].effects[-1].mean.n == (3, 3)
+    (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
+    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
+
+
+def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path):
+    """Scores that went through float32, as counts of 359 images: every change is one image."""
+
+    def percent(*counts):
+        return [100 * float(np.float32(count / 359)) for count in counts]
+
+    finish(tmp_path, "bn", percent(300, 310, 331), settings=momentum(0.1))
+    finish(tmp_path, "abn", percent(304, 314, 335), settings=momentum(0.1))
+    finish(tmp_path, "bn", percent(301, 313, 322), "fixed_norm.momentum-0.9", settings=momentum(0.9))
+    finish(tmp_path, "abn", percent(306, 318, 327), "fixed_norm.momentum-0.9", settings=momentum(0.9))
+    report = build_report(tmp_path)
+    assert all(np.isnan(c.mean.p) for c in report.comparisons)
+    (change,) = tables_of(tmp_path)["How the difference to bn changes with norm.momentum"].effects
+    assert change.mean.difference == pytest.approx(100 / 359, abs=1e-4)
+    assert np.isnan(change.mean.p)
+    assert np.isnan(change.mean.interval[0])
+    assert change.decision == "not decided"
+
+
+def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path):
+    finish(tmp_path, "bn", [70, 71, 72], "fixed", settings=momentum(0.1, val_fraction=0.1))
+    finish(tmp_path, "abn", [71, 71, 73], "fixed", settings=momentum(0.1, val_fraction=0.1))
+    finish(tmp_path, "bn", [69, 70.5, 71], "fixed_val_fraction-0", settings=momentum(0.1, val_fraction=0))
+    finish(tmp_path, "abn_paper", [71, 72, 73.5], "fixed_val_fraction-0", settings=momentum(0.9, val_fraction=0))
+    tables = tables_of(tmp_path)
+    (change,) = tables["How the difference to bn changes with val_fraction"].effects
+    assert change.labels[2:] == ("abn - bn or abn_paper - bn", "0", "+0.67", "+2.00")
+    assert change.what.startswith("abn - bn is +0.67 points at val_fraction 0.1, abn_paper - bn +2.00 at 0")
+    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
+
+
+def factors_of(*rows):
+    """Return {factor: levels} for (norm, variant, {key: value}) rows of one data set and network."""
+    settings = {("digits", "binarynet", norm, variant): keys for norm, variant, keys in rows}
+    return {factor.name: factor.levels for factor in find_factors(settings)}
+
+
+def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor():
+    assert factors_of(("bn", "fixed", {"gate": "none", "lr": 1}), ("abn", "fixed", {"gate": "full", "lr": 1})) == {}
+
+
+def test_keys_that_follow_from_the_recipe_are_the_recipe():
+    fixed = {"recipe": "fixed", "lr": 0.1, "epochs": 200, "split": 0.1}
+    paper = {"recipe": "paper", "lr": 0.2, "epochs": 200, "split": 0}
+    strong = {"recipe": "strong", "lr": 0.3, "epochs": 400, "split": 0.1}
+    rows = [("bn", "fixed", fixed), ("bn", "paper", paper), ("bn", "strong", strong)]
+    assert factors_of(*rows) == {"recipe": ("fixed", "paper", "strong")}
+    crossed = [("bn", f"{row[1]}_lr-5", {**row[2], "lr": 5}) for row in rows]
+    assert factors_of(*rows, *crossed) == {"recipe": ("fixed", "paper", "strong"), "lr": ("5", "0.1", "0.2", "0.3")}
+
+
+def test_keys_that_vary_together_are_one_factor_and_crossed_ones_two():
+    rows = [("bn", f"{a:02}-{b:d}", {"recipe.a": a, "recipe.b": -a, "c": b}) for a in (2, 10) for b in (False, True)]
+    assert factors_of(*rows) == {"a, b": ("2, -2", "10, -10"), "c": ("false", "true")}
+
+
+def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides():
+    default = [("bn", "fixed", {"m": 0.9}), ("bn", "fixed_m-0.1", {"m": 0.1})]
+    assert factors_of(*default)["m"] == ("0.9", "0.1")
+    assert factors_of(*default, ("abn", "fixed_m-0.1", {"m": 0.1}))["m"] == ("0.1", "0.9")
+
+
+def test_fp32_is_what_other_precisions_are_compared_with():
+    rows = [(norm, f"fixed_precision-{p}", {"precision": p}) for norm in ("bn", "abn") for p in ("bf16", "fp32")]
+    most = [("iebn", "fixed_precision-bf16", {"precision": "bf16"})]
+    assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
+
+
+def test_variants_that_no_key_tells_apart_go_by_their_names():
+    assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}
+
+
+def test_levels_are_columns_and_part_of_each_place(crossed):
+    write_report(crossed)
+    text = (crossed / "report.md").read_text()
+    rows = table_rows(section(text, "Test accuracy (%)"))
+    assert [(row["norm.momentum"], row["norm"]) for row in rows] == [
+        *(("0.1", "bn"), ("0.1", "abn"), ("0.9", "bn"), ("0.9", "abn"))
+    ]
+    assert "variant" not in rows[0]
+    assert "On digits with binarynet (norm.momentum 0.9), abn is +2.00 points above bn" in text
+
+
+def test_report_shows_effects_and_their_averages_in_words(crossed, capsys):
+    print_report(write_report(crossed), Console(width=400))
+    text, out = (crossed / "report.md").read_text(), capsys.readouterr().out
+    body = section(text, "Effect of norm.momentum, against 0.1")
+    average = table_rows(body)[-1]
+    assert (average["dataset"], average["difference (points)"], average["n"]) == ("mean of 2", "-0.17", "3 pairs")
+    sentence = "norm.momentum 0.9 instead of 0.1: -0.17 points (95 % interval -1.12 to 0.78, n = 3 paired seeds"
+    assert sentence in body
+    assert sentence in out
+    assert "abn - bn is +0.67 points at norm.momentum 0.1, +2.00 at 0.9, a change of +1.33 points" in out
+    rows = list(csv.DictReader((crossed / "effects.csv").read_text().splitlines()))
+    assert [float(row["difference"]) for row in rows] == pytest.approx([-5 / 6, 0.5, -1 / 6, 4 / 3])
+    assert rows[0]["where"] == "dataset digits; model binarynet; norm bn; norm.momentum 0.9"
+
+
+def test_report_without_factors_has_none_of_it(tmp_path):
+    (tmp_path / "effects.csv").write_text("of an earlier report")
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    headings = ("Effect of", "How the difference", "What each part", "Which epoch", "What it costs", "Overall")
+    assert not any(heading in text for heading in headings)
+    assert not (tmp_path / "effects.csv").exists()
+
+
+def test_named_contrasts_are_paired_and_corrected_as_one_family(tmp_path):
+    finish(tmp_path, "bn_noscale", [70, 71, 72])
+    finish(tmp_path, "abn_forward", [69, 70.5, 71])  # -1, -0.5, -1: t = -5
+    finish(tmp_path, "abn_backward", [70, 72, 72.5])  # 0, 1, 0.5: t = sqrt 3
+    finish(tmp_path, "abn", [71, 72.5, 73.5])  # 1, 1.5, 1.5: t = 8
+    finish(tmp_path, "abn_noshift", [71, 73.5, 74])  # against abn 0, 1, 0.5: t = sqrt 3
+    table = tables_of(tmp_path)["What each part of the norm does"]
+    assert [e.labels[2:] for e in table.effects] == [
+        ("the gate's forward shape", "abn_forward - bn_noscale"),
+        ("the shape of the gate's gradient", "abn_backward - bn_noscale"),
+        ("both: the gate", "abn - bn_noscale"),
+        ("leaving out the shift", "abn_noshift - abn"),
+    ]
+    assert [e.mean.difference for e in table.effects] == pytest.approx([-5 / 6, 0.5, 4 / 3, 0.5])
+    p = [p_of(5), p_of(math.sqrt(3)), p_of(8), p_of(math.sqrt(3))]
+    assert [e.mean.p for e in table.effects] == pytest.approx(p, rel=1e-6)
+    assert [e.p_holm for e in table.effects] == pytest.approx([3 * p[0], 2 * p[1], 4 * p[2], 2 * p[3]], rel=1e-6)
+
+
+def test_every_contrast_needs_both_norms_in_one_group(tmp_path):
+    finish(tmp_path, "bn_noscale", [70, 71, 72])
+    finish(tmp_path, "abn", [71, 72, 73], dataset="cifar10")
+    assert build_report(tmp_path).effects == []
+    for norm in {norm for contrast in CONTRASTS for norm in contrast[1:]} - {"bn_noscale"}:
+        finish(tmp_path, norm, [71, 72, 74])
+    assert len(tables_of(tmp_path)["What each part of the norm does"].effects) == len(CONTRASTS)
+
+
+def test_effect_decides_by_the_corrected_p():
+    mean = stats.compare_means([3.0, 4, 5], [1, 2, 2.5], np.random.default_rng(0))
+    assert Effect((), "", mean, p_holm=0.04).decision == "gain"
+    assert Effect((), "", mean, p_holm=0.06).decision == "not decided"
+    loss = stats.compare_means([1, 2, 2.5], [3.0, 4, 5], np.random.default_rng(0))
+    assert Effect((), "", loss, p_holm=0.04).decision == "loss"
+
+
+def test_readings_of_the_epoch_stand_beside_each_other(tmp_path):
+    finish(tmp_path, "bn", [70, 72], peaks=[71, 74])
+    finish(tmp_path, "abn", [71, 72], peaks=[71.5, 75])
+    write_report(tmp_path)
+    body = section((tmp_path / "report.md").read_text(), "Which epoch is read")
+    own, differences = (table_rows("\n".join(part)) for part in split_tables(body))
+    # peak - last is 1 and 2: 1.5 +- 12.7062 * 0.7071 / sqrt 2; the best validation epoch is 0.1 above, always
+    assert own[0] == {
+        **{"dataset": "digits", "model": "binarynet", "norm": "bn", "last epoch (%)": "71.00"},
+        **{"best val epoch - last": "+0.10", "peak on the test set - last": "+1.50 [-4.85 to 7.85]"},
+    }
+    assert own[1]["peak on the test set - last"] == "+1.75 [-14.13 to 17.63]"  # 0.5 and 3
+    assert [row["norm"] for row in differences] == ["abn"]
+    assert differences[0]["minus bn, last epoch"] == "+0.50 [-5.85 to 6.85]"  # 1 and 0
+    assert differences[0]["minus bn, best val epoch"] == "+0.50 [-5.85 to 6.85]"
+    assert differences[0]["minus bn, peak on the test set"] == "+0.75 [-2.43 to 3.93]"  # 0.5 and 1
+
+
+def split_tables(text):
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    return [lines[a - 1 : b - 1] for a, b in pairwise([*starts, len(lines) + 1])]
+
+
+def test_costs_are_shown_where_norms_differ_in_them(tmp_path):
+    finish(tmp_path, "bn", [70, 72])
+    finish(tmp_path, "abn", [71, 72])
+    for path in (tmp_path / "digits/binarynet/bn").rglob("result.json"):
+        path.write_text(path.read_text().replace('"total": 1000', '"total": 1064'))
+        (path.parent / "SHA256SUMS").unlink(missing_ok=True)
+    write_report(tmp_path)
+    bn, abn = table_rows(section((tmp_path / "report.md").read_text(), "What it costs"))
+    assert (bn["mean accuracy (%)"], bn["parameters"]) == ("71.00", "1,064")
+    assert (abn["mean accuracy (%)"], abn["parameters"]) == ("71.50", "1,000")
+    assert "bytes packed" not in bn
+
+
+def test_one_line_judges_the_claim_over_all_cells(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": CLEARLY_ABOVE})
+    study(tmp_path, {"bn": CLEARLY_ABOVE, "abn": BN}, dataset="cifar10")
+    study(tmp_path, {"bn": BN, "abn": [0.71, 0.70, 0.72, 0.71]}, dataset="cifar100")
+    report = build_report(tmp_path)
+    mean, spread = report.overall()
+    account = "confirmed in 1 of 3, refuted in 1, not decided in 1 (n = 4 to 5)"
+    assert mean == f"abn above bn: {account}; iebn above bn: confirmed (n = 5)."
+    assert spread.startswith("abn with less spread than bn: not decided in all 3 (n = 4 to 5); ")
+    both = [c for c in report.comparisons if c.cell.dataset == "digits"]
+    assert overall(both, "mean") == "abn, iebn above bn: confirmed (n = 5)."
+    write_report(tmp_path)
+    assert f"## Is accuracy higher than bn's?\n\n**Overall**: {mean}\n" in (tmp_path / "report.md").read_text()
+
+
+def test_written_twice_it_is_byte_for_byte_the_same(crossed):
+    write_report(crossed)
+    first = {name: (crossed / name).read_bytes() for name in ("report.md", "report.csv", "effects.csv")}
+    write_report(crossed)
+    assert {name: (crossed / name).read_bytes() for name in first} == first

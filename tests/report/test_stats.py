@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as st
+
+from abn_exp.report import stats
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def test_summary_of_five_scores_worked_out_by_hand():
+    s = stats.summarize([1, 2, 3, 4, 5])
+    assert (s.n, s.mean, s.minimum, s.maximum) == (5, 3, 1, 5)
+    assert s.std == pytest.approx(math.sqrt(2.5))
+    assert s.mean_interval == pytest.approx((3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)))
+    # chi-square's 97.5 % and 2.5 % points at 4 degrees of freedom, from a printed table
+    assert s.std_interval == pytest.approx((math.sqrt(10 / 11.1433), math.sqrt(10 / 0.484419)), rel=1e-5)
+
+
+def test_missing_seeds_are_left_out_and_columns_are_cells():
+    a, b = stats.summarize_cells([[1.0, NAN], [3.0, 10.0], [NAN, NAN]])
+    assert (a.n, a.mean, b.n, b.mean) == (2, 2.0, 1, 10.0)
+
+
+@pytest.mark.parametrize("sample", [[], [NAN], [0.5], [0.5, 0.5, 0.5], [0.1 + 0.2, 0.3, 0.3]])
+def test_no_interval_without_spread(sample, rng):
+    s = stats.summarize(sample)
+    assert np.isnan([*s.mean_interval, *s.std_interval]).all()
+    other = np.zeros(len(sample))
+    mean = stats.compare_means(sample, other, rng)
+    assert np.isnan([*mean.interval, mean.p, mean.effect]).all()
+    spread = stats.compare_spreads(sample, [0.1, 0.2, 0.4], rng)
+    assert np.isnan([spread.ratio, *spread.ratio_interval, spread.p, spread.p_permutation]).all()
+
+
+def test_a_matrix_is_not_a_sample():
+    with pytest.raises(ValueError, match="one axis"):
+        stats.summarize(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="Rows are seeds"):
+        stats.compare_means([1, 2], [1, 2, 3], np.random.default_rng(0))
+
+
+def test_paired_comparison_agrees_with_scipy(rng):
+    b = rng.normal(70, 2, size=9)
+    a = b + rng.normal(0.4, 0.5, size=9)
+    found, oracle = stats.compare_means(a, b, rng), st.ttest_rel(a, b)
+    low, high = oracle.confidence_interval(0.95)
+    assert found.method == "paired"
+    assert found.n == (9, 9)
+    assert found.p == pytest.approx(oracle.pvalue)
+    assert found.interval == pytest.approx((low, high))
+    flips = st.permutation_test((a - b,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    assert found.p_sign_flip == pytest.approx(flips.pvalue)
+    # Hedges' J at 8 degrees of freedom is Gamma(4) / (2 Gamma(3.5)) = 6 / (2 * 3.3233509) = 0.9027033
+    assert found.effect == pytest.approx(0.9027033 * np.mean(a - b) / np.std(a - b, ddof=1))
+
+
+def test_pairs_are_the_seeds_that_both_have(rng):
+    a, b = np.array([1.0, 2.5, NAN, 4.0, 5.5]), np.array([0.0, 2.0, 9.0, NAN, 3.0])
+    found = stats.compare_means(a, b, rng)
+    assert found.differences == (1.0, 0.5, 2.5)
+    assert found.interval == pytest.approx(tuple(st.ttest_rel(a[[0, 1, 4]], b[[0, 1, 4]]).confidence_interval()))
+
+
+def test_welch_where_seeds_do_not_match(rng):
+    x, y = rng.normal(1, 1, size=5), rng.normal(0, 3, size=4)
+    a, b = np.full(9, NAN), np.full(9, NAN)
+    a[:5], b[5:] = x, y
+    found, oracle = stats.compare_means(a, b, rng), st.ttest_ind(x, y, equal_var=False)
+    assert (found.method, found.n, found.effect_name) == ("welch", (5, 4), "g")
+    assert found.p == pytest.approx(oracle.pvalue)
+    assert found.interval == pytest.approx(tuple(oracle.confidence_interval()))
+    assert np.isnan(found.p_sign_flip)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"), [([1, 2, 3], 0.25), ([1, 1, -1], 1.0), ([1] * 5, 2 / 32), ([2.0], 1.0)]
+)
+def test_sign_flips_counted_by_hand(differences, p, rng):
+    assert stats.sign_flip_p(differences, rng) == p
+
+
+def test_sign_flips_at_twenty_seeds_are_exact_and_above_random(rng):
+    assert stats.sign_flip_p(np.ones(20), rng) == 2 / 2**20
+    differences = rng.normal(0.4, 1, size=25)
+    assert stats.sign_flip_p(differences, rng) == pytest.approx(st.ttest_1samp(differences, 0).pvalue, abs=0.02)
+
+
+def test_hedges_correction_by_hand():
+    assert stats.hedges_correction(4) == pytest.approx(math.sqrt(2 / math.pi))
+    assert np.isnan(stats.hedges_correction(1))
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.06, NAN, 0.06], nan_ok=True)
+    assert stats.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_spreads_agree_with_scipy(rng):
+    x, y = rng.normal(0, 1, size=6), rng.normal(0, 2, size=7)
+    found = stats.compare_spreads(x, y, rng)
+    assert found.ratio == pytest.approx(x.std(ddof=1) / y.std(ddof=1))
+    assert found.p == pytest.approx(st.levene(x, y, center="median").pvalue)
+    oracle = st.permutation_test(
+        (x - x.mean(), y - y.mean()),
+        lambda a, b, axis: np.abs(np.log(a.var(axis=axis, ddof=1) / b.var(axis=axis, ddof=1))),
+        vectorized=True,
+        n_resamples=np.inf,
+        alternative="greater",
+    )
+    assert found.p_permutation == pytest.approx(oracle.pvalue)
+    # the 95 % interval of a variance ratio ends where the one-sided F tests reach 2.5 %
+    for end, tail in zip(found.ratio_interval, (st.f.sf, st.f.cdf), strict=True):
+        assert tail((found.ratio / end) ** 2, 5, 6) == pytest.approx(0.025)
+
+
+def test_random_splits_agree_with_all_splits(rng, monkeypatch):
+    x, y = rng.normal(0, 1, size=7), rng.normal(0, 2, size=7)
+    exact = stats.log_variance_ratio_p(x, y, rng)
+    monkeypatch.setattr(stats, "EXACT_SPLITS", 0)
+    assert stats.log_variance_ratio_p(x, y, rng) == pytest.approx(exact, abs=0.015)
+
+
+def test_two_seeds_each_have_no_brown_forsythe(rng):
+    found = stats.compare_spreads([0.1, 0.7], [0.2, 0.3], rng)
+    assert found.ratio == pytest.approx(6)
+    assert np.isnan(found.p)
+    assert found.power == 0
+
+
+def test_power_agrees_with_scipys_test_on_other_draws(rng):
+    hits = [st.levene(rng.normal(0, 1, 10), rng.normal(0, 2, 10), center="median").pvalue < 0.05 for _ in range(600)]
+    assert stats.power_at(10, 10) == pytest.approx(np.mean(hits), abs=0.06)
+
+
+def test_five_seeds_cannot_decide_on_spread():
+    assert stats.power_at(5, 5) < 0.06
+    assert stats.power_at(20, 20) == pytest.approx(0.69, abs=0.04)
+    needed = stats.seeds_needed()
+    assert 20 < needed < 30
+    assert stats.power_at(needed, needed) >= 0.8
+    assert np.isnan(stats.power_at(1, 5))
+
+
+def test_false_alarms_are_as_rare_as_promised(rng):
+    t, flips, spreads, covered = [], [], [], []
+    for _ in range(1000):
+        x, y = rng.normal(size=6), rng.normal(size=6)
+        mean, spread = stats.compare_means(x, y, rng), stats.compare_spreads(x, y, rng)
+        t.append(mean.p < 0.05)
+        flips.append(mean.p_sign_flip < 0.05)
+        spreads.append(spread.p_permutation < 0.05)
+        covered.append(spread.ratio_interval[0] < 1 < spread.ratio_interval[1])
+    assert np.mean(t) == pytest.approx(0.05, abs=0.022)
+    assert np.mean(flips) == pytest.approx(2 / 64, abs=0.018)  # p can be 2/64, 4/64, ...: only the first is below
+    assert np.mean(spreads) == pytest.approx(0.05, abs=0.03)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.022)
+    assert stats.brown_forsythe_power(20, 20, 1.0, rng) == pytest.approx(0.045, abs=0.02)

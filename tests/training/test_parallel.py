@@ -1,0 +1,85 @@
+"""How many runs at once: the choice that follows from the speeds, and the speeds of processes that train."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from abn_exp.training import parallel as at_once
+from abn_exp.training.parallel import candidates, choose, measure, runs_at_once
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({1: 100.0, 2: 190.0, 4: 195.0}, 2),  # four are hardly faster than two
+        ({1: 100.0, 2: 190.0, 4: 380.0}, 4),
+        ({1: 100.0, 2: 109.0, 4: 80.0}, 1),  # several gain nothing
+        ({1: 100.0, 2: 60.0, 4: 150.0}, 4),
+        ({1: 100.0}, 1),
+        ({}, 1),
+    ],
+)
+def test_the_least_number_that_is_nearly_the_best_is_chosen(rates: dict[int, float], expected: int) -> None:
+    assert choose(rates) == expected
+
+
+def test_no_more_are_tried_than_there_are_runs_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert candidates(100, CPU, 1) == [1, 2, 4, 8, 12]
+    assert candidates(100, CPU, 4) == [1, 2, 3]
+    assert candidates(5, CPU, 1) == [1, 2, 4]
+    assert candidates(1, CPU, 1) == [1]
+    assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 12]
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 16]
+
+
+def test_one_run_or_one_core_is_not_measured(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_once, "measure", None)
+    assert runs_at_once(make_plan(), 1) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert runs_at_once(make_plan(), 10) == 1
+
+
+@pytest.mark.slow
+def test_processes_are_measured_as_they_train_together(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_once, "_data_bytes", lambda _: 0.0)
+    rates = measure(make_plan().config, "abn", [1, 2], CPU, 0.5)
+    assert list(rates) == [1, 2]
+    assert all(rate > 0 for rate in rates.values())
+    monkeypatch.setattr(at_once, "_free_bytes", lambda _: 1e6)
+    assert measure(make_plan().config, "abn", [1], CPU, 0.5) == {}  # not even one fits
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_leaves_its_number_out(
+    make_plan: Callable[..., RunPlan], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = make_plan().config.model_copy(update={"norm": {"_target_": "no.such.Norm"}})
+    assert measure(broken, "abn", [1], CPU) == {}
+    assert "has ended" in caplog.text
+
+
+def test_images_are_counted_as_the_loader_keeps_them(make_plan: Callable[..., RunPlan]) -> None:
+    config = make_plan("dataset=cifar10", "dataset.train_images=null", tiny=False).config
+    assert at_once._data_bytes(config) == 50_000 * 40 * 40 * 4 * 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "fast", "1.5", "true", "null"])
+def test_other_values_are_refused_in_a_sentence(make_plan: Callable[..., RunPlan], value: str) -> None:
+    with pytest.raises(ConfigError, match=r"seeds_at_once=.* is not allowed: it .*\.$") as error:
+        make_plan(f"seeds_at_once={value}")
+    assert "\n" not in str(error.value)
+
+
+def test_it_is_not_part_of_what_was_run(make_plan: Callable[..., RunPlan]) -> None:
+    assert make_plan("seeds_at_once=4").variant == make_plan().variant

@@ -1,0 +1,310 @@
+"""A run as a user would try it: recorded, repeatable, paired by seed, resumable, refusing what it cannot do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abn_exp import provenance
+from abn_exp.data.prepare import load
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from abn_exp.models.build import build_network, initialize_
+from abn_exp.results import RunResult, find_runs, load_network, load_runs, read_metrics
+from abn_exp.training import callbacks
+from abn_exp.training.run import run
+from abn_exp.training.setup import loaders_of
+from tests.helpers.runs import REPOSITORY, TINY
+
+Make = Callable[..., RunPlan]
+TIMES = {"train_seconds", "images_per_second", "seconds"}
+
+
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def record_of(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The record without its times."""
+    result = json.loads((directory / "result.json").read_text())
+    metrics = read_metrics(directory)
+    return (
+        {key: value for key, value in result.items() if key not in TIMES},
+        [{key: value for key, value in line.items() if key not in TIMES} for line in metrics],
+    )
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert record_of(one) == record_of(other)
+    for name, value in state_of(one).items():
+        assert torch.equal(value, state_of(other)[name]), name
+
+
+def command(tmp_path: Path, *overrides: str, folder: str = "results") -> list[str]:
+    return [sys.executable, "train.py", f"results_dir={tmp_path / folder}", *TINY, *overrides]
+
+
+def train(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_leaves_a_complete_record(make_plan: Make) -> None:
+    plan = make_plan()
+    result = run(plan, "python train.py")
+    names = {path.name for path in plan.directory.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "train.log", "result.json"} <= names
+    assert {path.name for path in (plan.directory / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
+    written = json.loads((plan.directory / "result.json").read_text())
+    assert written.keys() == {f.name for f in fields(RunResult)}
+    assert load_runs(plan.directory.parents[4]) == [result]
+    metrics = read_metrics(plan.directory)
+    assert [line["epoch"] for line in metrics] == [0, 1]
+    assert {"train/loss", "train/acc", "val/acc", "val/acc_top5", "lr", "seconds"} <= metrics[0].keys()
+    assert any(key.startswith("bnn/flip_ratio/") for key in metrics[0])
+    assert result.val_acc_last == metrics[-1]["val/acc"]
+    assert result.val_acc_best == max(line["val/acc"] for line in metrics)
+    assert result.test_acc_peak is None
+
+
+def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
+    """Against the saved network, evaluated image by image of the test set without any loader of ours."""
+    plan = make_plan("recipe.epochs=4", "model=resnet18_paper", "model.width=0.5")
+    result = run(plan, "python train.py")
+    data, options = load("digits", "."), plan.config.dataset
+    assert options.mean is not None
+    assert options.std is not None
+    mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
+    for weights, expected in (("last", result.test_acc), ("best", result.test_acc_best_val)):
+        network = load_network(plan.directory, weights)  # type: ignore[arg-type]
+        with torch.no_grad():
+            guesses = torch.cat([network((i / 255 - mean) / std) for i in data.test.images[:, None]]).argmax(1)
+        # One image may sit on a sign's edge, where the batch's size decides the last bit.
+        assert (guesses == data.test.labels).float().mean().item() == pytest.approx(expected, abs=0.006)
+
+
+def test_a_finished_run_is_shown_and_not_run_again(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
+    plan = make_plan()
+    result = run(plan, "python train.py")
+    before = (plan.directory / "result.json").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        assert run(plan, "python train.py") == result
+    assert "force=true runs it again" in caplog.text
+    assert (plan.directory / "result.json").stat().st_mtime_ns == before
+    again = run(make_plan("force=true"), "python train.py")
+    assert (plan.directory / "result.json").stat().st_mtime_ns > before
+    assert again.test_loss == result.test_loss
+
+
+def test_same_command_twice_is_bit_identical(make_plan: Make) -> None:
+    one, other = make_plan("name=one"), make_plan("name=other")
+    run(one, "python train.py")
+    torch.rand(7)  # whatever else the process draws is not the run's business
+    run(other, "python train.py")
+    assert_equal_runs(one.directory, other.directory)
+    different = make_plan("name=other", "seed=1")
+    run(different, "python train.py")
+    assert record_of(different.directory)[1] != record_of(one.directory)[1]
+
+
+def test_norms_of_one_seed_start_alike_and_see_the_same_batches(make_plan: Make) -> None:
+    starts, batches = [], []
+    for norm in ("bn", "abn", "abn_scale", "iebn"):
+        plan = make_plan(f"norm={norm}", "seed=3")
+        config = plan.config
+        network = build_network(config.model, config.norm, 10, 32)
+        initialize_(network, config.seed)
+        starts.append(dict(network.named_parameters()))
+        loader = loaders_of(config, load("digits", "."), torch.device("cpu"))["train"]
+        batches.append(torch.cat([images for images, _ in loader]))
+    for start in starts[1:]:
+        shared = [name for name in start if name in starts[0] and start[name].shape == starts[0][name].shape]
+        assert any("conv" in name or "features" in name or "weight" in name for name in shared)
+        assert all(torch.equal(start[name], starts[0][name]) for name in shared)
+    assert all(torch.equal(batch, batches[0]) for batch in batches[1:])
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    overrides = ["recipe.epochs=6", "recipe.clip_latent_weights=true"]
+    undisturbed = train(command(tmp_path, *overrides, folder="whole"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    killed = command(tmp_path, *overrides, folder="killed")
+    process = subprocess.Popen(killed, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    metrics, deadline = None, time.monotonic() + 60
+    while time.monotonic() < deadline:
+        metrics = next((tmp_path / "killed").rglob("metrics.jsonl"), None)
+        if metrics is not None and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert metrics is not None
+    assert not (metrics.parent / "result.json").exists()
+    again = train(killed)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    whole = next((tmp_path / "whole").rglob("result.json")).parent
+    assert_equal_runs(whole, metrics.parent)
+
+
+def test_sigterm_is_not_success(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "recipe.epochs=5000"), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
+        time.sleep(0.02)
+    process.terminate()
+    assert b"goes on from the last whole epoch" in process.communicate()[1]
+    assert process.returncode == 143
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
+    whole, damaged = make_plan("name=whole"), make_plan("name=damaged")
+    run(whole, "python train.py")
+    run(damaged, "python train.py")
+    (damaged.directory / "result.json").unlink()
+    last = damaged.directory / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit: torch.load would not notice
+    last.write_bytes(content)
+    with caplog.at_level("INFO"):
+        run(damaged, "python train.py")
+    assert "last.ckpt is damaged" in caplog.text
+    assert "previous-last.ckpt" in caplog.text
+    assert_equal_runs(whole.directory, damaged.directory)
+
+
+def test_paper_recipe_records_the_peak(make_plan: Make) -> None:
+    plan = make_plan("recipe=paper", "norm=abn_paper", "recipe.epochs=3")
+    result = run(plan, "python train.py")
+    accuracies = [line["test/acc"] for line in read_metrics(plan.directory)]
+    assert result.test_acc_peak == max(accuracies)
+    assert result.test_acc == accuracies[-1]
+    assert result.val_acc_last is None
+    assert result.test_acc_best_val is None
+    rates = {line["lr"] for line in read_metrics(plan.directory)}
+    assert rates == {1e-3}
+
+
+def test_divergence_ends_the_run_and_is_recorded(make_plan: Make) -> None:
+    plan = make_plan("recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
+    with pytest.raises(RuntimeError, match="diverged in epoch 1"):
+        run(plan, "python train.py")
+    (found,) = find_runs(plan.directory.parents[4])
+    assert found.status == "diverged"
+    assert found.reason is not None
+    assert found.reason.startswith("diverged in epoch 1")
+    assert not (plan.directory / "result.json").exists()
+
+
+def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> None:
+    plan = make_plan()
+    plan.directory.mkdir(parents=True)
+    run(plan, "python train.py")
+    text = (plan.directory / "config.yaml").read_text()
+    (plan.directory / "config.yaml").write_text(text.replace("epochs: 2\n", "epochs: 3\n"))
+    with pytest.raises(ConfigError, match=r"another configuration \(different: recipe\.epochs\)"):
+        run(plan, "python train.py")
+
+
+def test_two_processes_do_not_share_a_directory(make_plan: Make) -> None:
+    plan = make_plan()
+    plan.directory.mkdir(parents=True)
+    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print(1, flush=True)\n    input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(plan.directory / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            run(plan, "python train.py")
+    finally:
+        holder.communicate("\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["recipe.epochs=0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
+        (["recipe.batch_size=9999"], "error: recipe.batch_size=9999 is larger than the set"),
+        (["dataset=folder", "dataset.path=nowhere"], "nowhere"),
+        (["dataset=cifar10", "dataset.root={tmp}", "dataset.download=false"], "cifar-10-python.tar.gz"),
+        (["seed=abc"], "error: seed=abc is not allowed: it should be a valid integer"),
+        (["norm=abm"], "Could not find 'norm/abm'"),
+        (["device=cuda"], "error: device=cuda, but torch sees no CUDA device"),
+        (["wandb=online"], "error: wandb.mode=online needs a key"),
+    ],
+)
+def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    if overrides == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments = [override.format(tmp=tmp_path) for override in overrides]
+    small = [] if "dataset=" in overrides[0] else TINY[:2]
+    done = subprocess.run(
+        [sys.executable, "train.py", f"results_dir={tmp_path / 'results'}", *small, *arguments],
+        cwd=REPOSITORY,
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}, "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_commit_is_recorded_with_its_state() -> None:
+    commit = provenance.git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk may be slow: training goes on meanwhile, and the next checkpoint waits."""
+    may_write, write = threading.Semaphore(0), callbacks._write_checkpoint
+
+    def slowly(*arguments: Any) -> None:
+        assert may_write.acquire(timeout=60)
+        write(*arguments)
+
+    def saved(path: Path) -> torch.Tensor:
+        return callbacks.read_checkpoint(path)["state_dict"]["weight"]
+
+    monkeypatch.setattr(callbacks, "_write_checkpoint", slowly)
+    weight, plugin, path = torch.zeros(3), callbacks.AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    plugin.save_checkpoint({"state_dict": {"weight": weight}}, path)
+    weight.add_(1)
+    assert not path.exists()
+    may_write.release()
+    plugin.save_checkpoint({"state_dict": {"weight": weight}}, path)
+    assert torch.equal(saved(path), torch.zeros(3))
+    may_write.release()
+    plugin.teardown()
+    assert torch.equal(saved(path), torch.ones(3))
+    assert torch.equal(saved(callbacks.previous(path)), torch.zeros(3))
+
+
+def test_what_the_disk_refuses_comes_up_once(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()  # where a folder belongs
+    plugin = callbacks.AtomicCheckpointIO()
+    plugin.save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(OSError, match="checkpoints"):
+        plugin.teardown()
+    plugin.teardown()

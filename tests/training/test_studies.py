@@ -1,0 +1,139 @@
+"""Every study expands to its cells, the command line wins over it, and one command runs and reports it."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from abn_exp.identity import RunPlan
+from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.training import sweep
+from tests.helpers.runs import REPOSITORY
+
+PAPER_SETS = {"cifar10", "cifar100", "tinyimagenet"}
+BOTH = {"binarynet", "resnet18_paper"}
+ABLATED = {
+    *("bn", "bn_noscale", "abn", "abn_scale", "abn_gate", "abn_noshift", "abn_forward", "abn_backward", "iebn")
+}
+PLAIN = {"fixed"}
+CROSSED = {
+    "fixed_test_every_epoch-true",
+    "fixed_norm.momentum-0.9_test_every_epoch-true",
+    "fixed_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
+    "fixed_norm.momentum-0.9_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
+}
+PRECISIONS = {"fixed_precision-fp32", "fixed_precision-exact16", "fixed_precision-bf16"}
+# study: results' folder, seeds, data sets, models, norms, variants
+STUDIES = {
+    "accuracy": ("accuracy", 5, PAPER_SETS, BOTH, {"bn", "abn"}, PLAIN),
+    "variance": ("variance", 20, {"cifar10", "cifar100"}, BOTH, {"bn", "abn"}, PLAIN),
+    "confound": ("confound", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, CROSSED),
+    "paper": ("protocols", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn_paper"}, {"paper"}),
+    "fixed": ("protocols", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, PLAIN),
+    "precision": ("precision", 5, {"cifar10"}, {"resnet18_paper"}, {"bn", "abn"}, PRECISIONS),
+    "ablation": ("ablation", 5, {"cifar10"}, {"resnet18_paper"}, ABLATED, PLAIN),
+}
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", list(overrides), return_hydra_config=True)
+
+
+def plans(*overrides: str) -> list[RunPlan]:
+    return sweep.expand(composed(*overrides))
+
+
+def cells(found: list[RunPlan]) -> set[tuple[str, ...]]:
+    return {this.directory.parts[-5:-1] for this in found}
+
+
+def test_every_study_is_listed_here() -> None:
+    assert {path.stem for path in (REPOSITORY / "conf/study").glob("*.yaml")} - {"none"} >= STUDIES.keys()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_has_its_cells_at_full_size(study: str) -> None:
+    name, _, datasets, models, norms, variants = STUDIES[study]
+    found = plans(f"study={study}", "seed=0")
+    expected = {(d, m, n, v) for d in datasets for m in models for n in norms for v in variants}
+    assert cells(found) == expected
+    assert len(found) == len(expected)
+    assert {this.config.name for this in found} == {name}
+    assert {(this.config.recipe.epochs, this.config.recipe.batch_size) for this in found} == {(200, 256)}
+    assert {this.config.model["width"] for this in found} <= {3, 5}
+    assert all(this.config.question is not None and this.config.question.strip().endswith("?") for this in found)
+
+
+def test_budget_crosses_schedules_and_epochs() -> None:
+    found = plans("study=budget")
+    expected = Counter(itertools.product(("constant", "cosine"), (20, 50, 100, 200), (0, 1, 2)))
+    assert Counter((p.config.recipe.schedule.name, p.config.recipe.epochs, p.config.seed) for p in found) == expected
+    assert len({this.directory for this in found}) == len(found)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "plan", lambda cfg, choices: (choices["dataset"], choices["norm"], cfg.seed, cfg))
+    _, seeds, _, models, norms, variants = STUDIES[study]
+    own: list[Any] = [*plans(f"study={study}", "dataset=digits", "model=binarynet", "norm=abn")]
+    assert Counter(run[2] for run in own) == dict.fromkeys(range(seeds), len(variants))
+    found: list[Any] = [*plans(f"study={study}", "dataset=digits", "seeds=three", "name=mine")]
+    assert {run[0] for run in found} == {"digits"}
+    assert {run[1] for run in found} == norms
+    assert Counter(run[2] for run in found) == dict.fromkeys(range(3), len(models) * len(norms) * len(variants))
+    assert {run[3].name for run in found} == {"mine"}
+    assert all(run[3].recipe.epochs < 50 for run in found)
+
+
+def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
+    """Each step of the ablation differs from the one it is compared with in one option of the same class."""
+    norms = {this.choices["norm"]: this.config.norm for this in plans("study=ablation", "seed=0", "dataset=digits")}
+    options = {k: v for k, v in norms.items() if v["_target_"].endswith(AttentionBatchNorm2d.__name__)}
+    for one, other, key in [
+        *(
+            ("abn_forward", "bn_noscale", "gate"),
+            ("abn_backward", "bn_noscale", "gate"),
+            ("abn", "bn_noscale", "gate"),
+        ),
+        *(("abn_scale", "abn", "scale"), ("abn_gate", "abn", "scale"), ("abn_noshift", "abn", "shift")),
+    ]:
+        keys = options[one].keys() | options[other].keys()
+        assert [k for k in keys if options[one].get(k) != options[other].get(k)] == [key]
+
+
+def test_one_command_runs_a_study_and_reports_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "train.py", "study=confound", "dataset=digits", "seed=0", "dataset.train_images=100"),
+            *("model.width=0.0625", "recipe.epochs=1", "recipe.batch_size=32", "norm.momentum=0.9"),
+            *(f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}/hydra"),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    text = (tmp_path / "confound/report.md").read_text()
+    assert text.startswith("# confound\n\nHow much of the difference between ABN and BN")
+    assert "- runs: 4 finished of 4 started" in text
+    assert "**Overall**: abn above bn: not decided in all 2 (n = 1)." in text
+    assert "## Effect of optimizer.rebuild_each_epoch, against false\n" in text
+    assert "## How the difference to bn changes with optimizer.rebuild_each_epoch\n" in text
+    assert "## Which epoch is read\n" in text
+    assert "abn - bn is " in done.stdout

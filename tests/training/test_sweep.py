@@ -1,0 +1,216 @@
+"""A multirun as a user would start it, stop it, break it and start it again."""
+
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from abn_exp.results import Run, find_runs, read_metrics
+from abn_exp.training.sweep import SweepCallback, expand
+from tests.helpers.runs import REPOSITORY, TINY
+
+SIX = ["seeds=three", "norm=bn,abn"]
+
+
+def sweep(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start train.py in a folder of its own; paths are relative, so that two such commands are the same."""
+    options = [argument for argument in arguments if argument == "-m"]
+    overrides = [argument for argument in arguments if argument != "-m"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *options, "device=cpu", *TINY, *overrides]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def runs_of(folder: Path) -> dict[tuple[str, int], Run]:
+    return {(run.norm, run.seed): run for run in find_runs(folder / "results")}
+
+
+def scores(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
+    results = {key: run.result for key, run in runs_of(folder).items()}
+    return {key: (result.test_acc, result.test_loss) for key, result in results.items() if result is not None}
+
+
+def report(folder: Path) -> tuple[str, str]:
+    """What was found, without how it was run and how long it took."""
+    name = folder / "results" / "runs"
+    return (name / "report.md").read_text().split("## How it was run")[0], (name / "report.csv").read_text()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = finish(sweep(folder, "-m", *SIX))
+    assert done.returncode == 0, done.stderr
+    assert "6 runs, 0 of them finished, 6 to do" in done.stdout
+    return folder
+
+
+def test_a_sweep_runs_every_cell_with_every_seed(undisturbed: Path) -> None:
+    assert scores(undisturbed).keys() == {(norm, seed) for norm in ("bn", "abn") for seed in (0, 1, 2)}
+    assert "| bn | 3 |" in report(undisturbed)[0]
+
+
+def test_a_second_time_nothing_is_trained(undisturbed: Path) -> None:
+    records = [path for path in undisturbed.rglob("*") if path.name in ("result.json", "last.ckpt", "metrics.jsonl")]
+    assert len(records) == 18
+    before = [path.stat().st_mtime_ns for path in records]
+    files = [undisturbed / "results" / "runs" / f for f in ("report.md", "report.csv", "runs.csv", "report.tex")]
+    texts = [path.read_bytes() for path in files]
+    done = finish(sweep(undisturbed, "-m", *SIX))
+    assert done.returncode == 0
+    assert "6 runs, 6 of them finished, 0 to do" in done.stdout
+    assert [path.stat().st_mtime_ns for path in records] == before
+    assert [path.read_bytes() for path in files] == texts
+
+
+def test_a_killed_sweep_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) -> None:
+    """Killed in its third run, without -m; gone on with two at a time."""
+
+    def third_has_begun() -> bool:
+        third = [run for run in find_runs(tmp_path / "results") if run.result is None]
+        return len(scores(tmp_path)) == 2 and any(len(read_metrics(run.directory)) == 1 for run in third)
+
+    process = sweep(tmp_path, *SIX)
+    wait_for(third_has_begun)
+    process.kill()
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert 2 <= len(finished) < 6
+    assert not (tmp_path / "results" / "runs" / "report.md").exists()
+    two = ["seeds_at_once=2"]
+    done = finish(sweep(tmp_path, *SIX, *two))
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == modified for path, modified in finished.items())
+    assert scores(tmp_path) == scores(undisturbed)
+    assert report(tmp_path) == report(undisturbed)
+
+
+def test_one_failure_stops_no_other_run(tmp_path: Path, undisturbed: Path) -> None:
+    directory = runs_of(undisturbed)["abn", 1].directory.relative_to(undisturbed)
+    (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / directory / "checkpoints").touch()  # where a folder belongs
+    done = finish(sweep(tmp_path, "seeds=three", "norm=abn"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert scores(tmp_path) == {
+        key: score for key, score in scores(undisturbed).items() if key in (("abn", 0), ("abn", 2))
+    }
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert str(directory) in line
+    assert "checkpoints" in line.split(":", 1)[1]
+    assert "| abn | 2/3 |" in report(tmp_path)[0]
+
+
+def test_a_signal_stops_the_whole_sweep(tmp_path: Path) -> None:
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    folders = [tmp_path / number.name for number in numbers]
+    for folder in folders:
+        folder.mkdir()
+    processes = [sweep(folder, "-m", "seed=0,1", "recipe.epochs=5000") for folder in folders]
+    for number, folder, process in zip(numbers, folders, processes, strict=True):
+        wait_for(lambda folder=folder: list(folder.rglob("last.ckpt")))
+        process.send_signal(number)
+    for number, folder, process in zip(numbers, folders, processes, strict=True):
+        finish(process)
+        assert process.returncode not in (0, -number)
+        (run,) = find_runs(folder)  # the second has not begun
+        assert run.status == "unfinished"
+        torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+        read_metrics(run.directory)
+
+
+def composed(*overrides: str) -> Any:
+    """The configuration from which Hydra starts a multirun."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    return hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN, from_shell=False)
+
+
+@pytest.fixture
+def hydra() -> Iterator[None]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+        yield
+
+
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["recipe.epochs=1,0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
+        (["seed=0,-1"], "error: seed=-1 is not allowed: it should be greater than or equal to 0."),
+        (["devices=1,2"], "error: devices=1 is the only choice in a multirun"),
+        (["seeds_at_once=2", "hydra/launcher=joblib"], "error: seeds_at_once is for runs without a launcher"),
+    ],
+)
+def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    """By SystemExit, the one exception of a callback that ends a multirun before its first run."""
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        SweepCallback().on_multirun_start(composed(f"results_dir={tmp_path}/results", *overrides))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.usefixtures("hydra")
+def test_the_seeds_are_those_named_last() -> None:
+    def expanded(*overrides: str) -> list[tuple[str, int]]:
+        return [(this.choices["norm"], this.config.seed) for this in expand(composed(*overrides))]
+
+    assert expanded("seeds=three") == [("abn", 0), ("abn", 1), ("abn", 2)]
+    assert expanded("seeds=three", "seed=7") == [("abn", 7)]
+    assert expanded("seed=3,4", "seeds=five") == [("abn", 3), ("abn", 4)]
+    assert set(expanded("seeds=five", "norm=bn,abn")) == {(norm, seed) for norm in ("bn", "abn") for seed in range(5)}
+
+
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize("left", ["nothing", "another's result"])
+def test_a_run_without_a_result_of_its_own_is_told(
+    tmp_path: Path, undisturbed: Path, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a worker was killed, or where a folder holds what another configuration found."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed / "results", "results", ignore=shutil.ignore_patterns("checkpoints"))
+    config = composed("device=cpu", "wandb=disabled", *TINY, *SIX)
+    callback = SweepCallback()
+    callback.on_multirun_start(config)
+    callback.on_multirun_end(config)
+    directory = runs_of(tmp_path)["bn", 2].directory
+    if left == "nothing":
+        shutil.rmtree(directory)
+    else:
+        callback.plans = [
+            replace(plan, config=plan.config.model_copy(update={"precision": "bf16"})) for plan in callback.plans
+        ]
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
+        callback.on_multirun_end(config)
+    assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
+
+
+def test_a_run_s_configuration_is_let_go() -> None:
+    job = JobReturn(cfg=OmegaConf.create({"a": 1}), hydra_cfg=OmegaConf.create({"b": 2}), overrides=["seed=1"])
+    SweepCallback().on_job_end(OmegaConf.create(), job)
+    assert (job.cfg, job.hydra_cfg, job.overrides) == (None, None, ["seed=1"])

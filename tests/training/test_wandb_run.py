@@ -1,0 +1,324 @@
+"""W&B from outside: what an offline run holds, read back with W&B's own reader, and that nothing there ends a run."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from abn_exp.config import WandbConfig
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from abn_exp.training import wandb_run as tracking
+from abn_exp.training.wandb_run import Tracker
+from tests.helpers.runs import REPOSITORY, TINY
+
+SECRET = "0123456789abcdef" * 2 + "76543210"  # as long as a key is
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+
+
+def records(directory: Path) -> dict[str, list[Any]]:
+    """Everything in an offline run's directory by type of record."""
+    found: dict[str, list[Any]] = {}
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def summary_of(record: dict[str, list[Any]]) -> dict[str, Any]:
+    return {key: value for part in record["summary"] for key, value in part.get("update", {}).items()}
+
+
+def settings(tmp_path: Path, mode: str = "offline") -> WandbConfig:
+    return WandbConfig(mode=mode, project="abn_exp", entity=None, dir=str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A sweep over two rates, the second of which diverges; a key lies in its environment."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = subprocess.run(
+        [
+            *[sys.executable, "train.py", "-m", f"results_dir={folder / 'results'}", f"hydra.sweep.dir={folder}"],
+            *[*TINY, "recipe.optimizer.name=sgd", "recipe.optimizer.lr=0.1,1e38", "seed=3"],
+            *["wandb=offline", f"wandb.dir={folder}"],
+        ],
+        cwd=REPOSITORY,
+        env={**ENVIRONMENT, "WANDB_API_KEY": SECRET, "HOME": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def runs(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> list[dict[str, list[Any]]]:
+    """The records of its W&B runs in the order in which they began."""
+    directories = (sweep[0] / "wandb").glob("offline-run-*")
+    found = [records(directory) for directory in directories]
+    return sorted(found, key=lambda record: record["environment"][0]["started_at"])
+
+
+def test_each_job_is_a_run_of_its_own(runs: list[dict[str, list[Any]]]) -> None:
+    headers = [record["run"][0] for record in runs]
+    assert [header["job_type"] for header in headers] == ["train", "train", "report"]
+    assert len({header["run_id"] for header in headers}) == 3
+    assert all(header["project"] == "abn_exp" for header in headers)
+    assert headers[2]["display_name"] == "runs-report"
+
+
+def test_a_run_is_found_by_group_name_and_tags(
+    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    header = runs[0]["run"][0]
+    variant = next((sweep[0] / "results").rglob("result.json")).parent.parent.name
+    cell = f"digits-binarynet-abn-{variant}"
+    assert header["run_group"] == tracking._fit(cell, tracking.MAX_NAME)
+    assert cell.startswith(header["run_group"][:100])
+    assert header["display_name"].startswith("digits-binarynet-abn-fixed_")
+    assert header["display_name"].endswith("-s3")
+    assert sorted(header["tags"]) == ["abn", "binarynet", "digits"]
+    config = header["config"]["update"]
+    scalars = {
+        "dataset": "digits",
+        "model": "binarynet",
+        "norm": "abn",
+        "recipe": "fixed",
+        "study": "runs",
+        "seed": 3,
+    }
+    assert config.items() >= scalars.items()
+    assert config["seed"] == config["cfg"]["seed"] == 3
+    assert config["cfg"]["recipe"]["optimizer"]["lr"] == 0.1
+    assert config["cfg"]["norm"]["gate"] == "full"
+
+
+def test_the_epoch_is_the_x_axis(runs: list[dict[str, list[Any]]]) -> None:
+    metrics = {metric.get("name", metric.get("glob_name")): metric for metric in runs[0]["metric"]}
+    assert metrics["*"]["step_metric"] == "epoch"
+    assert metrics["val/acc"]["step_metric"] == "epoch"
+    history = [line["item"] for line in runs[0]["history"]]
+    assert [line["epoch"] for line in history] == [0, 1]
+    assert all({"train/loss", "train/acc", "val/acc", "lr", "bnn/flip_ratio/layer1.conv"} <= set(h) for h in history)
+
+
+def test_the_summary_is_the_record(
+    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    result = json.loads(next((sweep[0] / "results").rglob("result.json")).read_text())
+    summary = summary_of(runs[0])
+    assert summary["final/test_acc"] == result["test_acc"]
+    assert summary["best/val_acc"] == result["val_acc_best"]
+    assert summary["best/epoch"] == result["best_epoch"]
+    assert result["wandb_run_id"] == runs[0]["run"][0]["run_id"]
+    assert "final/test_acc" not in summary_of(runs[1])
+
+
+def test_a_failed_run_shows_as_failed(
+    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    codes = [record["exit"][0].get("exit_code", 0) for record in runs]
+    assert codes == [0, 1, 0]
+    assert sweep[1].returncode == 1
+    assert "DIVERGED" in sweep[1].stdout
+
+
+def test_the_report_holds_tables(runs: list[dict[str, list[Any]]]) -> None:
+    logged = set().union(*(line["item"] for line in runs[2]["history"]))
+    assert {"report", "runs"} <= {key.split(".")[0] for key in logged}
+
+
+def test_the_key_is_written_nowhere(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = sweep
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in done.stdout + done.stderr
+    assert not list((folder / "wandb").rglob("output.log"))
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """This process as one that has not used W&B yet, without a key of the machine's."""
+    for key in [key for key in os.environ if key.startswith("WANDB")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(tracking, "_unreachable", False)
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+def open_run(tmp_path: Path, mode: str = "auto", **more: Any) -> Tracker:
+    names: dict[str, Any] = {"group": "cell", "name": "cell-s0", "tags": ["abn"], **more}
+    return Tracker(settings(tmp_path, mode), **names)
+
+
+@pytest.mark.usefixtures("own")
+def test_without_a_key_auto_is_offline_and_online_a_sentence(tmp_path: Path) -> None:
+    with open_run(tmp_path) as tracker:
+        assert tracker.run.offline
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online needs a key: run `wandb login`"):
+        open_run(tmp_path, "online")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_key_that_is_too_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "tooshort")
+    with caplog.at_level(logging.WARNING), open_run(tmp_path) as tracker:
+        assert tracker.run.offline
+    assert "the key cannot be used" in caplog.text
+    assert "tooshort" not in caplog.text
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online needs a key"):
+        open_run(tmp_path, "online")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_server_that_never_answers_costs_one_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and says nothing
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    with silent, caplog.at_level(logging.WARNING):
+        with open_run(tmp_path) as tracker:
+            assert tracker.run.offline
+        assert "no connection" in caplog.text
+        started = time.monotonic()
+        with open_run(tmp_path) as tracker:
+            assert tracker.run.offline
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("own")
+def test_wandb_mode_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert open_run(tmp_path, "online").run is None
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with open_run(tmp_path) as tracker:
+        assert tracker.run.offline
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError, match="WANDB_MODE=of is not allowed: it should be online, offline or disabled"):
+        open_run(tmp_path)
+
+
+@pytest.mark.usefixtures("own")
+def test_long_names_fit(tmp_path: Path) -> None:
+    long = "x" * 300
+    with open_run(tmp_path, "offline", group=long, name=long + "-s3", tags=[long]) as tracker:
+        run = tracker.run
+        assert len(run.group) == len(run.name) == 128
+        assert run.group != run.name
+        assert run.name.endswith("-s3")
+        assert [len(tag) for tag in run.tags] == [64]
+
+
+@pytest.mark.usefixtures("own")
+def test_what_fails_inside_wandb_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the service is gone")
+
+    with caplog.at_level(logging.WARNING), open_run(tmp_path, "offline") as tracker:
+        for method in ("log", "finish"):
+            monkeypatch.setattr(tracker.run, method, broken)
+        for epoch in range(3):
+            tracker.log({"epoch": epoch})
+    assert caplog.text.count("the service is gone") == 1
+
+
+@pytest.mark.usefixtures("own")
+def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING), open_run(tmp_path / "file" / "below", "offline") as tracker:
+        tracker.log({"epoch": 0})
+    assert tracker.run_id is None
+    assert "going on without it" in caplog.text
+
+
+@pytest.mark.usefixtures("own")
+def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
+    with open_run(tmp_path, "offline") as first:
+        first.log({"epoch": 0})
+    with open_run(tmp_path, "offline", id=first.run_id, resume="allow") as second:
+        second.log({"epoch": 1})
+    assert second.run_id == first.run_id
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}"))) >= 1
+
+
+def dashboard(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/dashboard.py", *arguments],
+        cwd=REPOSITORY,
+        env={**ENVIRONMENT, "HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_dashboard_shows_norms_with_their_spread(tmp_path: Path) -> None:
+    pytest.importorskip("wandb_workspaces")
+    done = dashboard("--dry-run", "--project", "p", "--entity", "e", "--name", "study-1", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    workspace = json.loads(done.stdout)
+    assert (workspace["entity"], workspace["project"]) == ("e", "p")
+    sections = workspace["spec"]["section"]["panel_bank_config"]["sections"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    curves = {panel["chart_title"]: panel for panel in panels if panel.get("x_axis") == "epoch"}
+    shown = [metric for panel in curves.values() for metric in panel["metrics"] or [panel["metric_regex"]]]
+    assert {"val/acc", "train/loss", "bnn/flip_ratio/.*", "bnn/latent_beyond_one/.*"} <= set(shown)
+    for panel in curves.values():
+        assert (panel["group_by"], panel["group_agg"], panel["group_area"]) == ("norm.value", "mean", "stddev")
+    assert "final/test_acc" in json.dumps([panel for panel in panels if panel not in curves.values()])
+    assert "study-1" in json.dumps(workspace["spec"]["section"]["run_sets"])
+
+
+def test_dashboard_needs_a_key_to_save(tmp_path: Path) -> None:
+    pytest.importorskip("wandb_workspaces")
+    done = dashboard(home=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: no W&B key: run `wandb login`, or look at the workspace with --dry-run.\n"
+
+
+def test_the_file_for_wandb_agents_composes(make_plan: Callable[..., RunPlan]) -> None:
+    """Through W&B's own expansion of parameters into arguments."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    file = yaml.safe_load((REPOSITORY / "sweeps" / "wandb.yaml").read_text())
+    assert (REPOSITORY / file["program"]).is_file()
+    parameters = {key: options.get("values", [options.get("value")]) for key, options in file["parameters"].items()}
+    seen = set()
+    for values in product(*parameters.values()):
+        chosen = {key: {"value": value} for key, value in zip(parameters, values, strict=True)}
+        arguments = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+        assert len(arguments) == len(parameters)
+        plan = make_plan(*arguments, tiny=False)
+        seen.add((plan.choices["norm"], plan.config.seed))
+        assert (plan.choices["dataset"], plan.config.name) == ("cifar10", "wandb-sweep")
+    assert len(seen) == 10
+    assert create_sweep_command(file["command"])[1:4] == ["${interpreter}", "${program}", "${args_no_hyphens}"]
+    assert file["metric"] == {"name": "final/test_acc", "goal": "maximize"}
