@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from yaml import YAMLError
 
 from abn_exp.errors import STOPPED, ConfigError, Diverged, in_a_line
-from abn_exp.identity import plan
+from abn_exp.identity import plan_run
 from abn_exp.provenance import git_commit
 from abn_exp.training.run import run
 
@@ -33,10 +33,10 @@ def main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
-        _say_which_run(cfg, hydra_config.runtime.choices)
+        _prefix_log_lines(cfg, hydra_config.runtime.choices)
     command = " ".join(["python train.py", *hydra_config.overrides.task])
     try:
-        return run(plan(cfg, dict(hydra_config.runtime.choices)), command).test_acc
+        return run(plan_run(cfg, dict(hydra_config.runtime.choices)), command).test_acc
     except SIGTERMException:
         print(STOPPED.format("SIGTERM"), file=sys.stderr)
         raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> float | None:
         return None
 
 
-def _say_which_run(cfg: DictConfig, choices: Mapping[str, str]) -> None:
+def _prefix_log_lines(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     """Begin every line on the console with the run it is about; tables stay in the runs' own train.log."""
     label = " ".join(choices[group] for group in ("dataset", "model", "norm"))
     for handler in logging.getLogger().handlers:

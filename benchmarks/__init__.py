@@ -1,1 +1,1 @@
-"""How fast training is, beside a conventional training loop on the same device, in the same process."""
+"""Speed of training beside a conventional training loop, on the same device and in the same process."""

@@ -1,4 +1,4 @@
-"""The files of the time to accuracy: CSV, a Markdown summary, a figure."""
+"""Write the time to accuracy as CSV, a Markdown summary and a figure."""
 
 from datetime import UTC, datetime
 from pathlib import Path

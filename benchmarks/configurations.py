@@ -1,4 +1,4 @@
-"""What is compared with what, how much of it is measured, and on which data."""
+"""Configurations that are compared, and how many repetitions of each are measured."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Times, bytes and ceilings."""
+"""Measure times, bytes kept for the backward pass, and the machine's peak rates."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""This project's own loop, as `train.py` runs it: its configuration, its loader, Lightning's trainer."""
+"""This project's training loop under a clock: its configuration, its loader, Lightning's trainer."""
 
 import time
 import warnings
@@ -7,16 +7,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from abn_exp.data.loader import Bundles
+from abn_exp.data.loader import BatchGroups
 from abn_exp.training.parallel import StepLoop, synchronize
-from abn_exp.training.setup import BUNDLE, trainer_options
+from abn_exp.training.setup import BATCHES_PER_GROUP, trainer_options
 
 
 class _Clock(pl.Callback):
-    """Notes when the bundles after the first `warm` ones, or an evaluation, begin and end; data are included."""
+    """Notes when the groups after the first `warm` ones, or an evaluation, begin and end; data are included."""
 
-    def __init__(self, device: torch.device, warm: int = 0, bundles: int = 0) -> None:
-        self.device, self.warm, self.last = device, warm, warm + bundles
+    def __init__(self, device: torch.device, warm: int = 0, groups: int = 0) -> None:
+        self.device, self.warm, self.last = device, warm, warm + groups
         self.done, self.start, self.seconds = 0, 0.0, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -42,14 +42,14 @@ class OurLoop(StepLoop):
         return pl.Trainer(**common, enable_checkpointing=False, limit_val_batches=0, **options)
 
     def train(self, warm: int, steps: int) -> float:
-        """Return the time of a step with its data, the mean of `steps` after `warm` others, or one bundle more."""
-        bundle = min(BUNDLE, steps)
-        warm, timed = -(-warm // bundle), -(-steps // bundle)
+        """Return the time of a step with its data, the mean of `steps` after `warm` others, or one group more."""
+        group = min(BATCHES_PER_GROUP, steps)
+        warm, timed = -(-warm // group), -(-steps // group)
         clock = _Clock(self.device, warm, timed)
-        trainer = self._trainer(max_epochs=-1, max_steps=(warm + timed) * bundle, callbacks=[clock])
+        trainer = self._trainer(max_epochs=-1, max_steps=(warm + timed) * group, callbacks=[clock])
         with warnings.catch_warnings(action="ignore"):  # nothing is validated, and that is meant
-            trainer.fit(self.classifier, Bundles(self.loaders["train"], bundle))
-        return clock.seconds / (timed * bundle)
+            trainer.fit(self.classifier, BatchGroups(self.loaders["train"], group))
+        return clock.seconds / (timed * group)
 
     def evaluate(self) -> float:
         """Return the time an image takes to evaluate."""
@@ -60,6 +60,6 @@ class OurLoop(StepLoop):
     def epoch(self) -> float:
         """Return the time of a pass over all training images, the trainer's start included."""
         start = time.perf_counter()
-        self._trainer(max_epochs=1).fit(self.classifier, Bundles(self.loaders["train"], BUNDLE))
+        self._trainer(max_epochs=1).fit(self.classifier, BatchGroups(self.loaders["train"], BATCHES_PER_GROUP))
         synchronize(self.device)
         return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The files of a benchmark: CSV, a Markdown summary, a figure."""
+"""Write a benchmark as CSV, a Markdown summary and a figure."""
 
 import csv
 import io
@@ -69,7 +69,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _place(found: Findings, place: str, first: str) -> str:
+def _describe_device(found: Findings, place: str, first: str) -> str:
     columns = list(dict.fromkeys(column for at, _, column in found.columns if at == place))
     rows = list(dict.fromkeys(row for at, row, _ in found.columns if at == place))
     cells = [[row, *(cell(found.columns.get((place, row, column))) for column in columns)] for row in rows]
@@ -97,7 +97,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
         size = effort.batch_size[model]
         sections += [
             f"## {model} at width {width:g}, batches of {size}\n",
-            _place(found, model, "loop"),
+            _describe_device(found, model, "loop"),
             f"s/epoch: 50,000 training and 10,000 test images, data included, extrapolated from {effort.steps} steps "
             f"of training and {(effort.steps + 1) * size} evaluated images. Step with data: ours by Lightning. "
             "Saved for backward: each storage once, without parameters and binarised weights. Peak: above what was "
@@ -106,11 +106,11 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
     loader_ratios = "; ".join(f"{at}: {cell(q)} times" for (at, _), q in found.ratios.items() if "loader" in at)
     sections += [
         "## Norm chain alone, forward and backward\n",
-        _place(found, "chain", "loop"),
+        _describe_device(found, "chain", "loop"),
         "## Loader alone\n",
-        _place(found, "loader", "loader") + f"\nRatios: {loader_ratios}.\n",
+        _describe_device(found, "loader", "loader") + f"\nRatios: {loader_ratios}.\n",
         "## Host memory\n",
-        _place(found, "host", "loop"),
+        _describe_device(found, "host", "loop"),
         "## Growth\n",
         table(
             ["axis", "loop", "sizes", "median seconds", "exponent"],

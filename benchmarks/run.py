@@ -1,4 +1,4 @@
-"""What is measured, and how."""
+"""Run the benchmark: steps, epochs, evaluation, loader, memory, and growth with size."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from abn_exp.models.cost import summarize
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training import parallel
 from abn_exp.training.parallel import random_data
-from abn_exp.training.setup import waste_nothing
+from abn_exp.training.setup import configure_process
 from benchmarks import measure
 from benchmarks.configurations import BASE, EAGER, ROWS, WIDTHS, Effort, Row, configuration
 from benchmarks.conventional import Binarize, ConventionalLoop, Norm, conventional
@@ -85,7 +85,7 @@ class Benchmark:
         effort, width, size = self.effort, WIDTHS[model], self.effort.batch_size[model]
         data = random_data((effort.warm + effort.steps) * size * 4, (effort.steps + 1) * size)
         rows = [row for row in self.rows if model in effort.all_rows or row.name in (BASE, EAGER)]
-        waste_nothing()  # for all loops alike
+        configure_process()  # for all loops alike
         compiled: dict[str, Loop] = {}
         steps: dict[str, list[float]] = {row.name: [] for row in rows}
         alone: dict[str, list[float]] = {row.name: [] for row in rows}

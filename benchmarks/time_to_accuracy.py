@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from abn_exp import models
-from abn_exp.config import Config, science
+from abn_exp.config import Config, result_affecting_options
 from abn_exp.data.catalog import CATALOG
 from abn_exp.models.build import initialize_
 from abn_exp.report.stats import MeanComparison, compare_means
@@ -80,7 +80,8 @@ def read(folder: Path) -> tuple[Config, tuple[str, str, str], list[Budget]]:
         )
     configs = [Config.model_validate(read_config(run.directory)) for run in runs]
     others = [
-        {key: value for key, value in science(config.model_dump()).items() if key not in VARIED} for config in configs
+        {key: value for key, value in result_affecting_options(config.model_dump()).items() if key not in VARIED}
+        for config in configs
     ]
     if different := sorted(key for one in others for key in one if one[key] != others[0].get(key)):
         raise ValueError(f"{folder} has runs that differ in {different[0]}; only {', '.join(VARIED)} may vary.")

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 # A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from abn_exp.identity import RunPlan, plan  # noqa: E402  (the environment must be set before)
+from abn_exp.identity import RunPlan, plan_run  # noqa: E402  (the environment must be set before)
 from tests.helpers.runs import REPOSITORY, TINY  # noqa: E402
 
 
@@ -26,6 +26,6 @@ def make_plan(tmp_path: Path) -> Callable[..., RunPlan]:
         with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
             base = [f"results_dir={tmp_path}/results", *(TINY if tiny else []), *overrides]
             cfg = compose("config", base, return_hydra_config=True)
-            return plan(cfg, dict(cfg.hydra.runtime.choices))
+            return plan_run(cfg, dict(cfg.hydra.runtime.choices))
 
     return make

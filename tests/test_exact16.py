@@ -13,7 +13,7 @@ from abn_exp import exact16, models
 from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
-from abn_exp.exact16 import EXACT_TO, check_exact16, has_integer_conv2d, part_of, use_exact16_
+from abn_exp.exact16 import EXACT_TO, channels_per_chunk, check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.identity import RunPlan
 from abn_exp.models import binarynet
 from abn_exp.models.build import initialize_
@@ -21,7 +21,7 @@ from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.results import load_network, read_config
 from abn_exp.training import setup as parts
 from abn_exp.training.run import run
-from abn_exp.training.setup import loaders_of, network_of, precision_of
+from abn_exp.training.setup import make_loaders, make_network, resolve_precision
 from tests.helpers.runs import TINY
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -54,7 +54,7 @@ def test_types_hold_the_integers_they_are_trusted_with(dtype):
 )
 def test_no_part_can_pass_the_range_of_its_type(channels, taps, sign_zero, dtype):
     layer = BinaryConv2d(channels, 1, taps, binarization=Binarization(sign_zero=sign_zero))
-    part = part_of(layer, dtype)
+    part = channels_per_chunk(layer, dtype)
     sizes = [p.size(1) for p in layer.weight.split(part, 1)]
     for size in sizes:
         only_even_sums = size % 2 == 0 and sign_zero == "plus"
@@ -71,7 +71,7 @@ def test_what_is_kept_for_the_gradient_holds_every_sum(channels, taps, sign_zero
     most = channels * taps**2
     step = 2 if channels % 2 == 0 and sign_zero == "plus" else 1
     sums = torch.arange(-most, most + 1, step)
-    kept = exact16._holding(layer)
+    kept = exact16.smallest_exact_dtype(layer)
     assert torch.equal(sums.float().to(kept).long(), sums)
     assert kept != torch.float32 or most >= 2**15
     assert kept == torch.float16 or not torch.equal(sums.float().to(torch.float16).long(), sums)
@@ -89,8 +89,8 @@ def test_integer_convolutions_are_an_operation_that_torch_compile_can_trust(stri
 
 def test_a_kernel_too_large_for_the_type_stays_in_float32():
     layer = BinaryConv2d(2, 1, 17)  # 289 taps: two channels' sums are even, but beyond 512
-    assert part_of(layer, BF16) == 0
-    assert part_of(layer, FP16) == 2
+    assert channels_per_chunk(layer, BF16) == 0
+    assert channels_per_chunk(layer, FP16) == 2
     use_exact16_(layer, BF16)
     assert layer.product is None
 
@@ -220,7 +220,7 @@ def test_a_trained_network_evaluates_bit_for_bit_the_same(make_plan: Callable[..
     assert read_config(plan.directory)["precision"] == "exact16"
     plain, exact = both(load_network(plan.directory))
     data = load("digits", "", image_size=32)
-    images, _ = next(iter(loaders_of(plan.config, data, torch.device("cpu"))["test"]))
+    images, _ = next(iter(make_loaders(plan.config, data, torch.device("cpu"))["test"]))
     assert torch.equal(plain(images[:64]), exact(images[:64]))
 
 
@@ -266,9 +266,9 @@ def test_auto_is_exact16_where_a_gpu_has_it_and_fp32_elsewhere(
     config = make_plan().config
     for has, expected in ((True, "exact16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
-        assert precision_of(config, torch.device("cuda", 0)) == expected
-    assert precision_of(config, torch.device("cpu")) == "fp32"
-    assert precision_of(make_plan("precision=bf16").config, torch.device("cuda", 0)) == "bf16"
+        assert resolve_precision(config, torch.device("cuda", 0)) == expected
+    assert resolve_precision(config, torch.device("cpu")) == "fp32"
+    assert resolve_precision(make_plan("precision=bf16").config, torch.device("cuda", 0)) == "bf16"
 
 
 @pytest.mark.parametrize("error", [ValueError("products are not exact"), RuntimeError("no such kernel\nhint")])
@@ -283,9 +283,9 @@ def test_what_the_device_cannot_do_is_refused_and_auto_does_without(
 
     monkeypatch.setattr(parts, "check_exact16", fail)
     with pytest.raises(ConfigError, match=r"precision=exact16, but .*; use precision=fp32"):
-        network_of(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
+        make_network(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
     monkeypatch.setattr(parts, "precision_of", lambda *_: "exact16")
-    network = network_of(make_plan(*TINY).config, "abn", 10, torch.device("cpu"))
+    network = make_network(make_plan(*TINY).config, "abn", 10, torch.device("cpu"))
     assert all(layer.product is None for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear))
     assert "precision=auto is fp32 here" in caplog.text
 
@@ -300,7 +300,7 @@ def test_the_check_finds_parts_that_are_too_large():
 def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> None:
     for precision, expected in (("fp32", 0), ("exact16", 7)):
         config = make_plan(f"precision={precision}", *TINY).config
-        network = network_of(config, "abn", 10, torch.device("cpu"))
+        network = make_network(config, "abn", 10, torch.device("cpu"))
         layers = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
         assert len(layers) == 7
         assert sum(layer.product is not None for layer in layers) == expected

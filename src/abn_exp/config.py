@@ -1,4 +1,4 @@
-"""What a configuration may be: types, ranges, cross-checks. Refused here, or not at all.
+"""Schema of the configuration: types, ranges and cross-checks. A wrong value is refused here, before a run starts.
 
 Hydra composes the YAML files; the classes below say what they may hold. `model` and `norm` are open, so that a
 new one needs no change here: their keys are checked against the signature of the class they name.
@@ -152,7 +152,7 @@ class Config(Section):
         return self
 
 
-def science(plain: dict[str, Any]) -> dict[str, Any]:
+def result_affecting_options(plain: dict[str, Any]) -> dict[str, Any]:
     """Return what decides a run's result apart from its seed, as a flat dictionary with dotted keys.
 
     Where the data lies, the device, W&B and the like are left out; 3 and 3.0 are the same number. The number of
@@ -176,8 +176,8 @@ def science(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """Return twelve hexadecimal digits that differ where the science or the seed does."""
-    text = json.dumps({**science(config.model_dump()), "seed": config.seed}, sort_keys=True)
+    """Return twelve hexadecimal digits that differ where the result_affecting_options or the seed does."""
+    text = json.dumps({**result_affecting_options(config.model_dump()), "seed": config.seed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and how they are told: a sentence, without a traceback."""
+"""Errors that a user can fix, and one-line messages for them. Imports nothing heavy."""
 
 from pathlib import Path
 from textwrap import shorten

@@ -29,7 +29,7 @@ def _signs(x: Tensor, sign_zero: SignZero, dtype: torch.dtype) -> Tensor:
 class _Product(torch.autograd.Function):
     """Input (B, in, ...) and latent weights (out, in, ...) -> sums of products of their signs, in float32.
 
-    Forward, `part` input channels at a time are multiplied in `dtype`, which holds their sums, and these are added in
+    Forward, `chunk` input channels at a time are multiplied in `dtype`, which holds their sums, and added in
     float32; or all at once as 8-bit integers, of which a CPU makes twice as many as of bfloat16 (`integers`). Either
     is float32's result, bit for bit. The gradients are products in bfloat16, whose exponents reach as far as
     float32's, accumulated in float32. Compiled, the sums go through `kept`, a 16-bit type that holds them, so that
@@ -43,7 +43,7 @@ class _Product(torch.autograd.Function):
         latent: Tensor,
         layer: BinaryLayer,
         dtype: torch.dtype,
-        part: int,
+        chunk: int,
         integers: bool,
         kept: torch.dtype,
     ) -> Tensor:
@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
             assert geometry is not None
             y = _integer_conv2d(signs, weight, *geometry)
         else:
-            for a, w in zip(signs.split(part, 1), weight.split(part, 1), strict=True):
+            for a, w in zip(signs.split(chunk, 1), weight.split(chunk, 1), strict=True):
                 sums = F.linear(a, w) if geometry is None else F.conv2d(a, w, None, *geometry)
                 y = sums.float() if y is None else y.add_(sums)
             assert y is not None
@@ -134,7 +134,7 @@ def has_integer_conv2d(device: torch.device) -> bool:
     return device.type == "cpu" and vectors and hasattr(torch.ops.onednn, "qconv2d_pointwise")
 
 
-def part_of(layer: BinaryLayer, dtype: torch.dtype) -> int:
+def channels_per_chunk(layer: BinaryLayer, dtype: torch.dtype) -> int:
     """Return of how many input channels `dtype` holds every sum that this layer can make; 0: of not even one.
 
     Sums of +-1 over an even number of channels are even, also at a border of zeros, which leaves out whole pixels.
@@ -145,15 +145,15 @@ def part_of(layer: BinaryLayer, dtype: torch.dtype) -> int:
     most = step * EXACT_TO[dtype] // layer.weight[0, 0].numel() // step * step
     if most == 0:
         return 0
-    parts = -(-channels // most)
-    return -(-channels // (parts * step)) * step
+    chunks = -(-channels // most)
+    return -(-channels // (chunks * step)) * step
 
 
 def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = False) -> None:
     """Let the binary layers of `network` multiply in `dtype`, float16 or bfloat16, in place.
 
     Forward, a layer's results are float32's, whatever the weights are: a sum that the type might not hold is made of
-    parts that it does; with `integers`, convolutions are made of 8-bit ones, which hold any. (A bias is added last,
+    chunks that it does; with `integers`, convolutions are made of 8-bit ones, which hold any. (A bias is added last,
     and float32 begins with it; no network here has one.) A layer of which not even one channel is sure stays as it
     is. Backward, the products are bfloat16's. Everything but the products of binary layers stays in float32.
     """
@@ -161,14 +161,16 @@ def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = Fal
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for layer in network.modules():
-        if isinstance(layer, BinaryLayer) and (part := part_of(layer, dtype)):
+        if isinstance(layer, BinaryLayer) and (chunk := channels_per_chunk(layer, dtype)):
             whole = integers and isinstance(layer, BinaryConv2d)
-            layer.product = partial(_product, dtype=dtype, part=part, integers=whole, kept=_holding(layer))
+            layer.product = partial(
+                _product, dtype=dtype, chunk=chunk, integers=whole, kept=smallest_exact_dtype(layer)
+            )
 
 
-def _holding(layer: BinaryLayer) -> torch.dtype:
+def smallest_exact_dtype(layer: BinaryLayer) -> torch.dtype:
     """Return the smallest type that holds every sum of a layer; float16 before int16, which CPUs convert slowly."""
-    if part_of(layer, torch.float16) >= layer.weight.size(1):
+    if channels_per_chunk(layer, torch.float16) >= layer.weight.size(1):
         return torch.float16
     return torch.int16 if layer.weight[0].numel() < 2**15 else torch.float32
 
@@ -179,11 +181,11 @@ def _product(
     latent: Tensor,
     *,
     dtype: torch.dtype,
-    part: int,
+    chunk: int,
     integers: bool,
     kept: torch.dtype,
 ) -> Tensor:
-    return _Product.apply(x, latent, layer, dtype, part, integers, kept)
+    return _Product.apply(x, latent, layer, dtype, chunk, integers, kept)
 
 
 def check_exact16(network: nn.Module, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Files that are always whole: a reader, at any moment and after any kill, finds the old one or the new one."""
+"""Atomic writes: a reader, at any moment and after any kill, finds the old file or the whole new one."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a composed configuration will run, and where: checked, and named, before anything starts."""
+"""A run's plan: its checked configuration, and the names and folder that follow from it."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from abn_exp.config import NAME, Config, read, science
+from abn_exp.config import NAME, Config, read, result_affecting_options
 from abn_exp.errors import ConfigError
 from abn_exp.results import variant_name
 
@@ -33,7 +33,7 @@ class RunPlan:
         return Path(self.config.results_dir, self.config.name, *parts, self.variant, f"seed-{self.config.seed}")
 
 
-def plan(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
+def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     """Check a composed configuration and name its cell: the recipe, and whatever differs from the groups' own.
 
     Raises ConfigError with one sentence for each mistake.
@@ -46,6 +46,10 @@ def plan(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     own = compose("config", [f"{group}={choice}" for group, choice in choices.items()])
     plain = OmegaConf.to_container(own, resolve=True)
     assert isinstance(plain, dict)
-    default = science({str(key): value for key, value in plain.items()})
-    changes = {key: v for key, v in science(config.model_dump()).items() if key not in default or default[key] != v}
+    default = result_affecting_options({str(key): value for key, value in plain.items()})
+    changes = {
+        key: v
+        for key, v in result_affecting_options(config.model_dump()).items()
+        if key not in default or default[key] != v
+    }
     return RunPlan(config, choices, variant_name(choices["recipe"], changes))

@@ -1,4 +1,4 @@
-"""Where a number comes from: the code, the libraries, the hardware."""
+"""Versions of code and libraries, and the hardware, for the record of a run."""
 
 import platform
 import subprocess

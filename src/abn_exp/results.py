@@ -1,4 +1,4 @@
-"""The record of runs: write it, read it, find it.
+"""Records of runs: write, read and find them.
 
 A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/seed-<k>/`` and holds
 

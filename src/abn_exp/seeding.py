@@ -1,4 +1,4 @@
-"""Every random choice of a run draws from its own generator, a pure function of (seed, purpose, epoch).
+"""Random generators of a run: one for each purpose, a pure function of (seed, purpose, epoch).
 
 That is what pairs two runs of one seed: whatever one of them draws more or less of (an initial weight, a
 dropout mask) cannot shift what the other sees. It also makes resuming exact: no generator has a state to save.

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from abn_exp.data.loader import BatchLoader, Bundles
+from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.data.prepare import Split
 from abn_exp.seeding import generator
 
@@ -183,16 +183,16 @@ def test_sizes_of_batches(count: int, world_size: int, sizes: list[int]) -> None
 @pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (20, [5])])
 def test_bundles_hold_every_batch_in_order(size: int, lengths: list[int]) -> None:
     loader = training_loader(count=50, batch_size=12)
-    bundles = Bundles(loader, size)
+    groups = BatchGroups(loader, size)
     for epoch in (0, 3):
         expected = epoch_of(loader, epoch)
         loader.set_epoch(99)
-        unread = iter(bundles)
-        bundles.sampler.set_epoch(epoch)  # Lightning, resuming, sets the epoch of an iterator that it has
+        unread = iter(groups)
+        groups.sampler.set_epoch(epoch)  # Lightning, resuming, sets the epoch of an iterator that it has
         found = list(unread)
-        assert [len(bundle) for bundle in found] == lengths
-        assert len(bundles) == len(lengths)
-        images, labels = zip(*(batch for bundle in found for batch in bundle), strict=True)
+        assert [len(group) for group in found] == lengths
+        assert len(groups) == len(lengths)
+        images, labels = zip(*(batch for group in found for batch in group), strict=True)
         assert torch.equal(torch.cat(images), expected[0])
         assert torch.equal(torch.cat(labels), expected[1])
 

@@ -91,10 +91,10 @@ def main() -> None:
     repository = Path(__file__).parents[2]
     sys.path.insert(0, str(repository))
     import sklearn.datasets
+    import wandb  # noqa: F401
 
     import abn_exp.training.run
     import abn_exp.training.sweep  # noqa: F401
-    import wandb  # noqa: F401
 
     sklearn.datasets.load_digits()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -8,7 +8,7 @@ import torch
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.training import parallel as at_once
-from abn_exp.training.parallel import candidates, choose, measure, runs_at_once
+from abn_exp.training.parallel import candidates, choose, measure, measure_best_count
 
 CPU = torch.device("cpu")
 
@@ -43,9 +43,9 @@ def test_one_run_or_one_core_is_not_measured(
     make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(at_once, "measure", None)
-    assert runs_at_once(make_plan(), 1) == 1
+    assert measure_best_count(make_plan(), 1) == 1
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert runs_at_once(make_plan(), 10) == 1
+    assert measure_best_count(make_plan(), 10) == 1
 
 
 @pytest.mark.slow

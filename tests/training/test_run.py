@@ -23,7 +23,7 @@ from abn_exp.models.build import build_network, initialize_
 from abn_exp.results import RunResult, find_runs, load_network, load_runs, read_metrics
 from abn_exp.training import callbacks
 from abn_exp.training.run import run
-from abn_exp.training.setup import loaders_of
+from abn_exp.training.setup import make_loaders
 from tests.helpers.runs import REPOSITORY, TINY
 
 Make = Callable[..., RunPlan]
@@ -126,7 +126,7 @@ def test_norms_of_one_seed_start_alike_and_see_the_same_batches(make_plan: Make)
         network = build_network(config.model, config.norm, 10, 32)
         initialize_(network, config.seed)
         starts.append(dict(network.named_parameters()))
-        loader = loaders_of(config, load("digits", "."), torch.device("cpu"))["train"]
+        loader = make_loaders(config, load("digits", "."), torch.device("cpu"))["train"]
         batches.append(torch.cat([images for images, _ in loader]))
     for start in starts[1:]:
         shared = [name for name in start if name in starts[0] and start[name].shape == starts[0][name].shape]

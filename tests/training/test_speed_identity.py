@@ -24,7 +24,7 @@ from abn_exp.identity import RunPlan
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training.classifier import LitClassifier
-from abn_exp.training.setup import waste_nothing
+from abn_exp.training.setup import configure_process
 from benchmarks.measure import saved_bytes
 from tests.helpers.runs import REPOSITORY, TINY
 
@@ -184,7 +184,7 @@ def test_fused_adam_moves_the_last_bits_only(make_plan: Callable[..., RunPlan]) 
 
 
 def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    waste_nothing()
+    configure_process()
     size, step = 2**26, 2**12
     libc = ctypes.CDLL("libc.so.6")
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -199,4 +199,4 @@ def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch)
         libc.free(address)
     assert faults[2] < size // step // 10  # the pages of the first time, all still there
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    waste_nothing()
+    configure_process()

@@ -58,7 +58,7 @@ def plans(*overrides: str) -> list[RunPlan]:
 
 
 def cells(found: list[RunPlan]) -> set[tuple[str, ...]]:
-    return {this.directory.parts[-5:-1] for this in found}
+    return {plan.directory.parts[-5:-1] for plan in found}
 
 
 def test_every_study_is_listed_here() -> None:
@@ -72,17 +72,17 @@ def test_a_study_has_its_cells_at_full_size(study: str) -> None:
     expected = {(d, m, n, v) for d in datasets for m in models for n in norms for v in variants}
     assert cells(found) == expected
     assert len(found) == len(expected)
-    assert {this.config.name for this in found} == {name}
-    assert {(this.config.recipe.epochs, this.config.recipe.batch_size) for this in found} == {(200, 256)}
-    assert {this.config.model["width"] for this in found} <= {3, 5}
-    assert all(this.config.question is not None and this.config.question.strip().endswith("?") for this in found)
+    assert {plan.config.name for plan in found} == {name}
+    assert {(plan.config.recipe.epochs, plan.config.recipe.batch_size) for plan in found} == {(200, 256)}
+    assert {plan.config.model["width"] for plan in found} <= {3, 5}
+    assert all(plan.config.question is not None and plan.config.question.strip().endswith("?") for plan in found)
 
 
 def test_budget_crosses_schedules_and_epochs() -> None:
     found = plans("study=budget")
     expected = Counter(itertools.product(("constant", "cosine"), (20, 50, 100, 200), (0, 1, 2)))
     assert Counter((p.config.recipe.schedule.name, p.config.recipe.epochs, p.config.seed) for p in found) == expected
-    assert len({this.directory for this in found}) == len(found)
+    assert len({plan.directory for plan in found}) == len(found)
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -101,7 +101,7 @@ def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str, monkeypa
 
 def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
     """Each step of the ablation differs from the one it is compared with in one option of the same class."""
-    norms = {this.choices["norm"]: this.config.norm for this in plans("study=ablation", "seed=0", "dataset=digits")}
+    norms = {plan.choices["norm"]: plan.config.norm for plan in plans("study=ablation", "seed=0", "dataset=digits")}
     options = {k: v for k, v in norms.items() if v["_target_"].endswith(AttentionBatchNorm2d.__name__)}
     for one, other, key in [
         *(

@@ -178,7 +178,7 @@ def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list
 @pytest.mark.usefixtures("hydra")
 def test_the_seeds_are_those_named_last() -> None:
     def expanded(*overrides: str) -> list[tuple[str, int]]:
-        return [(this.choices["norm"], this.config.seed) for this in expand(composed(*overrides))]
+        return [(plan.choices["norm"], plan.config.seed) for plan in expand(composed(*overrides))]
 
     assert expanded("seeds=three") == [("abn", 0), ("abn", 1), ("abn", 2)]
     assert expanded("seeds=three", "seed=7") == [("abn", 7)]

@@ -1,1 +1,1 @@
-"""What one claim needs beyond accuracy: measurements on trained networks, norm beside norm, paired by seed."""
+"""Analyses of trained networks: measurements beyond accuracy, compared between norms, paired by seed."""

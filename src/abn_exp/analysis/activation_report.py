@@ -23,9 +23,9 @@ from abn_exp.analysis.summary import (
     contrast_rows,
     contrast_table,
     group_names,
+    group_title,
     mean_text,
     means_table,
-    place_of,
 )
 from abn_exp.analysis.trained import Opener
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
@@ -93,7 +93,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))
     layered: list[Contrast] = []
     for group, members in group_cells(cells).items():
-        place, name = place_of(cells, group), group_names(cells)[group]
+        place, name = group_title(cells, group), group_names(cells)[group]
         by_norm = {cell.norm: [found[run.directory] for run in cell.runs] for cell in members}
         layers = [layer.name for layer in next(iter(by_norm.values()))[0].layers()]
         table = _layer_table(by_norm, layers)

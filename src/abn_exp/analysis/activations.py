@@ -1,4 +1,4 @@
-"""What the signs of trained networks see: their inputs' distribution, and what each norm makes of its input.
+"""Binary activations of trained networks: the distribution of their inputs, and each norm's response curve.
 
 For every binary layer, over the test set: P(+1) of its binarized input by channel, entropy, imbalance |2 P - 1|,
 constant channels. For every norm on feature maps: its response to a standardised input, and how many thresholds a

@@ -15,8 +15,8 @@ from abn_exp.analysis.summary import (
     contrast_rows,
     contrast_table,
     group_names,
+    group_title,
     means_table,
-    place_of,
 )
 from abn_exp.analysis.trained import Opener, TestImages
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
@@ -84,7 +84,7 @@ def write(
                 found[run.directory], _ = _analyze(run, opener, images, target)
                 for name, values in subset_scores(found[run.directory]).items():
                     scores[name][run.directory] = values
-        place, name = place_of(cells, group), group_names(cells)[group]
+        place, name = group_title(cells, group), group_names(cells)[group]
         for key in ("deletion", "insertion"):
             report.figure(f"{key}_{name}", _curves(members, found, key, place), f"{key.capitalize()} curves, {place}")
         report.figure(f"maps_{name}", _maps(members, opener, found, target), f"Maps of a few images, {place}")

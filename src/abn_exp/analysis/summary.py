@@ -59,18 +59,22 @@ def contrast(cells: Sequence[Cell], scores: Scores, measures: Iterable[str], ref
                 continue
             pairs = [(x, y) for x in cell.runs for y in base.runs if x.seed == y.seed]
             if not pairs:
-                raise ValueError(f"On {place_of(cells, group)}, {cell.norm} and {reference} have no seed in common.")
+                raise ValueError(
+                    f"On {group_title(cells, group)}, {cell.norm} and {reference} have no seed in common."
+                )
             for measure in measures:
                 values = np.array([[scores[run.directory][measure] for run in pair] for pair in pairs])
                 a, b = values[~np.isnan(values).any(1)].T
                 paired = stats.compare_means(a, b, np.random.default_rng(0))
                 own, ref = (float(x.mean()) if x.size else stats.NAN for x in (a, b))
-                found.append(Contrast(place_of(cells, group), group, cell.norm, reference, measure, own, ref, paired))
+                found.append(
+                    Contrast(group_title(cells, group), group, cell.norm, reference, measure, own, ref, paired)
+                )
     adjusted = stats.holm([c.paired.p for c in found])
     return [replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)]
 
 
-def place_of(cells: Sequence[Cell], group: Group) -> str:
+def group_title(cells: Sequence[Cell], group: Group) -> str:
     """Return a group in words; its variant only where there are several."""
     return f"{group[0]} with {group[1]}" + (f" ({group[2]})" if len({cell.variant for cell in cells}) > 1 else "")
 
@@ -128,7 +132,7 @@ def means_table(cells: Sequence[Cell], scores: Scores, measures: Sequence[str]) 
     rows = []
     for cell in cells:
         values = [[scores[run.directory][measure] for run in cell.runs] for measure in measures]
-        rows.append([place_of(cells, cell.group), cell.norm, str(len(cell.runs)), *map(mean_text, values)])
+        rows.append([group_title(cells, cell.group), cell.norm, str(len(cell.runs)), *map(mean_text, values)])
     return ["where", "norm", "n", *measures], rows
 
 
@@ -197,7 +201,7 @@ class Report:
         for group, members in group_cells(cells).items():
             if len(members) == 1 or all(cell.norm != reference for cell in members):
                 norms = ", ".join(cell.norm for cell in members)
-                lines.append(f"- No comparison on {place_of(cells, group)}: there is {norms} alone.")
+                lines.append(f"- No comparison on {group_title(cells, group)}: there is {norms} alone.")
                 self.sentences.append(lines[-1].removeprefix("- "))
         self.parts += [f"## {claim}", "\n".join(lines)]
 

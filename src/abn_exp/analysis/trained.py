@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from abn_exp.config import Config
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.results import Run, find_runs, load_network, read_config
-from abn_exp.training.setup import loaders_of
+from abn_exp.training.setup import make_loaders
 
 
 def find_trained(folders: Iterable[str | Path]) -> list[Run]:
@@ -75,7 +75,7 @@ class Opener:
             source = {"path": options.path, "image_size": options.image_size, "download": options.download}
             data = load(options.name, options.root, **source)  # type: ignore[arg-type]
             chosen = first_of_each_class(data.test.labels, self.count)
-            batches = list(loaders_of(config, data, torch.device("cpu"))["test"])
+            batches = list(make_loaders(config, data, torch.device("cpu"))["test"])
             normalized = torch.cat([images for images, _ in batches])[chosen]
             self._key = key
             self._images = TestImages(data, chosen, normalized.to(self.device), data.test.labels[chosen])

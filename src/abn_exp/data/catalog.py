@@ -1,4 +1,4 @@
-"""What is known of each data set: its constants, and where its original comes from.
+"""Facts of each data set: its constants, and where its original comes from.
 
 What a person varies (crops, flips, the number of training images) is in ``conf/dataset/<name>.yaml``.
 """

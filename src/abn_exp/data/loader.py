@@ -151,7 +151,7 @@ class BatchLoader:
         return order.to(self.device), top.to(self.device), left.to(self.device), mirror.to(self.device)
 
 
-class Bundles:
+class BatchGroups:
     """A training loader's batches in lists of `size`, the last one shorter."""
 
     batch_sampler = None
@@ -170,5 +170,5 @@ class Bundles:
 
     def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         batches = iter(self.loader)
-        while bundle := list(islice(batches, self.size)):
-            yield bundle
+        while group := list(islice(batches, self.size)):
+            yield group

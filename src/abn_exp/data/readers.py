@@ -1,4 +1,4 @@
-"""Read a data set from where it comes: the original archives and image folders.
+"""Read data sets from the original archives and from image folders.
 
 Archives are read in place: nothing is extracted to disk, no path inside an archive is ever used as one. Each
 reader returns the arrays of the converted file (see ``prepare``); its errors are ValueErrors that name a file.

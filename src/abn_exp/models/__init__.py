@@ -1,4 +1,4 @@
-"""Binary networks that take their feature-map norm as an argument, and how they start.
+"""Binary networks that take their feature-map norm as an argument.
 
 Each is a `torch.nn.Sequential` of named parts: stem, layer1, layer2, ..., head. Stem and head have real weights
 (BinaryNet's head: only its last layer).

@@ -1,4 +1,4 @@
-"""What the networks share: checks, widths, and the unit conv - pool - norm - Hardtanh."""
+"""Building blocks of the networks: argument checks, widths, and the unit conv - pool - norm - Hardtanh."""
 
 import math
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, bytes, and multiply-accumulates, binary and real apart."""
+"""Parameters, bytes and multiply-accumulates of a network, binary and real counted apart."""
 
 import math
 from dataclasses import dataclass

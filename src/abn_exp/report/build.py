@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abn_exp.config import science
+from abn_exp.config import result_affecting_options
 from abn_exp.files import write_text_atomic
 from abn_exp.report import figures, stats
 from abn_exp.report.comparisons import Cell, collect_cells, compare_cells, group_cells
@@ -56,7 +56,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
     sections: dict[str, Any] = {key: {} for key in ("dataset", "model", "norm", "recipe", "precision")}
     recipes = (run.result.recipe for run in cell.runs if run.result is not None)
     recipe = next(recipes, cell.variant.split("_")[0])
-    return {"recipe": recipe, **science(sections | _config(cell))}
+    return {"recipe": recipe, **result_affecting_options(sections | _config(cell))}
 
 
 def _config(cell: Cell) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def draw(report: Report) -> Mapping[str, Figure | None]:
     """Return every figure of a report by its file's name; None where there is nothing to draw."""
     groups = group_cells(report.cells)
-    titles = {group: report.place(group) for group in groups}
+    titles = {group: report.describe_group(group) for group in groups}
     samples: dict[str, dict[str, stats.Array]] = {}
     for cell in report.cells:
         if finished := cell.scores["test_acc"]:

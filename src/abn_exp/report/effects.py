@@ -20,7 +20,7 @@ from abn_exp.report.comparisons import (
     signed_text,
     started_seeds,
 )
-from abn_exp.report.factors import Factor, place
+from abn_exp.report.factors import Factor, describe_group
 
 # (the part of the norm that makes the difference, the norm with it, the norm without it)
 CONTRASTS = (
@@ -83,7 +83,7 @@ def effect_tables(cells: Sequence[Cell], factors: Sequence[Factor], reference: s
     """Return the contrasts, then for each factor its effect and how the norms' differences change with it."""
     tables = [contrasts(cells, factors)]
     for factor in factors:
-        tables += [factor_effects(cells, factors, factor), changes(cells, factors, factor, reference)]
+        tables += [factor_effects(cells, factors, factor), norm_interactions(cells, factors, factor, reference)]
     return [_corrected(table) for table in tables if table.effects]
 
 
@@ -103,7 +103,7 @@ def contrasts(cells: Sequence[Cell], factors: Sequence[Factor] = ()) -> EffectTa
             if norm in by_norm and without in by_norm:
                 mean = _compare([by_norm[norm]], [by_norm[without]], seeds)
                 difference = f"{norm} - {without}"
-                sentence = f"On {place(group[0], factors)}, {what} ({difference}):"
+                sentence = f"On {describe_group(group[0], factors)}, {what} ({difference}):"
                 effects.append(Effect((*head, what, difference), sentence, mean))
     header = ("dataset", "model", *(f.name for f in factors), "part", "difference")
     return EffectTable("What each part of the norm does", header, tuple(effects))
@@ -132,7 +132,9 @@ def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Fac
     return EffectTable(f"Effect of {factor.name}, against {factor.reference}", header, tuple(effects))
 
 
-def changes(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str) -> EffectTable:
+def norm_interactions(
+    cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str
+) -> EffectTable:
     """Compare the difference norm - reference at each level of a factor with that at its reference level: a
     difference of differences, each seed's first.
 

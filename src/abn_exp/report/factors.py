@@ -1,4 +1,4 @@
-"""What varies in a folder of runs besides data set, network and norm, and how to name it."""
+"""Factors of a study besides data set, network and norm: options that differ between its cells, and their names."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ class Factor:
         return self.by_cell[cell.key]
 
 
-def place(cell: Cell, factors: Iterable[Factor]) -> str:
+def describe_group(cell: Cell, factors: Iterable[Factor]) -> str:
     """Return what a comparison of norms holds fixed, in words."""
     levels = [
         f"{factor.name} {level}".removeprefix("variant ") for factor in factors for level in [factor.level(cell)]

@@ -1,4 +1,4 @@
-"""What a report says: its tables and sentences. Accuracies are percent, differences and stds percentage points."""
+"""Tables and sentences of a report. Accuracies are percent, differences and stds percentage points."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ from abn_exp.report.comparisons import (
     verdict_spread,
 )
 from abn_exp.report.effects import EffectTable
-from abn_exp.report.factors import Factor, place
+from abn_exp.report.factors import Factor, describe_group
 from abn_exp.results import RunResult
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -51,13 +51,13 @@ class Report:
     def results(self) -> list[RunResult]:
         return [run.result for cell in self.cells for run in cell.runs if run.result is not None]
 
-    def place(self, group: Group) -> str:
+    def describe_group(self, group: Group) -> str:
         """Return a group in words."""
-        return place(next(cell for cell in self.cells if cell.group == group), self.factors)
+        return describe_group(next(cell for cell in self.cells if cell.group == group), self.factors)
 
     def verdicts(self) -> dict[str, list[tuple[Decision, str]]]:
         """Return the (decision, sentence) of every comparison, by the claim that is judged."""
-        places = [(c, self.place(c.cell.group)) for c in self.comparisons]
+        places = [(c, self.describe_group(c.cell.group)) for c in self.comparisons]
         return {
             f"Is accuracy higher than {self.reference}'s": [verdict_mean(c, place) for c, place in places],
             f"Is spread between seeds smaller than {self.reference}'s": [verdict_spread(c, p) for c, p in places],
@@ -139,7 +139,7 @@ def effect_table(table: EffectTable) -> Table:
     return [*table.header, "n", table.measure, "95 % interval", "p", "p (Holm)", "verdict"], rows
 
 
-def readings_tables(report: Report) -> list[Table]:
+def checkpoint_selection_tables(report: Report) -> list[Table]:
     """What the choice of the epoch does: to each cell, and to each difference; none where no peak was recorded."""
     if not any(cell.scores["test_acc_peak"] for cell in report.cells):
         return []
@@ -193,7 +193,7 @@ def no_comparison(report: Report) -> list[str]:
     if len(without) == len(groups) > 1:
         return [f"No comparison of norms: the reference norm {report.reference} was not run."]
     return [
-        f"No comparison on {report.place(group)}: the reference norm {report.reference} was not run there."
+        f"No comparison on {report.describe_group(group)}: the reference norm {report.reference} was not run there."
         for group in without
     ]
 
@@ -203,7 +203,7 @@ def missing(report: Report) -> list[str]:
     lines = []
     for group, cells in group_cells(report.cells).items():
         for cell in cells:
-            head = f"{report.place(group)}, {cell.norm}, seed"
+            head = f"{report.describe_group(group)}, {cell.norm}, seed"
             for seed in started_seeds(cells):
                 if seed in cell.failed:
                     lines.append(f"{head} {seed}: {' '.join(cell.failed[seed].split())}")

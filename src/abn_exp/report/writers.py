@@ -1,4 +1,4 @@
-"""A report as files: report.md, report.tex, report.csv, effects.csv and runs.csv."""
+"""Write a report as report.md, report.tex, report.csv, effects.csv and runs.csv."""
 
 import math
 import re
@@ -20,6 +20,7 @@ from abn_exp.report.comparisons import (
 from abn_exp.report.tables import (
     Report,
     accuracy_table,
+    checkpoint_selection_tables,
     cost_table,
     csv_text,
     difference_table,
@@ -27,7 +28,6 @@ from abn_exp.report.tables import (
     markdown_table,
     missing,
     no_comparison,
-    readings_tables,
     spread_table,
 )
 from abn_exp.results import RunResult
@@ -81,7 +81,7 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
     if report.comparisons:
         parts += [f"## Differences to {ref}", markdown_table(difference_table(report))]
         parts += [f"## Spread between seeds, against {ref}", markdown_table(spread_table(report))]
-    if readings := readings_tables(report):
+    if readings := checkpoint_selection_tables(report):
         parts += ["## Which epoch is read", READINGS, *map(markdown_table, readings)]
     if (costs := cost_table(report)) is not None:
         parts += ["## What it costs", COSTS_NOTE, markdown_table(costs)]
@@ -95,7 +95,7 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         seeds = started_seeds(cells)
         rows = [[cell.norm, *map(number_text, cell.sample("test_acc", seeds))] for cell in cells]
         header = ["norm", *(f"seed {seed}" for seed in seeds)]
-        parts += [f"{report.place(group)}:", markdown_table((header, rows))]
+        parts += [f"{report.describe_group(group)}:", markdown_table((header, rows))]
     parts += ["## How it was run", f"```\n{report.command}\n```", "\n".join(_how_it_was_run(report))]
     return "\n\n".join(parts) + "\n"
 

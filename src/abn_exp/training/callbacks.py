@@ -1,4 +1,4 @@
-"""What a run watches while it trains: the record of each epoch, sign flips, divergence, progress, checkpoints."""
+"""Lightning callbacks: a line of metrics an epoch, sign flips, divergence, the progress bar, signals under DDP."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from abn_exp.training.wandb_run import Tracker
 log = logging.getLogger(__name__)
 
 
-class EpochRecord(pl.Callback):
+class EpochLogger(pl.Callback):
     """Writes a line an epoch to `metrics.jsonl`, the log and W&B: losses, accuracies, rate, flips, speed, ETA.
 
     flip_ratio of a layer: the share of its binary weights whose sign at the epoch's end is not the one at its
@@ -88,7 +88,7 @@ class EpochRecord(pl.Callback):
         if trainer.is_global_zero:
             append_line(self.path, json.dumps(metrics))
         self.tracker.log(metrics)
-        self._say(metrics, trainer)
+        self._log_epoch(metrics, trainer)
         bad = _not_finite(metrics, pl_module)
         if trainer.strategy.reduce_boolean_decision(
             bad is not None, all=False
@@ -104,7 +104,7 @@ class EpochRecord(pl.Callback):
         values = torch.stack(list(metrics.values())).tolist() if metrics else []
         return dict(zip(metrics, values, strict=True))
 
-    def _say(self, metrics: dict[str, Any], trainer: pl.Trainer) -> None:
+    def _log_epoch(self, metrics: dict[str, Any], trainer: pl.Trainer) -> None:
         epoch, epochs = metrics["epoch"], trainer.max_epochs or 0
         done = epoch + 1 - self.first_epoch
         eta = (time.monotonic() - self.started) / done * (epochs - epoch - 1)
@@ -120,7 +120,7 @@ class EpochRecord(pl.Callback):
         log.info("  ".join(parts))
 
 
-class Bar(pl.Callback):
+class StepProgressBar(pl.Callback):
     """One bar over all steps of a run, with the time left; what is logged meanwhile appears above it."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,7 +182,7 @@ def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-class StopTogether(pl.Callback):
+class KillAllRanks(pl.Callback):
     """Lets SIGTERM and SIGINT end a run of several processes at once, as a kill would: what is on disk is whole.
 
     Lightning's own handlers wait for the other processes, which may be waiting for this one in the middle of a step.

@@ -1,4 +1,4 @@
-"""What is learned and how: loss, metrics, optimizer. The network comes from outside."""
+"""LightningModule: loss, metrics, optimizer and learning-rate schedule. The network is passed in."""
 
 import math
 from contextlib import nullcontext
@@ -25,8 +25,8 @@ class LitClassifier(pl.LightningModule):
     """A network that learns to classify images (B, 3, S, S) into labels (B,) by cross-entropy.
 
     Each stage adds up loss, top-1 and top-5 on the device and gives means over images once an epoch
-    (`epoch_metrics`), so that no step waits for the device. Training takes bundles of batches (`Bundles`), so that
-    what Lightning costs is spent once a bundle and not once a step.
+    (`epoch_metrics`), so that no step waits for the device. Training takes groups of batches (`BatchGroups`), so that
+    what Lightning costs is spent once a group and not once a step.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LitClassifier(pl.LightningModule):
             self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
 
     def training_step(self, batches: list[tuple[Tensor, Tensor]], batch_index: int) -> None:
-        """Take a step of the optimizer on each batch of a bundle."""
+        """Take a step of the optimizer on each batch of a group."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)

@@ -1,4 +1,4 @@
-"""How many runs to train at once on this machine, each in its own process: measured (`seeds_at_once=auto`)."""
+"""Measure how many runs to train at once on this machine, each in a process of its own (`seeds_at_once=auto`)."""
 
 import logging
 import multiprocessing
@@ -21,7 +21,7 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.data.prepare import ImageDataset, Split
 from abn_exp.identity import RunPlan
 from abn_exp.training.classifier import LitClassifier
-from abn_exp.training.setup import device_of, loaders_of, network_of, waste_nothing
+from abn_exp.training.setup import configure_process, make_loaders, make_network, select_device
 
 SECONDS = 3.0  # of training, for each number that is tried
 WARM = 1.0  # of training before the first number
@@ -38,12 +38,12 @@ class StepLoop:
 
     def __init__(self, config: Config, data: ImageDataset, device: torch.device, norm: str = "abn") -> None:
         self.config, self.device = config, device
-        waste_nothing()
+        configure_process()
         classes = len(data.classes)
-        self.network = network_of(config, norm, classes, device)
+        self.network = make_network(config, norm, classes, device)
         if config.compile:
             self.network.compile()
-        self.loaders = loaders_of(config, data, device)
+        self.loaders = make_loaders(config, data, device)
         steps = len(self.loaders["train"])
         self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True)
@@ -85,18 +85,18 @@ def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
     return ImageDataset("random", split(train), split(test), tuple("0123456789"))
 
 
-def runs_at_once(this: RunPlan, pending: int) -> int:
+def measure_best_count(plan: RunPlan, pending: int) -> int:
     """Return how many runs like `this` to train at a time, where `pending` are to be trained; say why.
 
     As many as give the most images a second in all, or fewer that are nearly as fast; 1 where several gain nothing.
     """
-    config = this.config
-    device = device_of(config)
+    config = plan.config
+    device = select_device(config)
     counts = candidates(pending, device, config.threads)
     if len(counts) < 2:
         return 1
     log.info("seeds_at_once=auto: measuring %s runs at once", ", ".join(map(str, counts)))
-    rates = measure(config, this.choices["norm"], counts, device)
+    rates = measure(config, plan.choices["norm"], counts, device)
     chosen = choose(rates)
     speeds = ", ".join(f"{count} at once {rate:,.0f} images/s" for count, rate in rates.items())
     log.info("%s in all: %d at a time", speeds or "none could be measured", chosen)
@@ -178,7 +178,7 @@ def _begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     options = config.dataset.model_copy(update={"train_images": None})
     data = random_data(8 * recipe.batch_size, 10, options.image_size)
     config = config.model_copy(update={"recipe": recipe, "dataset": options})
-    loop = StepLoop(config, data, device_of(config), norm)
+    loop = StepLoop(config, data, select_device(config), norm)
     batches = cycle(loop.loaders["train"])
     _rate(loop, batches, WARM)
     return loop, batches

@@ -24,26 +24,26 @@ from rich.table import Table
 from torch._dynamo.exc import TorchDynamoException
 
 from abn_exp import provenance
-from abn_exp.config import Config, config_hash, science
-from abn_exp.data.loader import BatchLoader, Bundles
+from abn_exp.config import Config, config_hash, result_affecting_options
+from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, in_a_line
 from abn_exp.exact16 import has_exact16
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.results import RunResult, read_checkpoint, read_config, read_metrics, read_result, write_result
-from abn_exp.training.callbacks import Bar, EpochRecord, StopTogether
+from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
 from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.setup import (
-    BUNDLE,
-    data_of,
-    device_of,
-    loaders_of,
-    network_of,
-    rank_of,
+    BATCHES_PER_GROUP,
+    configure_process,
+    load_data,
+    make_loaders,
+    make_network,
+    process_rank,
+    select_device,
     trainer_options,
-    waste_nothing,
 )
 from abn_exp.training.wandb_run import Tracker
 
@@ -56,21 +56,21 @@ warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.co
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
 
 
-def run(this: RunPlan, command: str) -> RunResult:
+def run(plan: RunPlan, command: str) -> RunResult:
     """Train and test one network, or go on with it, or show its result where it is already finished.
 
     Raises ConfigError for what the user can mend; whatever ends a run without a result is left in `FAILED`.
     """
-    config, directory = this.config, this.directory
-    if rank_of(config) > 0:
-        return _help(this)
+    config, directory = plan.config, plan.directory
+    if process_rank(config) > 0:
+        return _run_worker_rank(plan)
     directory.mkdir(parents=True, exist_ok=True)
-    with _owned(directory), _logged_to(directory / "train.log"):
+    with _lock_run_dir(directory), _log_to(directory / "train.log"):
         remove_parts(directory)
         remove_parts(directory / "checkpoints")
         if config.force:
-            _start_anew(directory)
-        finished = _check_same(this)
+            _clear_run_dir(directory)
+        finished = _check_same_config(plan)
         if finished is not None:
             log.info("%s is finished (force=true runs it again)", directory)
             show(finished)
@@ -79,7 +79,7 @@ def run(this: RunPlan, command: str) -> RunResult:
         for name in ("result.json", "SHA256SUMS", "FAILED"):
             (directory / name).unlink(missing_ok=True)
         try:
-            result = _train_and_test(this)
+            result = _train_and_test(plan)
         except Exception as error:
             text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
@@ -90,33 +90,33 @@ def run(this: RunPlan, command: str) -> RunResult:
         return result
 
 
-def _help(this: RunPlan) -> RunResult:
+def _run_worker_rank(plan: RunPlan) -> RunResult:
     """Train and test as one of the processes that share a run; the first one writes, logs and reports."""
     logging.disable(logging.INFO)
     try:
-        return _train_and_test(this)
+        return _train_and_test(plan)
     except Diverged:
         raise SystemExit(0) from None  # with any other code, Lightning would kill the first before it has said why
 
 
-def _train_and_test(this: RunPlan) -> RunResult:
-    config, directory = this.config, this.directory
-    recipe, rank = config.recipe, rank_of(config)
+def _train_and_test(plan: RunPlan) -> RunResult:
+    config, directory = plan.config, plan.directory
+    recipe, rank = config.recipe, process_rank(config)
     torch.set_num_threads(config.threads)
-    waste_nothing()
+    configure_process()
     if config.devices > 1:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
-    device = device_of(config)
+    device = select_device(config)
 
-    data = data_of(config)
-    loaders = loaders_of(config, data, device, rank=rank, world_size=config.devices)
-    network = network_of(config, this.choices["norm"], len(data.classes), device)
+    data = load_data(config)
+    loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
+    network = make_network(config, plan.choices["norm"], len(data.classes), device)
     summary = summarize(network, config.dataset.image_size)
     log.info(
         "%s seed %d on %s\n%s",
-        this.cell,
+        plan.cell,
         config.seed,
-        _place(config, device, network),
+        _describe_device(config, device, network),
         as_text(summary.table()),
     )
 
@@ -127,27 +127,27 @@ def _train_and_test(this: RunPlan) -> RunResult:
         network.compile()
     steps = len(loaders["train"])
     classifier = LitClassifier(network, recipe, config.seed, len(data.classes), steps, stages, config.sync_norm)
-    window = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
-    with Tracker(window, **_wandb_arguments(this)) as tracker:
+    wandb_config = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
+    with Tracker(wandb_config, **_wandb_arguments(plan)) as tracker:
         if tracker.run_id is not None:
             write_text_atomic(directory / "wandb-run-id", tracker.run_id)
         trainer = _trainer(config, device, directory, tracker, stages)
         last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
         if last is not None:
             log.info("going on from %s", last)
-        bundles = Bundles(loaders["train"], BUNDLE)
+        groups = BatchGroups(loaders["train"], BATCHES_PER_GROUP)
         try:
-            trainer.fit(classifier, bundles, [loaders[stage] for stage in stages] or None, ckpt_path=last)
+            trainer.fit(classifier, groups, [loaders[stage] for stage in stages] or None, ckpt_path=last)
         except TorchDynamoException as error:  # no C++ compiler, say
             why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
             raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
-        place = _place(config, device, network)
-        result = _test(this, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
+        place = _describe_device(config, device, network)
+        result = _test(plan, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
         tracker.summarize(_headline(result))
     return result
 
 
-def _place(config: Config, device: torch.device, network: torch.nn.Module) -> str:
+def _describe_device(config: Config, device: torch.device, network: torch.nn.Module) -> str:
     """Return the device's name, with the precision where that is the device's choice and not fp32."""
     name = provenance.device_name(device, config.threads)
     return f"{name}, exact16" if config.precision == "auto" and has_exact16(network) else name
@@ -171,16 +171,16 @@ def _headline(result: RunResult) -> dict[str, float]:
 def _trainer(
     config: Config, device: torch.device, directory: Path, tracker: Tracker, stages: tuple[Stage, ...]
 ) -> pl.Trainer:
-    alone = sys.stdout.isatty() and current_process().name == "MainProcess" and rank_of(config) == 0
+    alone = sys.stdout.isatty() and current_process().name == "MainProcess" and process_rank(config) == 0
     show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
-    callbacks = [EpochRecord(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
+    callbacks = [EpochLogger(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
     if config.devices > 1:
-        callbacks.append(StopTogether())
+        callbacks.append(KillAllRanks())
     return pl.Trainer(
         **trainer_options(config, device),
         strategy="ddp" if config.devices > 1 else "auto",
         max_epochs=config.recipe.epochs,
-        callbacks=[*callbacks, Bar()] if show_bar else callbacks,
+        callbacks=[*callbacks, StepProgressBar()] if show_bar else callbacks,
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # SLURM and the like start runs, not their parts
         default_root_dir=directory,
         limit_val_batches=1.0 if stages else 0,
@@ -188,7 +188,7 @@ def _trainer(
 
 
 def _test(
-    this: RunPlan,
+    plan: RunPlan,
     trainer: pl.Trainer,
     classifier: LitClassifier,
     loader: BatchLoader,
@@ -197,7 +197,7 @@ def _test(
     wandb_run_id: str | None,
 ) -> RunResult:
     """Read the test set with the last epoch's weights and, where there is a validation split, with the best one's."""
-    directory, config = this.directory, this.config
+    directory, config = plan.directory, plan.config
     metrics = read_metrics(directory)
     trainer.test(classifier, loader, verbose=False)
     test = classifier.evaluated
@@ -215,11 +215,11 @@ def _test(
         test_best = classifier.evaluated["test/acc"]
     peaks = [line["test/acc"] for line in metrics if "test/acc" in line]
     return RunResult(
-        dataset=this.choices["dataset"],
-        model=this.choices["model"],
-        norm=this.choices["norm"],
-        recipe=this.choices["recipe"],
-        variant=this.variant,
+        dataset=plan.choices["dataset"],
+        model=plan.choices["model"],
+        norm=plan.choices["norm"],
+        recipe=plan.choices["recipe"],
+        variant=plan.variant,
         seed=config.seed,
         config_hash=config_hash(config),
         epochs=config.recipe.epochs,
@@ -267,7 +267,7 @@ def as_text(table: Table) -> str:
 
 
 @contextmanager
-def _owned(directory: Path) -> Iterator[None]:
+def _lock_run_dir(directory: Path) -> Iterator[None]:
     """Keep a run's directory to one process."""
     lock = FileLock(directory / ".lock")
     try:
@@ -289,7 +289,7 @@ class RunLog(logging.FileHandler):
 
 
 @contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
+def _log_to(path: Path) -> Iterator[None]:
     """Append to a file whatever is logged inside."""
     handler = RunLog(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -302,18 +302,18 @@ def _logged_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _start_anew(directory: Path) -> None:
+def _clear_run_dir(directory: Path) -> None:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id"):
         (directory / name).unlink(missing_ok=True)
 
 
-def _check_same(this: RunPlan) -> RunResult | None:
+def _check_same_config(plan: RunPlan) -> RunResult | None:
     """Return the directory's result if there is one; refuse a directory that another configuration has written.
 
     A damaged record is made again: the checkpoint, which has checksums of its own, holds all that it says.
     """
-    directory, finished = this.directory, None
+    directory, finished = plan.directory, None
     if not (directory / "config.yaml").is_file():
         return None
     try:
@@ -321,11 +321,11 @@ def _check_same(this: RunPlan) -> RunResult | None:
             finished = read_result(directory)
         except DamagedFile as error:
             log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
-        theirs = science(read_config(directory))
+        theirs = result_affecting_options(read_config(directory))
     except (DamagedFile, KeyError) as error:
         what = error if isinstance(error, DamagedFile) else f"{directory / 'config.yaml'} lacks {error}"
         raise ConfigError(f"{what}; force=true runs the run again from its start.") from error
-    ours = science(this.config.model_dump())
+    ours = result_affecting_options(plan.config.model_dump())
     if different := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ConfigError(
             f"{directory} was made by another configuration (different: {', '.join(different)}); "
@@ -334,20 +334,20 @@ def _check_same(this: RunPlan) -> RunResult | None:
     return finished
 
 
-def _wandb_arguments(this: RunPlan) -> dict[str, Any]:
-    config = this.config
-    earlier = this.directory / "wandb-run-id"
+def _wandb_arguments(plan: RunPlan) -> dict[str, Any]:
+    config = plan.config
+    earlier = plan.directory / "wandb-run-id"
     run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else ""
     return {
         "id": run_id or None,
         "resume": "allow" if run_id else None,
-        "group": this.cell,
+        "group": plan.cell,
         "job_type": "train",
-        "name": f"{this.cell}-s{config.seed}",
-        "tags": [this.choices["dataset"], this.choices["model"], this.choices["norm"]],
+        "name": f"{plan.cell}-s{config.seed}",
+        "tags": [plan.choices["dataset"], plan.choices["model"], plan.choices["norm"]],
         "config": {
-            **this.choices,
-            "variant": this.variant,
+            **plan.choices,
+            "variant": plan.variant,
             "study": config.name,
             "seed": config.seed,
             "cfg": config.model_dump(),

@@ -1,4 +1,4 @@
-"""What a run is put together from: its device, data, network, and how a step is computed."""
+"""Build what a run needs: its device, data loaders, network and trainer options."""
 
 import ctypes
 import logging
@@ -20,17 +20,17 @@ from abn_exp.models.build import build_network, initialize_
 from abn_exp.training.classifier import Stage
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-BUNDLE = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
+BATCHES_PER_GROUP = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
 
 log = logging.getLogger(__name__)
 
 
-def rank_of(config: Config) -> int:
+def process_rank(config: Config) -> int:
     """Return which of a run's processes this is. Lightning starts the others with the command of the first, 0."""
     return int(os.environ.get("LOCAL_RANK", "0")) if config.devices > 1 else 0
 
 
-def device_of(config: Config) -> torch.device:
+def select_device(config: Config) -> torch.device:
     """Return the device of a run. Raises ConfigError where there are not as many of that kind as are asked for."""
     kind = config.device
     if kind == "auto":
@@ -46,11 +46,11 @@ def device_of(config: Config) -> torch.device:
         raise ConfigError(f"devices={config.devices}, but torch sees {count} CUDA devices; choose fewer.")
     # A run's own processes take one GPU each; the workers of a launcher on one machine (joblib) take turns.
     worker = re.search(r"-(\d+)$", current_process().name)
-    turn = rank_of(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
+    turn = process_rank(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
     return torch.device("cuda", turn % count)
 
 
-def waste_nothing() -> None:
+def configure_process() -> None:
     """Let the process leave out work that no number depends on."""
     # Deterministic kernels write every value of a result: filling it with NaN first is a pass for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def waste_nothing() -> None:
             libc.mallopt(option, value)
 
 
-def data_of(config: Config) -> ImageDataset:
+def load_data(config: Config) -> ImageDataset:
     options = config.dataset
     try:
         data = load(
@@ -81,7 +81,7 @@ def data_of(config: Config) -> ImageDataset:
     return data
 
 
-def loaders_of(
+def make_loaders(
     config: Config, data: ImageDataset, device: torch.device, *, rank: int = 0, world_size: int = 1
 ) -> dict[Stage, BatchLoader]:
     """Return the loaders of the training, validation (where there is a split) and test images.
@@ -127,7 +127,7 @@ def loaders_of(
     return loaders
 
 
-def network_of(config: Config, norm: str, num_classes: int, device: torch.device) -> torch.nn.Module:
+def make_network(config: Config, norm: str, num_classes: int, device: torch.device) -> torch.nn.Module:
     """Return the network that a run trains, on its device, at its start: precision and memory format are set.
 
     `norm` is the norm's name, on which the initial weights depend where they are not paired.
@@ -137,7 +137,7 @@ def network_of(config: Config, norm: str, num_classes: int, device: torch.device
     initialize_(network, config.seed, "init" if config.recipe.paired_init else f"init/{norm}")
     # A fifth faster on a CPU, and what tensor cores want.
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if precision_of(config, device) == "exact16":
+    if resolve_precision(config, device) == "exact16":
         # What the trainer will set, too: the check is of the kernels that will be used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
         torch.use_deterministic_algorithms(config.deterministic)
@@ -154,7 +154,7 @@ def network_of(config: Config, norm: str, num_classes: int, device: torch.device
     return network
 
 
-def precision_of(config: Config, device: torch.device) -> str:
+def resolve_precision(config: Config, device: torch.device) -> str:
     """Return what `precision=auto` stands for on a device; any other choice is itself."""
     if config.precision != "auto":
         return config.precision

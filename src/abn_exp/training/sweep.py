@@ -1,4 +1,4 @@
-"""What a multirun adds to its runs: a check of all of them before the first, and the account at its end."""
+"""Hydra callback of a multirun: checks every run before the first starts; reports and lists failures at the end."""
 
 import logging
 import shlex
@@ -18,10 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from abn_exp.config import config_hash
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import RunPlan, plan
+from abn_exp.identity import RunPlan, plan_run
 from abn_exp.report.build import Report, print_report, write_report
 from abn_exp.results import Run, find_runs
-from abn_exp.training.parallel import runs_at_once
+from abn_exp.training.parallel import measure_best_count
 from abn_exp.training.wandb_run import Tracker
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class SweepCallback(Callback):
         finished = sum(run.status == "finished" for run in self._runs())
         force = self.plans[0].config.force
         self.complete = finished == len(self.plans) and not force
-        for folder in {this.directory.parents[4] for this in self.plans}:
+        for folder in {plan.directory.parents[4] for plan in self.plans}:
             record_command(folder, command(config))
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
         if not self.complete:
@@ -52,11 +52,11 @@ class SweepCallback(Callback):
     def _train_at_once(self, config: DictConfig, pending: int) -> None:
         """Let Hydra launch as many runs at a time as `seeds_at_once` says: joblib does it, with the same numbers."""
         done = {run.directory for run in self._runs() if run.status == "finished"}
-        this = next((this for this in self.plans if this.directory not in done), self.plans[0])
-        count = this.config.seeds_at_once
+        plan = next((plan for plan in self.plans if plan.directory not in done), self.plans[0])
+        count = plan.config.seeds_at_once
         if count == "auto":
             try:
-                count = runs_at_once(this, pending)
+                count = measure_best_count(plan, pending)
             except ConfigError as error:
                 raise SystemExit(f"error: {error}") from None
         if count != 1:
@@ -70,7 +70,7 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
         failed = []
-        for folder in sorted({this.directory.parents[4] for this in self.plans}):
+        for folder in sorted({plan.directory.parents[4] for plan in self.plans}):
             try:
                 report = write_report(folder)
             except (ValueError, OSError) as error:
@@ -90,19 +90,19 @@ class SweepCallback(Callback):
         """Return a line for each of this multirun's runs that has no result of its own, with the reason."""
         found = {run.directory: run for run in self._runs()}
         lines = []
-        for this in self.plans:
-            run = found.get(this.directory)
+        for plan in self.plans:
+            run = found.get(plan.directory)
             if run is None:
-                lines.append(f"NOT BEGUN {this.directory}: no reason recorded")
+                lines.append(f"NOT BEGUN {plan.directory}: no reason recorded")
             elif run.result is None:
-                lines.append(f"{run.status.upper()} {this.directory}: {run.reason or 'no reason recorded'}")
-            elif run.result.config_hash != config_hash(this.config):
-                lines.append(f"REFUSED {this.directory}: it holds the result of another configuration")
+                lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or 'no reason recorded'}")
+            elif run.result.config_hash != config_hash(plan.config):
+                lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
 
     def _runs(self) -> list[Run]:
         """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
-        ours = {this.directory for this in self.plans}
+        ours = {plan.directory for plan in self.plans}
         folders = {directory.parents[4] for directory in ours}
         return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
 
@@ -118,7 +118,7 @@ class SweepCallback(Callback):
 
 def _check_devices(plans: list[RunPlan]) -> None:
     """Refuse what Lightning cannot do: to start a run's other processes, it repeats the whole command."""
-    if any(this.config.devices > 1 for this in plans):
+    if any(plan.config.devices > 1 for plan in plans):
         raise ConfigError(
             "devices=1 is the only choice in a multirun: give each run a GPU (seeds_at_once=auto), or run one "
             "after another, without -m and seeds=."
@@ -128,7 +128,7 @@ def _check_devices(plans: list[RunPlan]) -> None:
 def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
     """Refuse two answers to the question of who launches the runs."""
     launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
-    if launcher != "BasicLauncher" and any(this.config.seeds_at_once != 1 for this in plans):
+    if launcher != "BasicLauncher" and any(plan.config.seeds_at_once != 1 for plan in plans):
         raise ConfigError(
             f"seeds_at_once is for runs without a launcher, but hydra/launcher is {launcher}; leave one of them out."
         )
@@ -160,5 +160,5 @@ def expand(config: DictConfig) -> list[RunPlan]:
     plans = []
     for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
         cfg = compose("config", list(overrides), return_hydra_config=True)
-        plans.append(plan(cfg, dict(cfg.hydra.runtime.choices)))
+        plans.append(plan_run(cfg, dict(cfg.hydra.runtime.choices)))
     return plans

@@ -1,4 +1,4 @@
-"""Weights & Biases, the window on a run. It is never asked for, never waited for, and never the record.
+"""Optional W&B logging; a failure inside W&B is a warning, since the record of a run is on disk.
 
 Without a key a run is written offline (`wandb sync` uploads it later); a server that cannot be reached costs one
 wait a process, and then everything goes offline. What fails inside W&B is a warning, not the end of a run. `wandb`
