@@ -87,10 +87,10 @@ def has_spread(values: Array, scale: float | None = None) -> bool:
     return bool(np.ptp(values) > 1e-6 * (np.abs(values).max() if scale is None else scale))
 
 
-def t_interval(sample: ArrayLike, scale: float | None = None) -> Interval:
-    """Return Student's 95 % interval of the mean, mean +- t(n - 1) std / sqrt(n); ``scale`` as in has_spread."""
+def t_interval(sample: ArrayLike) -> Interval:
+    """Return Student's 95 % interval of the mean, mean +- t(n - 1) std / sqrt(n)."""
     values = present(sample)
-    if not has_spread(values, scale):
+    if not has_spread(values):
         return NAN, NAN
     n = len(values)
     half = st.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
@@ -169,20 +169,22 @@ def compare_means(
         return _welch(x, y)
     if scale is None:
         scale = float(np.abs(np.concatenate([x, y])).max(initial=0))
-    return _paired((a - b)[common], rng, scale)
+    return _paired(a[common], b[common], rng, scale)
 
 
-def _paired(differences: Array, rng: np.random.Generator, scale: float) -> MeanComparison:
+def _paired(x: Array, y: Array, rng: np.random.Generator, scale: float) -> MeanComparison:
+    differences = x - y
     n = len(differences)
     difference = float(differences.mean()) if n else NAN
     p = effect = NAN
+    interval: Interval = (NAN, NAN)
     if has_spread(differences, scale):
-        std = differences.std(ddof=1)
-        p = float(2 * st.t.sf(abs(difference) / (std / math.sqrt(n)), n - 1))
-        effect = hedges_correction(n - 1) * difference / float(std)
+        test: Any = st.ttest_rel(x, y)
+        p, ci = float(test.pvalue), test.confidence_interval(CONFIDENCE)
+        interval = float(ci.low), float(ci.high)
+        effect = hedges_correction(n - 1) * difference / float(differences.std(ddof=1))
     flips = sign_flip_p(differences, rng)
     values = tuple(map(float, differences))
-    interval = t_interval(differences, scale)
     return MeanComparison("paired", (n, n), values, difference, interval, p, flips, effect, "dz")
 
 
@@ -210,18 +212,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def brown_forsythe(x: Array, y: Array) -> Array:
-    """Return Brown and Forsythe's F, the analysis of variance of |x - median|, along the last axis.
+def brown_forsythe(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return Brown and Forsythe's F, the analysis of variance of |x - median|, and its p, along the last axis.
 
-    x is (..., n), y is (..., m); the result (...) has F(1, n + m - 2) as its approximate law under equal
-    spreads. NaN where |x - median| varies in neither sample, as with two seeds each.
+    x is (..., n), y is (..., m); the results (...). NaN where |x - median| varies in neither sample, as with two
+    seeds each.
     """
     z = [np.abs(v - np.median(v, axis=-1, keepdims=True)) for v in (x, y)]
-    n, m = x.shape[-1], y.shape[-1]
-    within = sum(((v - v.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1) for v in z)
-    within = np.where(within > 1e-18 * sum((v**2).sum(axis=-1) for v in z), within, np.nan)
-    between = (z[0].mean(axis=-1) - z[1].mean(axis=-1)) ** 2 * n * m / (n + m)
-    return np.asarray(between * (n + m - 2) / within)
+    varies = sum(np.ptp(v, axis=-1) for v in z) > 1e-9 * sum(v.max(axis=-1) for v in z)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Any = st.levene(x, y, center="median", axis=-1)
+    return np.where(varies, found.statistic, np.nan), np.where(varies, found.pvalue, np.nan)
 
 
 def log_variance_ratio_p(x: Array, y: Array, rng: np.random.Generator) -> float:
@@ -266,7 +267,7 @@ def compare_spreads(candidate: ArrayLike, reference: ArrayLike, rng: np.random.G
     ratio = std[0] / std[1]
     tails = st.f.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], n - 1, m - 1)
     low, high = ratio / np.sqrt(tails)
-    p = float(st.f.sf(brown_forsythe(x, y), 1, n + m - 2))
+    p = float(brown_forsythe(x, y)[1])
     interval = float(low), float(high)
     return SpreadComparison((n, m), std, ratio, interval, p, log_variance_ratio_p(x, y, rng), power)
 
@@ -275,7 +276,7 @@ def brown_forsythe_power(n: int, m: int, ratio: float, rng: np.random.Generator,
     """Return the share of simulated normal samples, of n and m seeds with stds 1 and ``ratio``, in which
     Brown-Forsythe finds p < 0.05."""
     x, y = rng.standard_normal((simulations, n)), ratio * rng.standard_normal((simulations, m))
-    return float(np.mean(brown_forsythe(x, y) > st.f.isf(ALPHA, 1, n + m - 2)))
+    return float(np.mean(brown_forsythe(x, y)[1] < ALPHA))
 
 
 @lru_cache
