@@ -29,14 +29,17 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """Run what Hydra composed; return the test accuracy, or None for a run that failed inside a multirun."""
+    """Run what Hydra composed; return the validation accuracy, which is what a sweeper of Hydra's may optimise.
+
+    None where there is no validation split, and for a run that failed inside a multirun; never the test accuracy.
+    """
     hydra_config = HydraConfig.get()
     multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
         _prefix_log_lines(cfg, hydra_config.runtime.choices)
     command = " ".join(["python train.py", *hydra_config.overrides.task])
     try:
-        return run(plan_run(cfg, dict(hydra_config.runtime.choices)), command).test_acc
+        return run(plan_run(cfg, dict(hydra_config.runtime.choices)), command).val_acc_last
     except SIGTERMException:
         print(STOPPED.format("SIGTERM"), file=sys.stderr)
         raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success

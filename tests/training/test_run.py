@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
+import train as train_py
 from abn_exp import provenance
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
@@ -196,6 +199,23 @@ def test_paper_recipe_records_the_peak(make_plan: Make) -> None:
     assert result.test_acc_best_val is None
     rates = {line["lr"] for line in read_metrics(plan.directory)}
     assert rates == {1e-3}
+
+
+def test_main_returns_the_validation_accuracy_and_never_the_test_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what Hydra's sweepers optimise."""
+    returned = {}
+    for recipe in ("fixed", "paper"):
+        with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+            overrides = [f"recipe={recipe}", f"results_dir={tmp_path}", "dataset=digits", *TINY]
+            cfg = compose("config", overrides, return_hydra_config=True)
+            monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+            returned[recipe] = train_py.main.__wrapped__(cfg)
+    (fixed, paper) = load_runs(tmp_path)
+    assert returned == {"fixed": fixed.val_acc_last, "paper": None}
+    assert fixed.val_acc_last != fixed.test_acc
+    assert paper.recipe == "paper"
 
 
 def test_divergence_ends_the_run_and_is_recorded(make_plan: Make) -> None:
