@@ -19,13 +19,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from abn_exp.errors import ConfigError, validation_sentence
 from abn_exp.models.build import build_network
+from abn_exp.optimizer import check_optimizer
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -68,11 +71,30 @@ class DatasetConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adam", "sgd"]
+    """`name`, or any class of torch.optim as `_target_`; further keys are its arguments (`build_optimizer`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["adam", "sgd"] | None = None
     lr: PositiveFloat
     momentum: float = Field(ge=0, lt=1)
     weight_decay: NonNegativeFloat
     rebuild_each_epoch: bool
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_of_name_and_target(cls, value: Any) -> Any:
+        """Leave out whichever of the two does not decide, so that it is in no record and no run's name."""
+        if isinstance(value, dict):
+            unused = "_target_" if value.get("_target_") is None else "name"
+            value = {key: item for key, item in value.items() if key != unused}
+            if value.get("name", "") is None:
+                raise ValueError("recipe.optimizer needs a name, adam or sgd, or a class of torch.optim as _target_")
+        return value
+
+    @model_serializer(mode="wrap")
+    def without_an_unused_name(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if (key, value) != ("name", None)}
 
 
 class ScheduleConfig(Section):
@@ -198,6 +220,7 @@ def read(cfg: DictConfig) -> Config:
         more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
     _check_text(plain, "")
+    check_optimizer(config.recipe.optimizer.model_dump())
     _check_network(config)
     return config
 

@@ -18,7 +18,7 @@ from abn_exp.norm import check_statistics
 from abn_exp.seeding import derive_seed
 
 
-def _check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
+def check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
     """Check a `_target_` node, before anything that it names is called.
 
     `result` is what it is to make: a class, or None where that is for its caller to see. `given` are the arguments
@@ -49,7 +49,7 @@ def _check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) 
         if isinstance(value, dict) and "_target_" in value:
             if not inspect.isclass(hint):
                 raise ConfigError(f"{path}.{key} is not allowed: {name} does not say which class it takes there.")
-            _check_call(value, f"{path}.{key}", hint)
+            check_call(value, f"{path}.{key}", hint)
         elif key in hints:
             try:
                 TypeAdapter(hints[key], config=None if is_dataclass(hint) else _CALL).validate_python(value)
@@ -81,8 +81,8 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
 
     Raises ConfigError where a part refuses its arguments, or is not a part of a network.
     """
-    _check_call(norm, "norm", torch.nn.Module, ("num_features", "device", "dtype"))
-    _check_call(model, "model", None, GIVEN)
+    check_call(norm, "norm", torch.nn.Module, ("num_features", "device", "dtype"))
+    check_call(model, "model", None, GIVEN)
     if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
         raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")
     try:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
 from abn_exp.norm import SynchronizedStatistics
+from abn_exp.optimizer import build_optimizer
 from abn_exp.seeding import derive_seed
 
 Stage = Literal["train", "val", "test"]
@@ -82,7 +83,8 @@ class LitClassifier(pl.LightningModule):
         # Whatever a network draws while it trains is a function of (seed, epoch): a resumed run draws the same.
         torch.manual_seed(derive_seed(self.seed, "train", self.current_epoch))
         if self.recipe.optimizer.rebuild_each_epoch:
-            self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
+            fresh = build_optimizer(self.recipe.optimizer.model_dump(), self.parameters())
+            self.optimizers(use_pl_optimizer=False).state = fresh.state  # type: ignore[union-attr]
 
     def training_step(self, batches: list[tuple[Tensor, Tensor]], batch_index: int) -> None:
         """Take a step of the optimizer on each batch of a group."""
@@ -133,14 +135,7 @@ class LitClassifier(pl.LightningModule):
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        options = self.recipe.optimizer
-        optimizer: torch.optim.Optimizer
-        if options.name == "adam":
-            optimizer = torch.optim.Adam(self.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
-        else:
-            optimizer = torch.optim.SGD(
-                self.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-            )
+        optimizer = build_optimizer(self.recipe.optimizer.model_dump(), self.parameters())
         warmup = self.recipe.schedule.warmup_epochs * self.steps // self.recipe.epochs
         scheduler = LambdaLR(optimizer, lambda step: rate(step, self.steps, warmup, self.recipe.schedule.name))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
