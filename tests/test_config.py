@@ -6,13 +6,17 @@ from itertools import product
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from abn_exp.config import config_hash
+from abn_exp.config import Config, config_hash, result_affecting_options
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from tests.helpers.runs import REPOSITORY
 
 Make = Callable[..., RunPlan]
 CONF = REPOSITORY / "conf"
+RECORDED_AT_FIRST = (
+    *("epochs", "batch_size", "optimizer", "schedule", "label_smoothing", "clip_latent_weights", "val_fraction"),
+    *("split_seed", "normalization", "paired_init", "test_every_epoch"),
+)
 
 
 def options(group: str) -> list[str]:
@@ -48,6 +52,11 @@ def test_full_experiment_is_at_full_size(make_plan: Make) -> None:
         ("seed=true", "seed=True is not allowed"),
         ("seed=-1", "seed=-1 is not allowed"),
         ("recipe.optimizer.name=adm", "it should be 'adam' or 'sgd'"),
+        ("recipe.clip_grad_norm=0", "recipe.clip_grad_norm=0 is not allowed: it should be greater than 0"),
+        ("recipe.init=theirs", "recipe.init=theirs is not allowed: it should be 'torch' or 'authors'"),
+        ("recipe.clip_latent_range=[0.5,0.5]", "recipe.clip_latent_range=[0.5, 0.5] must begin before it ends"),
+        ("recipe.clip_latent_range=[0.5]", "recipe.clip_latent_range=[0.5] is not allowed"),
+        ("recipe.clip_latent_range=[0,2]", "recipe.clip_latent_range.1=2 is not allowed: it should be less than or"),
         ("recipe.val_fraction=1", "it should be less than 1"),
         ("recipe.schedule.warmup_epochs=9", "recipe.schedule.warmup_epochs=9 must be less than"),
         ("precision=fp8", "precision=fp8 is not allowed"),
@@ -108,6 +117,8 @@ def test_different_configurations_differ_in_directory_and_hash(make_plan: Make) 
         "recipe=strong",
         "recipe.epochs=3",
         "recipe.optimizer.lr=0.01",
+        "recipe.clip_grad_norm=1",
+        "recipe.clip_latent_range=[0,0.5]",
         "dataset.train_images=300",
         "precision=bf16",
     ]
@@ -115,6 +126,29 @@ def test_different_configurations_differ_in_directory_and_hash(make_plan: Make) 
     assert len({plan.directory for plan in plans}) == len(plans)
     assert len({config_hash(plan.config) for plan in plans}) == len(plans)
     assert not any("=" in str(plan.directory) for plan in plans)
+
+
+def test_an_option_of_a_recipe_put_back_to_its_default_is_in_the_name(make_plan: Make) -> None:
+    paper = ["recipe=paper", "model=resnet18_paper"]
+    published, torchs = make_plan(*paper, tiny=False), make_plan(*paper, "recipe.init=torch", tiny=False)
+    assert (published.variant, torchs.variant) == ("paper", "paper_init-torch")
+    assert config_hash(published.config) != config_hash(torchs.config)
+
+
+def test_options_added_since_do_not_count_at_their_defaults(make_plan: Make) -> None:
+    """A configuration recorded before they were there is the same one."""
+    plain = make_plan(tiny=False).config.model_dump()
+    older = {**plain, "recipe": {k: v for k, v in plain["recipe"].items() if k in RECORDED_AT_FIRST}}
+    assert older["recipe"].keys() < plain["recipe"].keys()
+    assert result_affecting_options(older) == result_affecting_options(plain)
+    assert config_hash(Config.model_validate(older)) == config_hash(Config.model_validate(plain))
+
+
+def test_the_published_start_counts_for_its_network_alone(make_plan: Make) -> None:
+    for model, differs in (("binarynet", False), ("resnet18", False), ("resnet18_paper", True)):
+        one, other = (make_plan(f"model={model}", f"recipe.init={init}", tiny=False) for init in ("torch", "authors"))
+        assert (config_hash(one.config) != config_hash(other.config)) is differs
+        assert (one.directory != other.directory) is differs
 
 
 def test_the_name_tells_what_differs(make_plan: Make) -> None:

@@ -108,7 +108,10 @@ class RecipeConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     label_smoothing: float = Field(ge=0, lt=1)
+    clip_grad_norm: PositiveFloat | None = None
+    init: Literal["torch", "authors"] = "torch"
     clip_latent_weights: bool
+    clip_latent_range: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 1.0], min_length=2, max_length=2)
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: Seed
     normalization: Literal["dataset", "imagenet"]
@@ -122,6 +125,13 @@ class RecipeConfig(Section):
                 f"recipe.schedule.warmup_epochs={self.schedule.warmup_epochs} must be less than "
                 f"recipe.epochs={self.epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def clipping_lasts(self) -> Self:
+        start, end = self.clip_latent_range
+        if start >= end:
+            raise ValueError(f"recipe.clip_latent_range={self.clip_latent_range} must begin before it ends")
         return self
 
 
@@ -174,11 +184,12 @@ class Config(Section):
         return self
 
 
-def result_affecting_options(plain: dict[str, Any]) -> dict[str, Any]:
+def result_affecting_options(plain: dict[str, Any], *, defaults: bool = False) -> dict[str, Any]:
     """Return what decides a run's result apart from its seed, as a flat dictionary with dotted keys.
 
     Where the data lies, the device, W&B and the like are left out; 3 and 3.0 are the same number. The number of
-    devices counts only where each normalises its share of a batch by itself.
+    devices counts only where each normalises its share of a batch by itself. An option with a default in the schema
+    was added after the first runs and is left out at that default, unless `defaults` asks for it.
     """
     flat: dict[str, Any] = {}
 
@@ -190,11 +201,21 @@ def result_affecting_options(plain: dict[str, Any]) -> dict[str, Any]:
             flat[path] = int(value) if isinstance(value, float) and value.is_integer() else value
 
     walk({key: plain[key] for key in ("dataset", "model", "norm", "recipe", "precision")}, "")
+    for name, field in RecipeConfig.model_fields.items():
+        if not defaults and not field.is_required() and flat.get(f"recipe.{name}") == field.default:
+            flat.pop(f"recipe.{name}", None)
+    if not published_start_differs(plain):
+        flat.pop("recipe.init", None)
     if plain.get("devices", 1) > 1 and not plain.get("sync_norm", False):
         flat["devices"] = plain["devices"]
     if plain.get("compile", False):
         flat["compile"] = True
     return {key: value for key, value in flat.items() if key not in ("dataset.root", "dataset.download")}
+
+
+def published_start_differs(plain: dict[str, Any]) -> bool:
+    """Return whether `recipe.init` matters: only the published start of `resnet18_paper` is not torch's."""
+    return plain["model"].get("_target_") in ("abn_exp.models.resnet18_paper", "abn_exp.models.resnet.resnet18_paper")
 
 
 def config_hash(config: Config) -> str:

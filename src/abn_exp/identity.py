@@ -47,9 +47,9 @@ def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     plain = OmegaConf.to_container(own, resolve=True)
     assert isinstance(plain, dict)
     default = result_affecting_options({str(key): value for key, value in plain.items()})
-    changes = {
-        key: v
-        for key, v in result_affecting_options(config.model_dump()).items()
-        if key not in default or default[key] != v
-    }
+    ours = result_affecting_options(config.model_dump())
+    changes = {key: value for key, value in ours.items() if key not in default or default[key] != value}
+    # What the recipe's file sets and an override puts back to the schema's default.
+    everything = result_affecting_options(config.model_dump(), defaults=True)
+    changes |= {key: everything[key] for key in default.keys() - ours.keys() if key in everything}
     return RunPlan(config, choices, variant_name(choices["recipe"], changes))

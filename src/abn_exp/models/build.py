@@ -1,9 +1,10 @@
 """Build a network from its configuration: `_target_` nodes are checked before anything is called."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from hydra.errors import InstantiationException
@@ -13,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from abn_exp.binarize import BinaryConv2d
 from abn_exp.errors import ConfigError, validation_sentence
 from abn_exp.norm import check_statistics
 from abn_exp.seeding import derive_seed
@@ -104,12 +106,18 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
     return network
 
 
-def initialize_(network: nn.Module, seed: int, purpose: str = "init") -> nn.Module:
-    """Draw the parameters anew, in place, each layer's from its own generator; return the network.
+def initialize_(
+    network: nn.Module, seed: int, purpose: str = "init", init: Literal["torch", "authors"] = "torch"
+) -> nn.Module:
+    r"""Draw the parameters anew, in place, each layer's from its own generator; return the network.
 
     A layer's initial weights are a function of (seed, purpose, its name in the network, their shape) alone, so two
     networks that differ only in their norms start from the same weights. The distributions are the layers'
-    own (``reset_parameters``); torch's global generator is left as it was.
+    own (``reset_parameters``); with ``init="authors"`` the latent weights of binary convolutions of kernel size k are
+
+    .. math:: w \sim N\left(0, \frac{2}{k^2\, \text{out\_channels}}\right)
+
+    (a variance), as in the published code of doi 10.3390/e27060645. torch's global generator is left as it was.
 
     Raises ValueError for a network that is not on the CPU, whose generator would be another one.
     """
@@ -121,6 +129,9 @@ def initialize_(network: nn.Module, seed: int, purpose: str = "init") -> nn.Modu
             if reset is not None:
                 torch.default_generator.manual_seed(derive_seed(seed, f"{purpose}/{name}"))
                 reset()
+                if init == "authors" and isinstance(module, BinaryConv2d):
+                    fan_out = module.out_channels * math.prod(module.kernel_size)
+                    nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
     return network
 
 

@@ -91,6 +91,7 @@ class LitClassifier(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
+        start, end = self.recipe.clip_latent_range
         for batch in batches:
             if self.trainer.received_sigterm:  # Lightning ends the run as soon as this returns
                 return
@@ -98,9 +99,11 @@ class LitClassifier(pl.LightningModule):
                 loss = self._shared_step(batch, "train")
             optimizer.zero_grad()
             self.manual_backward(loss)
+            if self.recipe.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters(), self.recipe.clip_grad_norm)
             optimizer.step()
             scheduler.step()
-            if self.recipe.clip_latent_weights:
+            if self.recipe.clip_latent_weights and start < scheduler.last_epoch / self.steps <= end:
                 clip_latent_weights_(self.network)
 
     def on_validation_epoch_start(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD, Config, published_start_differs
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
@@ -134,7 +134,9 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
     """
     size = config.dataset.image_size
     network = build_network(config.model, config.norm, num_classes, size)
-    initialize_(network, config.seed, "init" if config.recipe.paired_init else f"init/{norm}")
+    purpose = "init" if config.recipe.paired_init else f"init/{norm}"
+    published = published_start_differs(config.model_dump())
+    initialize_(network, config.seed, purpose, config.recipe.init if published else "torch")
     # A fifth faster on a CPU, and what tensor cores want.
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if resolve_precision(config, device) == "exact16":
