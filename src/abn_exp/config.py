@@ -137,9 +137,23 @@ class RecipeConfig(Section):
 
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str = Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")
-    entity: str | None
-    dir: str
+    project: str = Field("abn_exp", max_length=128, pattern=r"^[^/\\#?%:]+$")
+    entity: str | None = None
+    dir: str = "."
+    group: str | None = None
+    tags: list[str] = []
+    notes: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def empty_is_unset(cls, values: Any) -> Any:
+        """Leave out what is empty, as an empty WANDB_PROJECT= is."""
+        return {key: value for key, value in values.items() if value != ""} if isinstance(values, dict) else values
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def words_with_commas(cls, value: Any) -> Any:
+        return [tag for part in value.split(",") if (tag := part.strip())] if isinstance(value, str) else value
 
 
 class Config(Section):

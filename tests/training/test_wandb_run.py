@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from abn_exp.config import WandbConfig
+from abn_exp.config import WandbConfig, config_hash
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.training import wandb_run as tracking
@@ -88,8 +88,8 @@ def test_a_run_is_found_by_group_name_and_tags(
     header = runs[0]["run"][0]
     variant = next((sweep[0] / "results").rglob("result.json")).parent.parent.name
     cell = f"digits-binarynet-abn-{variant}"
-    assert header["run_group"] == tracking._fit(cell, tracking.MAX_NAME)
-    assert cell.startswith(header["run_group"][:100])
+    assert header["run_group"] == tracking._fit(f"runs-{cell}", tracking.MAX_NAME)
+    assert f"runs-{cell}".startswith(header["run_group"][:100])
     assert header["display_name"].startswith("digits-binarynet-abn-fixed_")
     assert header["display_name"].endswith("-s3")
     assert sorted(header["tags"]) == ["abn", "binarynet", "digits"]
@@ -221,6 +221,36 @@ def test_wandb_mode_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WANDB_MODE", "of")
     with pytest.raises(ConfigError, match="WANDB_MODE=of is not allowed: it should be online, offline or disabled"):
         open_run(tmp_path)
+
+
+def test_wandbs_variables_are_defaults_of_the_keys(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_plan().config.wandb
+    assert (plain.project, plain.entity, plain.dir) == ("abn_exp", None, ".")
+    assert (plain.group, plain.tags, plain.notes) == (None, [], None)
+    values = {"PROJECT": "p", "ENTITY": "team", "DIR": "elsewhere", "RUN_GROUP": "g", "TAGS": "a, b c,,d"}
+    for name, value in {**values, "NOTES": "why: [x], y"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    found = make_plan().config.wandb
+    assert (found.project, found.entity, found.dir) == ("p", "team", "elsewhere")
+    assert (found.group, found.tags, found.notes) == ("g", ["a", "b c", "d"], "why: [x], y")
+    typed = make_plan("wandb.project=q", "wandb.tags=[e]", "wandb.notes=n", "wandb.group=h", "wandb.dir=.")
+    assert (typed.config.wandb.project, typed.config.wandb.tags, typed.config.wandb.notes) == ("q", ["e"], "n")
+    assert (typed.config.wandb.group, typed.config.wandb.dir, typed.config.wandb.entity) == ("h", ".", "team")
+    assert config_hash(typed.config) == config_hash(make_plan().config)
+    assert typed.directory == make_plan().directory
+    for name in (*values, "NOTES"):
+        monkeypatch.setenv(f"WANDB_{name}", "")
+    assert make_plan().config.wandb == plain
+
+
+@pytest.mark.usefixtures("own")
+def test_group_tags_and_notes_of_the_settings(tmp_path: Path) -> None:
+    chosen = settings(tmp_path).model_copy(update={"group": "mine", "tags": ["abn", "pilot"], "notes": "a note"})
+    with Tracker(chosen, group="cell", name="cell-s0", tags=["digits", "abn"]) as tracker:
+        assert (tracker.run.group, tracker.run.notes) == ("mine", "a note")
+        assert sorted(tracker.run.tags) == ["abn", "digits", "pilot"]
 
 
 @pytest.mark.usefixtures("own")

@@ -341,7 +341,7 @@ def _wandb_arguments(plan: RunPlan) -> dict[str, Any]:
     return {
         "id": run_id or None,
         "resume": "allow" if run_id else None,
-        "group": plan.cell,
+        "group": f"{config.name}-{plan.cell}",
         "job_type": "train",
         "name": f"{plan.cell}-s{config.seed}",
         "tags": [plan.choices["dataset"], plan.choices["model"], plan.choices["norm"]],

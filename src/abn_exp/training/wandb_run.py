@@ -33,7 +33,7 @@ class Tracker:
     """
 
     def __init__(self, settings: WandbConfig, *, group: str, name: str, tags: list[str], **init: Any) -> None:
-        """`init` goes to `wandb.init`: job_type, config, id, resume."""
+        """`settings.group` wins over `group`; `init` goes to `wandb.init`: job_type, config, id, resume."""
         self.run: Any = None
         self._warned = False
         if (mode := _resolve_mode(settings.mode)) == "disabled":
@@ -44,9 +44,10 @@ class Tracker:
             "project": settings.project,
             "entity": settings.entity,
             "dir": settings.dir,
-            "group": _fit(group, MAX_NAME),
+            "group": _fit(settings.group if settings.group is not None else group, MAX_NAME),
             "name": _fit(name, MAX_NAME),
-            "tags": [_fit(tag, MAX_TAG) for tag in tags],
+            "tags": [_fit(tag, MAX_TAG) for tag in dict.fromkeys([*tags, *settings.tags])],
+            "notes": settings.notes,
             **init,
         }
         self.run = _init(mode, arguments, required=settings.mode == "online")
