@@ -18,6 +18,7 @@ from rich.table import Table
 
 from abn_exp.config import result_affecting_options
 from abn_exp.files import write_text_atomic
+from abn_exp.records import read_command
 from abn_exp.report import figures, stats
 from abn_exp.report.comparisons import Cell, collect_cells, compare_cells, group_cells
 from abn_exp.report.effects import effect_tables
@@ -67,8 +68,8 @@ def _config(cell: Cell) -> dict[str, Any]:
 
 def _command(folder: Path, cells: list[Cell]) -> str:
     """Return what was typed, as a multirun recorded it, or else one command a cell."""
-    if (folder / "command.txt").is_file():
-        return (folder / "command.txt").read_text(encoding="utf-8").strip()
+    if command := read_command(folder).strip():
+        return command
     lines = []
     for cell in cells:
         recipe = next((run.result.recipe for run in cell.runs if run.result is not None), None)

@@ -1,0 +1,102 @@
+"""The compact record of a study: `records.tar.xz`, one file that holds what all its runs wrote.
+
+It is an ordinary archive: `tar xf results/quoted/NAME/records.tar.xz -C results/NAME` makes the runs' folders again,
+each with its SHA256SUMS. Its members are `command.txt` and `<dataset>/<model>/<norm>/<variant>/seed-<k>/<file>` of
+each run, sorted, without owners, permissions or dates: the same runs make the same bytes, in whatever order they
+were added. Checkpoints stay behind. Reading it executes nothing and writes nothing.
+"""
+
+import io
+import lzma
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from abn_exp.errors import DamagedFile
+from abn_exp.files import writing
+
+RECORDS = "records.tar.xz"
+COMMAND = "command.txt"  # of a study: what was typed, a line each
+RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its record
+    *("config.yaml", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz", "train.log"),
+    "wandb-run-id",
+)
+MAX_BYTES = 2**29  # of an archive once it is unpacked; a run takes 15 kB, and 20 kB more with its predictions
+
+_MEMBER = re.compile(rf"{COMMAND}|([^/]+/){{4}}seed-[0-9]+/[^/]+")
+
+
+def read_records(archive: Path) -> Mapping[str, bytes]:
+    """Return the files in a study's archive by their names in it. Raises DamagedFile where it is not whole."""
+    stat = archive.stat()
+    return _read(archive, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read(archive: Path, mtime: int, size: int) -> Mapping[str, bytes]:
+    files: dict[str, bytes] = {}
+    try:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        content = unpacker.decompress(archive.read_bytes(), MAX_BYTES)
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError("its end is missing, or something follows it")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                parts = member.name.split("/")
+                if not (member.isreg() and _MEMBER.fullmatch(member.name)) or {".", ".."} & set(parts):
+                    raise ValueError(f"it has a member {member.name!r}")
+                stream = tar.extractfile(member)
+                assert stream is not None
+                files[member.name] = stream.read()
+    except (lzma.LZMAError, tarfile.TarError, EOFError, ValueError) as error:
+        raise DamagedFile(archive, error) from error
+    return files
+
+
+def write_records(archive: Path, files: Mapping[str, bytes]) -> None:
+    """Write a study's archive from its files by their names in it; the same files make the same bytes."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in sorted(files.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with writing(archive) as file:
+        file.write(lzma.compress(content.getvalue(), preset=6))
+
+
+def archived_runs(folder: Path) -> Iterator[Path]:
+    """Yield the directory, within its study's folder, of every run below `folder` that an archive holds.
+
+    The directory need not exist: `read_run_file` finds the run's files. Raises DamagedFile.
+    """
+    above = [parent / RECORDS for parent in (folder, *folder.parents)[:5] if (parent / RECORDS).is_file()]
+    for archive in sorted({*above, *folder.rglob(RECORDS)}):
+        names = {name.rpartition("/")[0] for name in read_records(archive) if name.endswith("/config.yaml")}
+        directories = (archive.parent / name for name in sorted(names))
+        yield from (directory for directory in directories if directory.is_relative_to(folder))
+
+
+def read_run_file(directory: Path, name: str) -> bytes | None:
+    """Return a file of a run, from its own directory or from its study's archive; None where there is none.
+
+    Raises OSError where it cannot be read, DamagedFile where the archive is not whole.
+    """
+    path = directory / name
+    if directory.is_dir():
+        return path.read_bytes() if path.is_file() else None
+    study = Path(*directory.parts[:-5])
+    if len(directory.parts) > 5 and (archive := study / RECORDS).is_file():
+        return read_records(archive).get(path.relative_to(study).as_posix())
+    return None
+
+
+def read_command(folder: Path) -> str:
+    """Return the commands that made a study, a line each; empty where none was recorded."""
+    path = folder / COMMAND
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    archive = folder / RECORDS
+    return read_records(archive).get(COMMAND, b"").decode() if archive.is_file() else ""

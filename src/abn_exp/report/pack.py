@@ -1,0 +1,75 @@
+"""Pack a folder of runs into `quoted/`: its report, its analyses, and all its records in one file."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from abn_exp.records import COMMAND, RECORDS, RUN_FILES, read_command, read_records, read_run_file, write_records
+from abn_exp.report.build import write_report
+from abn_exp.results import find_runs
+
+ANALYSIS_FILES = (".csv", ".md", ".png")
+OWN_TABLES = ("channels.csv", "histograms.csv")  # of an analysis: megabytes that its other tables summarise
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` did: where to, how many runs were added and were there before, and which were left out."""
+
+    folder: Path
+    added: int
+    present: int
+    left_out: list[str]  # a sentence each
+
+
+def pack(folder: Path) -> Packed:
+    """Write the runs, the report and the analyses of `folder`, results/NAME, into results/quoted/NAME, or add them.
+
+    Runs that came to an end, with a result or with a reason, are packed; others are left out.
+
+    Raises ValueError, and changes nothing, where a run is damaged, where there is none to pack, or where the archive
+    holds the same run with other contents.
+    """
+    folder = folder.resolve()
+    target = folder.parent / "quoted" / folder.name
+    archive = target / RECORDS
+    files = dict(read_records(archive)) if archive.is_file() else {}
+    packed = {name.rpartition("/")[0] for name in files if name.endswith("/config.yaml")}
+    added, present, left_out = 0, 0, []
+    for run in find_runs(folder):
+        name = run.directory.relative_to(folder).as_posix()
+        if run.status == "damaged":
+            raise ValueError(f"{run.reason}; nothing was packed.")
+        if run.status == "unfinished":
+            left_out.append(f"{run.directory} is left out: it is not finished.")
+            continue
+        contents = {file: data for file in RUN_FILES if (data := read_run_file(run.directory, file)) is not None}
+        if name not in packed:
+            files |= {f"{name}/{file}": data for file, data in contents.items()}
+            added += 1
+            continue
+        # train.log is not compared: it grows whenever a finished run is asked for again.
+        compared = [file for file in RUN_FILES if file not in ("train.log", "wandb-run-id")]
+        if different := [file for file in compared if contents.get(file) != files.get(f"{name}/{file}")]:
+            raise ValueError(
+                f"{archive} holds {name} with another {different[0]} than {folder}; nothing was packed. Pack it "
+                "under another name, or remove the archive to replace all of it."
+            )
+        present += 1
+    if not added + present:
+        raise ValueError(f"There are no finished runs below {folder}; give a folder that train.py wrote.")
+    commands = dict.fromkeys((read_command(target) + read_command(folder)).splitlines())
+    files[COMMAND] = "".join(f"{line}\n" for line in commands).encode()
+    target.mkdir(parents=True, exist_ok=True)
+    if not archive.is_file() or read_records(archive) != files:
+        write_records(archive, files)
+    _copy_analyses(folder / "analysis", target / "analysis")
+    write_report(target)
+    return Packed(target, added, present, left_out)
+
+
+def _copy_analyses(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.suffix in ANALYSIS_FILES and path.name not in OWN_TABLES:
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(source))

@@ -1,0 +1,123 @@
+import json
+import runpy
+import shutil
+import sys
+
+import pytest
+
+from abn_exp.records import RECORDS
+from abn_exp.report.build import build_report, write_report
+from abn_exp.report.pack import OWN_TABLES, pack
+from abn_exp.report.writers import FIGURES, cells_csv, effects_csv, latex, markdown, runs_csv
+from abn_exp.results import find_runs, load_network, load_runs, read_config, read_metrics
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
+from tests.helpers.runs import REPOSITORY
+
+QUOTED = REPOSITORY / "results" / "quoted"
+REPORTS = ("report.md", "report.csv", "runs.csv", "report.tex")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = study(tmp_path / "results" / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
+    failed = start_run(made, "abn", 5)
+    (failed / "FAILED").write_text("diverged: train/loss is not finite")
+    (made / "command.txt").write_text("python train.py -m norm=bn,abn seeds=five\n")
+    return made
+
+
+def test_a_packed_study_has_the_same_runs_and_the_same_report(folder, no_figures):
+    write_report(folder)
+    done = pack(folder)
+    assert (done.folder, done.added, done.present, done.left_out) == (folder.parent / "quoted" / "claims", 11, 0, [])
+    assert {path.name for path in done.folder.iterdir()} == {*REPORTS, RECORDS, "figures"}
+    for name in REPORTS:
+        assert (done.folder / name).read_bytes() == (folder / name).read_bytes(), name
+    assert load_runs(done.folder) == load_runs(folder)
+    for packed, run in zip(find_runs(done.folder), find_runs(folder), strict=True):
+        assert packed.directory.relative_to(done.folder) == run.directory.relative_to(folder)
+        assert (packed.status, packed.reason) == (run.status, run.reason)
+        assert read_config(packed.directory) == read_config(run.directory)
+        assert read_metrics(packed.directory) == read_metrics(run.directory)
+
+
+def test_later_runs_are_added_and_another_record_of_the_same_run_is_refused(folder, no_figures):
+    target = pack(folder).folder
+    before = (target / RECORDS).read_bytes()
+    assert (pack(folder).added, (target / RECORDS).read_bytes()) == (0, before)
+    finish_run(folder, "bn", 7, 0.71)
+    start_run(folder, "bn", 8)
+    (folder / "command.txt").write_text("python train.py -m norm=bn,abn seeds=ten\n")
+    done = pack(folder)
+    assert (done.added, done.present) == (1, 11)
+    assert len(done.left_out) == 1
+    assert done.left_out[0].endswith("seed-8 is left out: it is not finished.")
+    assert "seeds=five\npython train.py -m norm=bn,abn seeds=ten\n" in (target / "report.md").read_text()
+    before = (target / RECORDS).read_bytes()
+    shutil.rmtree(folder / "digits" / "binarynet" / "bn" / "fixed" / "seed-7")
+    finish_run(folder, "bn", 7, 0.72)
+    with pytest.raises(ValueError, match=r"holds digits/binarynet/bn/fixed/seed-7 with another result.json than"):
+        pack(folder)
+    assert (target / RECORDS).read_bytes() == before
+
+
+def test_damaged_and_missing_runs_are_refused(folder, no_figures, tmp_path):
+    directory = folder / "digits" / "binarynet" / "bn" / "fixed" / "seed-0"
+    record = json.loads((directory / "result.json").read_text())
+    (directory / "result.json").write_text(json.dumps(record | {"test_acc": 0.9}))
+    with pytest.raises(ValueError, match=r"result.json is damaged: .*; nothing was packed"):
+        pack(folder)
+    assert not (folder.parent / "quoted").exists()
+    with pytest.raises(ValueError, match="no finished runs below"):
+        pack(tmp_path / "nothing")
+
+
+def test_tables_and_figures_of_analyses_are_copied_without_pdf(folder, no_figures):
+    analysis = folder / "analysis" / "cam"
+    analysis.mkdir(parents=True)
+    for name in ("images.csv", "maps.png", "maps.pdf", "summary.md", "histograms.csv"):
+        (analysis / name).write_text(name)
+    target = pack(folder).folder
+    copied = {path.name for path in (target / "analysis" / "cam").iterdir()}
+    assert copied == {"images.csv", "maps.png", "summary.md"}
+
+
+def test_a_run_in_an_archive_has_no_weights(folder, no_figures):
+    packed = find_runs(pack(folder).folder)[0]
+    with pytest.raises(FileNotFoundError):
+        load_network(packed.directory)
+
+
+def test_the_script_packs_and_refuses_in_a_sentence(folder, no_figures, monkeypatch, capsys):
+    def run(argument):
+        monkeypatch.setattr(sys, "argv", ["runs.py", "--pack", str(argument)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(REPOSITORY / "scripts" / "runs.py"), run_name="__main__")
+        return done.value.code, capsys.readouterr()
+
+    code, said = run(folder)
+    assert (code, said.out) == (0, f"{folder.parent / 'quoted' / 'claims'}: 11 runs added, 0 were there.\n")
+    code, said = run(folder / "nothing")
+    assert (code, said.err.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in QUOTED.glob(f"*/{RECORDS}")))
+def test_quoted_reports_are_what_their_records_say(name):
+    report = build_report(QUOTED / name)
+    drawn = [figure for figure in FIGURES if (QUOTED / name / "figures" / f"{figure}.png").is_file()]
+    written = {"report.md": markdown(report, drawn), "report.csv": cells_csv(report), "report.tex": latex(report)}
+    written |= {"runs.csv": runs_csv(report), "effects.csv": effects_csv(report)}
+    for file, text in written.items():
+        path = QUOTED / name / file
+        assert (path.read_text(encoding="utf-8") if path.is_file() else "") == text, f"{name}/{file}"
+
+
+def test_committed_results_are_few_files():
+    folders = (REPOSITORY / "results" / name for name in ("quoted", "benchmark", "faults"))
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in found if path.suffix != ".pdf" and path.name not in OWN_TABLES]) < 150
