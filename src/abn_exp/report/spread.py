@@ -1,0 +1,146 @@
+"""Comparison of two standard deviations between seeds, from pairs of runs with the same seed.
+
+Both samples are centred on their means; under equal spreads the two scores of a seed can then be swapped. The
+statistic is |log(var x / var y)|, its distribution that over all swaps within seeds, or over random ones where there
+are too many. Centring makes the test approximate: it is not used below ten pairs, and what level it keeps at n is
+simulated, for normal scores and for t scores with 3 degrees of freedom, and stands beside each verdict. The interval
+of the ratio holds all ratios that the same test at 5 % does not reject.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from abn_exp.report.stats import ALPHA, NAN, Array, Interval, has_spread
+
+MIN_PAIRS = 10
+EXACT_SWAPS = 14  # 2^13 swaps that differ in the statistic; above this, swaps are drawn at random
+RESAMPLES = 9_999
+CORRELATION = 0.5  # between the two scores of a seed in simulations; 0.45 to 0.7 was found
+MOST_PAIRS = 200  # no answer to "how many pairs" is searched beyond it
+
+
+@dataclass(frozen=True)
+class SpreadComparison:
+    """Candidate's std over the reference's, over the seeds that both have."""
+
+    n: int
+    std: tuple[float, float]
+    ratio: float
+    ratio_interval: Interval  # from MIN_PAIRS on
+    p: float  # from MIN_PAIRS on
+
+
+def compare_spreads(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> SpreadComparison:
+    """Compare the stds of two columns, row i being the same seed in both."""
+    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    common = ~np.isnan(a) & ~np.isnan(b)
+    x, y = a[common], b[common]
+    n = len(x)
+    std = (float(x.std(ddof=1)), float(y.std(ddof=1))) if n > 1 else (NAN, NAN)
+    if not (has_spread(x) and has_spread(y)):
+        return SpreadComparison(n, std, NAN, (NAN, NAN), NAN)
+    ratio = std[0] / std[1]
+    if n < MIN_PAIRS:
+        return SpreadComparison(n, std, ratio, (NAN, NAN), NAN)
+    signs = swaps(n, rng)
+    p = float(swap_p(x[None], y[None], signs)[0])
+    return SpreadComparison(n, std, ratio, _ratio_interval(x, y, ratio, signs), p)
+
+
+def swaps(n: int, rng: np.random.Generator) -> Array:
+    """Return which seeds are swapped, as -1, (num_swaps, n): the identity first, then all others or random ones.
+
+    Swapping all seeds changes nothing, so where all are returned the last seed never is.
+    """
+    if n <= EXACT_SWAPS:
+        bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
+        return np.asarray(1.0 - 2.0 * bits)
+    return random_swaps(n, rng, RESAMPLES)
+
+
+def random_swaps(n: int, rng: np.random.Generator, count: int) -> Array:
+    return np.asarray(np.concatenate([np.ones((1, n)), rng.choice([-1.0, 1.0], size=(count, n))]))
+
+
+def swap_p(x: Array, y: Array, signs: Array) -> Array:
+    """Return the p value of each row of ``x`` and ``y`` (num_samples, n): the share of swaps with at least the
+    observed |log variance ratio|."""
+    n = x.shape[1]
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    # A swapped pair is ((s + e d) / 2, (s - e d) / 2) with s = x + y, d = x - y, e = +-1, and s sums to zero: so both
+    # samples' squares, and their means +-shift, follow from two products with the matrix of signs.
+    s, d = x + y, x - y
+    total = (s * s + d * d).sum(axis=1, keepdims=True) / 2
+    difference, shift = (s * d) @ signs.T, d @ signs.T / (2 * n)
+    first = np.maximum((total + difference) / 2 - n * shift**2, 0)
+    second = np.maximum((total - difference) / 2 - n * shift**2, 0)
+    large, small = np.maximum(first, second), np.minimum(first, second)
+    # large / small >= observed ratio, without dividing by what may be zero
+    return np.asarray((large * small[:, :1] >= (1 - 1e-9) * large[:, :1] * small).mean(axis=1))
+
+
+def _ratio_interval(x: Array, y: Array, ratio: float, signs: Array) -> Interval:
+    """Return the ratios of true stds that the test does not reject, searched by bisection of their logarithm."""
+
+    def end(direction: int) -> float:
+        def rejected(distance: float) -> bool:
+            scaled = y * ratio * math.exp(direction * distance)
+            return bool(swap_p(x[None], scaled[None], signs)[0] < ALPHA)
+
+        high = 0.1
+        while not rejected(high):
+            high *= 2
+            if high > 10:
+                return 0.0 if direction < 0 else math.inf
+        low = high / 2 if high > 0.1 else 0.0
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (low, middle) if rejected(middle) else (middle, high)
+        return ratio * math.exp(direction * low)
+
+    return end(-1), end(1)
+
+
+Shape = Literal["normal", "t3"]
+
+
+@lru_cache
+def rejection_rate(n: int, ratio: float, level: float = ALPHA, shape: Shape = "normal", draws: int = 2_000) -> float:
+    """Return how often the test at ``level`` rejects in simulated pairs with a true ratio of stds, always the same
+    number: its power, or at a ratio of 1 the level that it keeps. NaN below MIN_PAIRS."""
+    if n < MIN_PAIRS:
+        return NAN
+    rng = np.random.default_rng([n, draws])
+    draw: Callable[[tuple[int, int]], Array] = rng.standard_normal if shape == "normal" else _t3(rng)
+    signs = random_swaps(n, rng, max(399, math.ceil(20 / level) - 1))  # at least 20 of them below the level
+    hits = 0.0
+    for _ in range(8):  # in parts, for memory
+        size = (draws // 8, n)
+        shared = math.sqrt(CORRELATION) * draw(size)
+        own = [shared + math.sqrt(1 - CORRELATION) * draw(size) for _ in range(2)]
+        hits += float((swap_p(own[0], ratio * own[1], signs) <= level).mean()) / 8
+    return hits
+
+
+def _t3(rng: np.random.Generator) -> Callable[[tuple[int, int]], Array]:
+    return lambda size: rng.standard_t(3, size)
+
+
+@lru_cache
+def pairs_needed(level: float = ALPHA, ratio: float = 2.0, power: float = 0.8) -> int | None:
+    """Return the smallest number of pairs at which the test at ``level`` notices ``ratio`` with ``power``."""
+    low, high = MIN_PAIRS - 1, MIN_PAIRS
+    while rejection_rate(high, ratio, level) < power:
+        low, high = high, 2 * high
+        if high > MOST_PAIRS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if rejection_rate(middle, ratio, level) >= power else (middle, high)
+    return high
