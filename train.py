@@ -16,13 +16,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from yaml import YAMLError
 
-from abn_exp.errors import STOPPED, ConfigError, Diverged, in_a_line
-from abn_exp.identity import plan_run
+from abn_exp.errors import STOPPED, ConfigError, Diverged, Terminated, in_a_line
 from abn_exp.provenance import git_commit
-from abn_exp.training.run import run
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +36,16 @@ def main(cfg: DictConfig) -> float | None:
         _prefix_log_lines(cfg, hydra_config.runtime.choices)
     command = " ".join(["python train.py", *hydra_config.overrides.task])
     try:
-        return run(plan_run(cfg, dict(hydra_config.runtime.choices)), command).val_acc_last
-    except SIGTERMException:
+        # Imported where needed: --help should not wait for pydantic, nor a wrong value for torch and Lightning.
+        from abn_exp.identity import plan_run
+
+        plan = plan_run(cfg, dict(hydra_config.runtime.choices))
+        from abn_exp.training.run import run
+
+        return run(plan, command).val_acc_last
+    except Terminated:
         print(STOPPED.format("SIGTERM"), file=sys.stderr)
-        raise SystemExit(143) from None  # Lightning's own exit code is 0, which reads as success
+        raise
     except (ConfigError, Diverged, OSError) as error:
         if multirun:
             log.error("error: %s", error)
@@ -67,7 +70,7 @@ def _prefix_log_lines(cfg: DictConfig, choices: Mapping[str, str]) -> None:
 
 def _stop(*_: object) -> None:
     """Unwind, so that a launcher on this machine takes its workers down with it."""
-    raise SIGTERMException(143)
+    raise Terminated
 
 
 if __name__ == "__main__":

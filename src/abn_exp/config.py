@@ -8,7 +8,6 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -27,8 +26,6 @@ from pydantic import (
 )
 
 from abn_exp.errors import ConfigError, validation_sentence
-from abn_exp.models.build import build_network
-from abn_exp.optimizer import check_optimizer
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -255,8 +252,7 @@ def read(cfg: DictConfig) -> Config:
         more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
     _check_text(plain, "")
-    check_optimizer(config.recipe.optimizer.model_dump())
-    _check_network(config)
+    _check_parts(config)
     return config
 
 
@@ -269,8 +265,14 @@ def _check_text(value: Any, path: str) -> None:
         raise ConfigError(f"{path}={value!r} is not allowed: it should be text without control characters.")
 
 
-def _check_network(config: Config) -> None:
-    """Build the network without memory, so that whatever its parts refuse is refused before anything starts."""
+def _check_parts(config: Config) -> None:
+    """Build the network, without memory, and the optimizer: what they refuse is refused before anything starts."""
+    import torch  # takes seconds: only once all other values have been found right
+
+    from abn_exp.models.build import build_network
+    from abn_exp.optimizer import check_optimizer
+
+    check_optimizer(config.recipe.optimizer.model_dump())
     with torch.device("meta"):
         classes = config.dataset.num_classes
         network = build_network(

@@ -23,6 +23,13 @@ class Diverged(RuntimeError):
     """A loss, a weight or a running statistic is no longer a finite number."""
 
 
+class Terminated(SystemExit):
+    """SIGTERM has come. Unlike Lightning's own exception, whose exit code 0 reads as success, it exits with 143."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
 def in_a_line(error: Exception) -> str:
     """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
     return " ".join(str(error).split("\nConfig search path")[0].split())

@@ -5,8 +5,10 @@ import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # train.py asks for the commit before it has parsed its command
+    import torch
 
 
 def versions() -> dict[str, str]:
@@ -15,9 +17,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
-def device_name(device: torch.device, threads: int) -> str:
+def device_name(device: "torch.device", threads: int) -> str:
     """Return e.g. "NVIDIA H200" or "CPU (AMD EPYC 7B13, 1 thread)"."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     return f"CPU ({_cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
 

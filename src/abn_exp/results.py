@@ -21,16 +21,17 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from abn_exp.errors import DamagedFile
 from abn_exp.files import write_text_atomic
-from abn_exp.models.build import build_network
 from abn_exp.records import archived_runs, read_run_file
+
+if TYPE_CHECKING:  # reading records needs no torch, which takes seconds to import; reading weights does
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +228,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     A checkpoint is a zip archive; its checksums find what loading does not notice, down to a single bit.
     Raises DamagedFile where it is not a whole checkpoint, OSError where it cannot be opened.
     """
+    import torch
+
     path = Path(path)
     with open(path, "rb") as file:
         try:
@@ -290,13 +293,15 @@ def load_runs(folder: str | Path) -> list[RunResult]:
     return [run.result for run in runs if run.result is not None]
 
 
-def load_network(directory: str | Path, weights: Literal["last", "best"] = "last") -> torch.nn.Module:
+def load_network(directory: str | Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return the network of a run with its trained weights, in evaluation mode on the CPU.
 
     ``weights`` are those of the last epoch or of the best validation epoch. Raises FileNotFoundError where the run
     has saved none, DamagedFile where they are not what was written or not those of this network, ConfigError where
     its configuration no longer describes a network.
     """
+    from abn_exp.models.build import build_network
+
     path = Path(directory) / "checkpoints" / f"{weights}.ckpt"
     config = read_config(Path(directory))
     checkpoint = read_checkpoint(path)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.exc import TorchDynamoException
@@ -26,7 +27,7 @@ from torch._dynamo.exc import TorchDynamoException
 from abn_exp import provenance
 from abn_exp.config import Config, config_hash, result_affecting_options
 from abn_exp.data.loader import BatchGroups, BatchLoader
-from abn_exp.errors import ConfigError, DamagedFile, Diverged, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, Diverged, Terminated, in_a_line
 from abn_exp.exact16 import has_exact16
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan
@@ -80,6 +81,8 @@ def run(plan: RunPlan, command: str) -> RunResult:
             (directory / name).unlink(missing_ok=True)
         try:
             result = _train_and_test(plan)
+        except SIGTERMException:
+            raise Terminated from None
         except Exception as error:
             text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")

@@ -1,9 +1,13 @@
-"""Hydra callback of a multirun: checks every run before the first starts; reports and lists failures at the end."""
+"""Hydra callback of a multirun: checks every run before the first starts; reports and lists failures at the end.
+
+Hydra imports it at the start of every run, so what takes seconds to import (torch, matplotlib) is imported where it
+is used.
+"""
 
 import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -19,10 +23,10 @@ from abn_exp.config import config_hash
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import RunPlan, plan_run
-from abn_exp.report.build import Report, print_report, write_report
 from abn_exp.results import Run, find_runs
-from abn_exp.training.parallel import measure_best_count
-from abn_exp.training.wandb_run import Tracker
+
+if TYPE_CHECKING:
+    from abn_exp.report.build import Report
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ class SweepCallback(Callback):
         plan = next((plan for plan in self.plans if plan.directory not in done), self.plans[0])
         count = plan.config.seeds_at_once
         if count == "auto":
+            from abn_exp.training.parallel import measure_best_count
+
             try:
                 count = measure_best_count(plan, pending)
             except ConfigError as error:
@@ -69,6 +75,8 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
+        from abn_exp.report.build import print_report, write_report
+
         failed = []
         for folder in sorted({plan.directory.parents[4] for plan in self.plans}):
             try:
@@ -106,7 +114,9 @@ class SweepCallback(Callback):
         folders = {directory.parents[4] for directory in ours}
         return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
 
-    def _log_report(self, report: Report, folder: Any) -> None:
+    def _log_report(self, report: "Report", folder: Any) -> None:
+        from abn_exp.training.wandb_run import Tracker
+
         settings = self.plans[0].config.wandb
         name = f"{report.name}-report"
         try:
