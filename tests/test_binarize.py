@@ -9,6 +9,7 @@ from abn_exp.binarize import (
     BinaryConv2d,
     BinaryLinear,
     clip_latent_weights_,
+    conv2d,
     sign,
     sign0,
     sign_ste,
@@ -139,6 +140,38 @@ def test_binary_conv_is_a_sum_of_signs(pad_value, kernel_size, stride, padding):
     assert torch.equal(y, y.round())
     if pad_value or not padding:  # two values everywhere: as many odd products as K, so y has K's parity
         assert torch.equal(y.remainder(2), torch.full_like(y, 6 * kernel_size**2 % 2))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding"), [(1, 2, 0), (1, 3, 0), (1, 2, 1), (3, 2, 1), (1, 1, 0)]
+)
+@pytest.mark.parametrize("channels", [1, 2, 7, 8, 16])
+def test_conv2d_is_torch_s_with_its_gradients(channels, kernel_size, stride, padding, memory_format):
+    """Integers, whose sums float32 holds, in every memory format and at sizes that the stride does not divide."""
+    torch.manual_seed(0)
+    x = torch.randint(-3, 4, (2, channels, 9, 8)).float().to(memory_format=memory_format).requires_grad_()
+    weight = torch.randint(-3, 4, (4, channels, kernel_size, kernel_size)).float().requires_grad_()
+    truth = F.conv2d(x.double(), weight.double(), None, stride, padding)
+    upstream = torch.randint(-3, 4, truth.shape)
+    y = conv2d(x, weight, None, (stride, stride), (padding, padding))
+    assert torch.equal(y.double(), truth)
+    expected = torch.autograd.grad(truth, (x, weight), upstream.double())
+    for found, true in zip(torch.autograd.grad(y, (x, weight), upstream.float()), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_conv2d_of_8_channels_and_more_is_torch_s_bit_for_bit(channels):
+    torch.manual_seed(0)
+    x, weight = (
+        torch.randn(4, channels, 8, 8, requires_grad=True),
+        torch.randn(32, channels, 1, 1, requires_grad=True),
+    )
+    ours, theirs = conv2d(x, weight, None, (2, 2), (0, 0)), F.conv2d(x, weight, None, 2)
+    assert ours.grad_fn.name() == theirs.grad_fn.name() == "ConvolutionBackward0"
+    assert ours.grad_fn.next_functions[0][0] is theirs.grad_fn.next_functions[0][0]  # x itself, no slice of it
+    assert torch.equal(ours, theirs)
 
 
 def test_zero_padding_after_binarisation_is_not_padding_of_the_input():

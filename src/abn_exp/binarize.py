@@ -127,6 +127,20 @@ class Binarization:
 
 DEFAULT_BINARIZATION = Binarization()
 
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: Any = 0) -> Tensor:
+    """Return ``F.conv2d(x, weight, bias, stride, padding)``.
+
+    A strided 1x1 convolution of fewer than 8 input channels is computed as one of stride 1 on every stride-th pixel,
+    the same sums. On CPUs with AVX2 and nothing newer, oneDNN's kernel for the gradient of such weights
+    (``jit_1x1:avx2`` with a channels-last input; torch 2.11 to 2.15) works on vectors of 8 channels and writes
+    beyond the end of its memory.
+    """
+    if weight.size(1) < 8 and weight.shape[2:] == (1, 1) and max(stride) > 1 and padding in (0, (0, 0)):
+        return F.conv2d(x[:, :, :: stride[0], :: stride[1]], weight, bias)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 # From a layer, its input and its latent weights to its sums, without its bias: abn_exp.exact16 has ways of its own.
 Product = Callable[["BinaryConv2d | BinaryLinear", Tensor, Tensor], Tensor]
 
@@ -160,8 +174,8 @@ class BinaryConv2d(nn.Conv2d):
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         x, weight = self.binarization.activations(input), self.binarization.weights(self.weight)
         if self.binarization.pad_value == 0:
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-        return F.conv2d(self.pad(x, self.binarization.pad_value), weight, self.bias, self.stride)
+            return conv2d(x, weight, self.bias, self.stride, self.padding)
+        return conv2d(self.pad(x, self.binarization.pad_value), weight, self.bias, self.stride)
 
     def pad(self, x: Tensor, value: float) -> Tensor:
         """Return x with a border of `value`."""
