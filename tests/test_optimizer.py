@@ -119,7 +119,9 @@ def test_a_run_with_a_class_of_its_own_that_is_rebuilt_each_epoch(make_plan: Mak
     adagrad = ["recipe.optimizer._target_=torch.optim.Adagrad", "+recipe.optimizer.initial_accumulator_value=0.5"]
     losses = []
     for rebuild in ("true", "false"):
-        plan = make_plan(*adagrad, f"recipe.optimizer.rebuild_each_epoch={rebuild}", "recipe.schedule.name=constant")
+        plan = make_plan(
+            *adagrad, "keep=all", f"recipe.optimizer.rebuild_each_epoch={rebuild}", "recipe.schedule.name=constant"
+        )
         run(plan, "python train.py")
         losses.append([line["train/loss"] for line in read_metrics(plan.directory)])
         state = torch.load(plan.directory / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0][

@@ -175,6 +175,7 @@ class Config(Section):
     seeds_at_once: int | str = 1
     deterministic: bool
     progress: Literal["auto", "bar", "lines"]
+    keep: Literal["weights", "all"] = "weights"
 
     @field_validator("seeds_at_once", mode="before")
     @classmethod

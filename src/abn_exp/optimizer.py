@@ -58,10 +58,19 @@ def check_optimizer(options: Mapping[str, Any]) -> None:
 
     The step is left out for the short names alone: the first one of a process imports much.
     """
+    if options.get("_target_") is None and not options.keys() - {*SHARED_OPTIONS, "lr"}:
+        build_optimizer(options, [nn.Parameter(torch.ones(2))])
+    else:
+        state_size(options)
+
+
+def state_size(options: Mapping[str, Any]) -> float:
+    """Return how many numbers the optimizer keeps for each weight, of which it is given some for a step.
+
+    Raises ConfigError for an optimizer that cannot take one.
+    """
     weights = [nn.Parameter(torch.ones(shape)) for shape in ((2, 2, 3, 3), (2,))]
     optimizer = build_optimizer(options, weights)
-    if options.get("_target_") is None and not options.keys() - {*SHARED_OPTIONS, "lr"}:
-        return
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     try:
@@ -69,6 +78,8 @@ def check_optimizer(options: Mapping[str, Any]) -> None:
             optimizer.step()
     except Exception as error:  # there is no end to what a foreign class may raise
         raise ConfigError(f"{PATH}: {type(optimizer).__name__} cannot take a step ({in_a_line(error)}).") from error
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return sum(value.numel() for value in state if value.dim()) / sum(weight.numel() for weight in weights)
 
 
 def as_tuples(value: Any) -> Any:

@@ -27,7 +27,7 @@ def directory_of(folder: Path) -> Path:
 def whole(cli: Cli, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a finished run with its data."""
     folder = tmp_path_factory.mktemp("whole")
-    done = cli.run(*on_images(images, folder))
+    done = cli.run(*on_images(images, folder), "keep=all")
     assert done.code == 0, done.err
     return folder
 

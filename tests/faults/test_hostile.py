@@ -535,7 +535,7 @@ def whole(cli: Cli, images: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Return the folder of a finished run with its data, beside its images."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(images, folder / "images")
-    done = cli.run(*on_images(folder / "images", folder / "run"))
+    done = cli.run(*on_images(folder / "images", folder / "run"), "keep=all")
     assert done.code == 0, done.err
     return folder / "run"
 

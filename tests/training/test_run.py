@@ -174,7 +174,7 @@ def test_sigterm_is_not_success(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
-    whole, damaged = make_plan("name=whole"), make_plan("name=damaged")
+    whole, damaged = make_plan("name=whole", "keep=all"), make_plan("name=damaged", "keep=all")
     run(whole, "python train.py")
     run(damaged, "python train.py")
     (damaged.directory / "result.json").unlink()

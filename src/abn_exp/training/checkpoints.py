@@ -5,15 +5,17 @@ import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from abn_exp.config import Config
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
+from abn_exp.optimizer import state_size
 from abn_exp.results import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
     best_weights = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
     kinds: list[dict[str, Any]] = [best_weights, {"filename": "last"}] if keep_best else [{"filename": "last"}]
     return [  # the best first, so that last.ckpt knows what best.ckpt holds
-        ModelCheckpoint(
+        _Checkpoint(
             directory / "checkpoints",
             save_on_train_epoch_end=True,
             enable_version_counter=False,
@@ -87,6 +89,63 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
         )
         for kind in kinds
     ]
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Goes on in any folder: its files lie in its own, whichever they were written in.
+
+    Lightning forgets the best score where the folder has another name than it had.
+    """
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = str(self.dirpath)
+
+        def here(path: str) -> str:
+            return os.path.join(folder, os.path.basename(path)) if path else path
+
+        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": folder})
+
+
+def keep_weights(directory: Path) -> None:
+    """Leave of a finished run's checkpoints the weights: without the optimizer's state, which is most of them.
+
+    Such a `last.ckpt` is still one to go on from where all epochs are done, so that a damaged record is made again.
+    What cannot be read or written stays as it is, with a warning: the run's record is there.
+    """
+    last = directory / "checkpoints" / "last.ckpt"
+    try:
+        checkpoint = read_checkpoint(last)
+        with writing(last) as file:
+            torch.save({**checkpoint, "optimizer_states": [], "lr_schedulers": []}, file)
+        previous(last).unlink(missing_ok=True)
+    except (DamagedFile, OSError) as error:
+        log.warning("%s; the optimizer's state stays in the checkpoints", error)
+
+
+class DiskUse(NamedTuple):
+    """Bytes of a run's checkpoints: what it keeps, and the most that it has while it trains."""
+
+    kept: int
+    most: int
+
+
+def disk_use(config: Config, network: torch.nn.Module) -> DiskUse:
+    """Return what the checkpoints of a run of this network will take; the network may be on the meta device."""
+    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    trained = sum(weight.numel() * weight.element_size() for weight in network.parameters())
+    state = round(trained * state_size(config.recipe.optimizer.model_dump()))
+    best = weights if config.recipe.val_fraction > 0 else 0
+    last = weights + state
+    several = min(config.recipe.epochs, 3)  # the last one, the one before, and the one that is being written
+    if config.keep == "all":
+        return DiskUse(min(config.recipe.epochs, 2) * last + best, several * last + best)
+    return DiskUse(weights + best, several * last + best)
 
 
 def usable_checkpoint(path: Path) -> Path | None:

@@ -34,7 +34,7 @@ from abn_exp.identity import RunPlan
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.results import RunResult, read_checkpoint, read_config, read_metrics, read_result, write_result
 from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
-from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, usable_checkpoint
+from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.setup import (
     BATCHES_PER_GROUP,
@@ -73,6 +73,8 @@ def run(plan: RunPlan, command: str) -> RunResult:
             _clear_run_dir(directory)
         finished = _check_same_config(plan)
         if finished is not None:
+            if read_config(directory).get("keep") == "weights" and list(directory.glob("checkpoints/previous-*")):
+                keep_weights(directory)  # it was stopped between its record and this
             log.info("%s is finished (force=true runs it again)", directory)
             show(finished)
             return finished
@@ -88,6 +90,8 @@ def run(plan: RunPlan, command: str) -> RunResult:
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
         write_result(directory, result)
+        if config.keep == "weights":
+            keep_weights(directory)
         log.info("%s", directory)
         show(result)
         return result
