@@ -1,0 +1,285 @@
+"""Simulate error rates and power of the report's verdicts, and write the tables of docs/statistics.md.
+
+    python -m benchmarks.error_rates --write docs/statistics.md
+
+A sample is n seeds of a candidate and a reference, in points; the two scores of a seed have a correlation of 0.5,
+their difference a standard deviation of SD_OF_DIFFERENCES. The verdicts are those of abn_exp.report.verdicts, in
+arrays; a test compares the two.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as st
+
+from abn_exp.files import write_text_atomic
+from abn_exp.report.pooled import random_effects
+from abn_exp.report.sequential import Spending, nominal_levels
+from abn_exp.report.spread import rejection_rate
+from abn_exp.report.stats import ALPHA
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+DELTA = 0.5  # points
+SD_OF_DIFFERENCES = 0.65  # points; .35 to .8 was found
+CHANCE = -60.0  # a score at chance, points from a run's usual score: 10 % against 70 %
+LOOKS = (5, 10, 20)
+NAMES = ("undecided", "equivalent", "better", "worse", "not better by delta", "not worse by delta")
+UNDECIDED, EQUIVALENT, BETTER, WORSE, NOT_BETTER, NOT_WORSE = range(6)
+SHAPES = {"normal": "normal", "t3": "t, 3 df", "crash": "crash-prone"}
+FAILURES = {"none": "none", "random": "10 % of all runs", "worst": "the candidate's worst 20 %"}
+
+
+@dataclass(frozen=True)
+class Design:
+    """Looks with the level of the two-sided test and that of each test against delta."""
+
+    name: str
+    looks: tuple[int, ...]
+    levels: tuple[float, ...]
+    levels_delta: tuple[float, ...]
+
+
+def designs() -> list[Design]:
+    found = [Design(f"n = {n}", (n,), (ALPHA,), (ALPHA,)) for n in (3, 5, 10, 20)]
+    spendings: dict[str, Spending] = {"O'Brien-Fleming": "obrien_fleming", "Pocock": "pocock"}
+    for name, spending in spendings.items():
+        two_sided = tuple(2 * p for p in nominal_levels(LOOKS, ALPHA / 2, spending))
+        found.append(Design(f"until decided, {name}", LOOKS, two_sided, nominal_levels(LOOKS, ALPHA, spending)))
+    return found
+
+
+def draw(shape: str, draws: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return scores of the candidate and the reference, (draws, 20) each, with equal distributions."""
+
+    def noise() -> Array:
+        size = (draws, LOOKS[-1])
+        if shape == "t3":
+            return rng.standard_t(3, size) / math.sqrt(3)
+        z = rng.standard_normal(size)
+        if shape == "crash":  # one run in ten ends four standard deviations lower
+            z -= 4 * (rng.random(size) < 0.1)
+        return z
+
+    shared = noise()
+    return tuple(SD_OF_DIFFERENCES * math.sqrt(0.5) * (shared + noise()) for _ in range(2))  # type: ignore[return-value]
+
+
+def fail(kind: str, x: Array, y: Array, rng: np.random.Generator) -> tuple[Bools, Bools]:
+    """Return which runs of the candidate and of the reference failed."""
+    if kind == "random":
+        return rng.random(x.shape) < 0.1, rng.random(y.shape) < 0.1
+    none = np.zeros(x.shape, bool)
+    return (x < np.quantile(x, 0.2), none) if kind == "worst" else (none, none)
+
+
+def t_statistics(d: Array, there: Bools, delta: float) -> tuple[Array, Array, Array, NDArray[np.intp]]:
+    """Return the t statistics against 0, delta and -delta and their degrees of freedom."""
+    n = there.sum(axis=1)
+    mean = np.where(there, d, 0).sum(axis=1) / np.maximum(n, 1)
+    squares = (np.where(there, d - mean[:, None], 0) ** 2).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.sqrt(squares / (n - 1) / n)
+        return mean / error, (mean - delta) / error, (mean + delta) / error, n - 1
+
+
+def decide(d: Array, x_failed: Bools, y_failed: Bools, level: float, level_delta: float) -> NDArray[np.intp]:
+    """Return the verdict on each row of differences, as an index of NAMES."""
+    scored = np.where(x_failed & y_failed, 0.0, np.where(x_failed, CHANCE, np.where(y_failed, -CHANCE, d)))
+    tests = t_statistics(d, ~(x_failed | y_failed), DELTA)
+    at_chance = t_statistics(scored, np.ones(d.shape, bool), DELTA)
+    tables = [_critical(level / 2, d.shape[1]), _critical(level_delta, d.shape[1])]
+
+    def rejected(t: tuple[Array, Array, Array, NDArray[np.intp]]) -> list[Bools]:
+        two_sided, one_sided = (table[np.maximum(t[3], 0)] for table in tables)
+        return [t[0] > two_sided, t[0] < -two_sided, t[1] < -one_sided, t[2] > one_sided]
+
+    better, worse, not_better, not_worse = rejected(tests)
+    also = rejected(at_chance)
+    candidate, reference = (failed.sum(axis=1) for failed in (x_failed, y_failed))
+    better &= also[0] | (candidate <= reference)
+    not_worse &= also[3] | (candidate <= reference)
+    worse &= also[1] | (candidate >= reference)
+    not_better &= also[2] | (candidate >= reference)
+    conditions = [not_better & not_worse, better, worse, not_better, not_worse]
+    return np.select(conditions, [EQUIVALENT, BETTER, WORSE, NOT_BETTER, NOT_WORSE], UNDECIDED)
+
+
+def _critical(level: float, n: int) -> Array:
+    """Return Student's upper quantile for 0, 1, ..., n degrees of freedom; infinite at 0."""
+    return np.array([math.inf, *st.t.isf(level, np.arange(1, n + 1))])
+
+
+def run_design(
+    design: Design, d: Array, x_failed: Bools, y_failed: Bools
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return each row's verdict and the seeds that it took."""
+    verdict = np.full(len(d), UNDECIDED)
+    seeds = np.full(len(d), design.looks[-1])
+    for n, level, level_delta in zip(design.looks, design.levels, design.levels_delta, strict=True):
+        open_ = np.flatnonzero(verdict == UNDECIDED)
+        verdict[open_] = decide(d[open_, :n], x_failed[open_, :n], y_failed[open_, :n], level, level_delta)
+        seeds[open_[verdict[open_] != UNDECIDED]] = n
+    return verdict, seeds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of samples, for true differences of 0, delta and -delta; what is false there, and what one hopes for."""
+
+    differs: float  # better or worse, at 0; nominal 5 %
+    better: float  # better, at 0; nominal 2.5 %
+    at_delta: float  # equivalent, worse or not better by delta, at delta; nominal 5 %
+    at_minus_delta: float  # equivalent, better or not worse by delta, at -delta; nominal 5 %
+    finds: float  # better, at delta
+    equivalent: float  # equivalent, at 0
+    decided: tuple[float, float]  # any verdict, at 0 and at delta
+    seeds: tuple[float, float]  # mean number, at 0 and at delta
+
+
+def rates(design: Design, shape: str, failures: str, draws: int, rng: np.random.Generator) -> Rates:
+    x, y = draw(shape, draws, rng)
+    failed = fail(failures, x, y, rng)
+    found = {shift: run_design(design, x - y + shift, *failed) for shift in (0.0, DELTA, -DELTA)}
+
+    def share(shift: float, *verdicts: int) -> float:
+        return float(np.isin(found[shift][0], verdicts).mean())
+
+    return Rates(
+        differs=share(0, BETTER, WORSE),
+        better=share(0, BETTER),
+        at_delta=share(DELTA, EQUIVALENT, WORSE, NOT_BETTER),
+        at_minus_delta=share(-DELTA, EQUIVALENT, BETTER, NOT_WORSE),
+        finds=share(DELTA, BETTER),
+        equivalent=share(0, EQUIVALENT),
+        decided=(1 - share(0, UNDECIDED), 1 - share(DELTA, UNDECIDED)),
+        seeds=(float(found[0.0][1].mean()), float(found[DELTA][1].mean())),
+    )
+
+
+def too_high(r: Rates, draws: int) -> list[str]:
+    """Name the error rates above their nominal level by more than the simulation's error."""
+    nominal = {"differs": ALPHA, "better": ALPHA / 2, "at_delta": ALPHA, "at_minus_delta": ALPHA}
+    return [name for name, p in nominal.items() if getattr(r, name) > p + 3 * math.sqrt(p * (1 - p) / draws)]
+
+
+def unguarded_looks(draws: int, rng: np.random.Generator) -> list[tuple[str, float]]:
+    """Return how often looks without a plan, each at 5 %, find a difference that is not there."""
+    x, y = draw("normal", draws, rng)
+    none = np.zeros(x.shape, bool)
+    found = []
+    for name, looks in (("3, 5, 10, 20 seeds", (3, 5, 10, 20)), ("each seed from 3 to 20", tuple(range(3, 21)))):
+        differs = np.zeros(draws, bool)
+        for n in looks:
+            t, _, _, df = t_statistics((x - y)[:, :n], ~none[:, :n], DELTA)
+            differs |= np.abs(t) > _critical(ALPHA / 2, n)[df]
+        found.append((name, float(differs.mean())))
+    return found
+
+
+def random_effects_coverage(draws: int, rng: np.random.Generator) -> list[list[str]]:
+    """Return how often the intervals of a random-effects mean hold the truth: k cells of 5 seeds each."""
+    rows = []
+    for k in (2, 6):
+        for tau in (0.0, 0.3):
+            for shared in (0.0, 0.3):
+                hits = np.zeros(2)
+                for _ in range(draws):
+                    common = math.sqrt(shared) * rng.standard_normal((5, 1))
+                    d = SD_OF_DIFFERENCES * (common + math.sqrt(1 - shared) * rng.standard_normal((5, k)))
+                    d += tau * rng.standard_normal(k)
+                    found = random_effects(d.mean(axis=0), d.std(axis=0, ddof=1) / math.sqrt(5))
+                    assert found is not None
+                    for i, (low, high) in enumerate((found.interval, found.interval_hartung_knapp)):
+                        hits[i] += low < 0 < high
+                rows.append([str(k), f"{tau:g}", f"{shared:g}", *(f"{100 * hit / draws:.1f}" for hit in hits)])
+    return rows
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", "---", *["--:"] * (len(header) - 2)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sections(draws: int, seed: int) -> Iterator[str]:
+    """Yield the text of the simulation's results."""
+    rng = np.random.default_rng(seed)
+    errors, powers, high = [], [], []
+    for shape, shape_name in SHAPES.items():
+        for failures, failures_name in FAILURES.items():
+            for design in designs():
+                r = rates(design, shape, failures, draws, rng)
+                high += [f"{shape_name}, {failures_name}, {design.name}: {name}" for name in too_high(r, draws)]
+                head = [f"{shape_name}; {failures_name}", design.name]
+                numbers = (r.differs, r.better, r.at_delta, r.at_minus_delta)
+                errors.append([*head, *map(_percent, numbers)])
+                if failures == "none":
+                    row = [_percent(r.finds, 0), _percent(r.equivalent, 0), *(_percent(p, 0) for p in r.decided)]
+                    powers.append([shape_name, design.name, *row, *(f"{n:.1f}" for n in r.seeds)])
+    error = 100 * math.sqrt(ALPHA * (1 - ALPHA) / draws)
+    yield (
+        f"{draws:,} samples a row, so that a rate of 5 % has a simulation error of {error:.2f} points (one standard "
+        f"error). Error rates above their nominal level by more than three of these: {'; '.join(high) or 'none'}."
+    )
+    header = ["scores; failures", "design", "better or worse, at 0 (5 %)", "better, at 0 (2.5 %)"]
+    yield table([*header, "false, at +delta (5 %)", "false, at -delta (5 %)"], errors)
+    yield "Power, without failures, in percent; and the mean number of seeds:"
+    header = [
+        "scores",
+        "design",
+        "better, at +delta",
+        "equivalent, at 0",
+        "any verdict, at 0",
+        "any verdict, at +delta",
+    ]
+    yield table([*header, "seeds, at 0", "seeds, at +delta"], powers)
+    unguarded = (f"at {name} {100 * rate:.1f} %" for name, rate in unguarded_looks(draws, rng))
+    yield f"Looks without a plan, each at 5 %, find a difference that is not there: {', '.join(unguarded)} of cases."
+    yield "The spread test, in percent (correlation 0.5 in a pair):"
+    rows = []
+    for n in (10, 15, 20, 30):
+        level = [rejection_rate(n, 1.0, shape=shape, draws=20_000) for shape in ("normal", "t3")]
+        power = [rejection_rate(n, 2.0, p) for p in (ALPHA, ALPHA / 2, ALPHA / 4)]
+        rows.append([str(n), *(_percent(p, 1) for p in level), *(_percent(p, 0) for p in power)])
+    header = [
+        "n",
+        "level, normal",
+        "level, t with 3 df",
+        "power at ratio 2",
+        "after halving the level",
+        "at a quarter",
+    ]
+    yield table(header, rows)
+    yield "Coverage of the 95 % intervals of a random-effects mean, in percent, 5 seeds a cell (4,000 samples a row):"
+    header = ["cells", "tau (points)", "correlation between cells", "DerSimonian-Laird", "Hartung-Knapp"]
+    yield table(header, random_effects_coverage(4_000, rng))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Simulate error rates and power of the report's verdicts.")
+    parser.add_argument("--draws", type=int, default=200_000, help="samples a row (default: 200,000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="a Markdown file whose marked block is replaced")
+    arguments = parser.parse_args()
+    text = "\n\n".join(sections(arguments.draws, arguments.seed))
+    if arguments.write is None:
+        print(text)
+        return
+    begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
+    before, _, rest = arguments.write.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    write_text_atomic(arguments.write, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
