@@ -116,7 +116,7 @@ def time_to_accuracy(folder: Path, device: torch.device, workers: int, repetitio
     torch.set_num_threads(config.threads)
     blank = config.model_copy(update={"dataset": options.model_copy(update={"train_images": None})})
     build = getattr(models, model)
-    network = build(CATALOG[dataset].num_classes, options.image_size, Norm, width=config.model["width"])
+    network = build(options.num_classes or 2, options.image_size, Norm, width=config.model["width"])
     theirs = ConventionalLoop(conventional(initialize_(network, 0)), data, size, device, workers)
     ours = OurLoop(blank, data, device)
     steps = -(-images // size)

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    name: Literal["digits", "cifar10", "cifar100", "tinyimagenet", "folder"]
+    name: str
     root: str
     path: str | None
     download: bool
@@ -53,6 +53,15 @@ class DatasetConfig(Section):
     flip: bool
     padding: NonNegativeInt
     train_images: PositiveInt | None
+
+    @field_validator("name")
+    @classmethod
+    def in_the_catalog(cls, name: str) -> str:
+        from abn_exp.data.catalog import CATALOG  # numpy and PIL; not for --help
+
+        if name not in (*CATALOG, "folder"):
+            raise ValueError(f"dataset.name={name} is not allowed: it should be {', '.join(CATALOG)} or folder")
+        return name
 
     @model_validator(mode="after")
     def path_is_for_folders(self) -> Self:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import io
 import logging
 import os
@@ -163,8 +164,7 @@ def test_archive_in_another_class_order_is_refused(tmp_path: Path, monkeypatch: 
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    register(monkeypatch, "tinyimagenet", num_classes=3)
+def tiny() -> dict[str, bytes]:
     return tinyimagenet_members()
 
 
@@ -183,6 +183,21 @@ def test_tinyimagenet_archive(tmp_path: Path, tiny: dict[str, bytes], caplog: py
     assert "tinyimagenet has 6 + 3 images here; the full set has 100000 + 10000" in caplog.text
 
 
+def test_a_part_of_tinyimagenet_is_told_and_taken(
+    tmp_path: Path, tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert CATALOG["tinyimagenet"].md5 == "90528d7ca1a48142e341f4ef8d21d0de"
+    file = tmp_path / "tiny-imagenet-200.zip"
+    write_zip(file, tiny)
+    prepare("tinyimagenet", tmp_path)
+    assert f"{file} is not the original: its md5 is" in caplog.text
+    (tmp_path / "tinyimagenet.npz").unlink()
+    caplog.clear()
+    register(monkeypatch, "tinyimagenet", md5=hashlib.md5(file.read_bytes()).hexdigest())
+    prepare("tinyimagenet", tmp_path)
+    assert "md5" not in caplog.text
+
+
 def test_the_full_archive_goes_before_a_part_of_it(tmp_path: Path, tiny: dict[str, bytes]) -> None:
     write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
     (tmp_path / "tiny-imagenet-200-mini.zip").write_bytes(b"no archive")
@@ -195,7 +210,7 @@ def test_cut_zip(tmp_path: Path, tiny: dict[str, bytes], keep: float) -> None:
     write_zip(file, tiny)
     content = file.read_bytes()
     file.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
-    with pytest.raises(ValueError, match=r"tiny-imagenet-200\.zip is cut or damaged .* get it again from http"):
+    with pytest.raises(ValueError, match=r"tiny-imagenet-200\.zip is cut or damaged .* delete it and get"):
         prepare("tinyimagenet", tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".tinyimagenet.lock", "tiny-imagenet-200.zip"]
 
@@ -244,7 +259,7 @@ def test_wrong_content_of_the_zip(
     members = {name: content for name, content in changed.items() if content is not None}
     write_zip(tmp_path / "tiny-imagenet-200.zip", members)
     with pytest.raises(ValueError, match=message):
-        prepare("tinyimagenet", tmp_path)
+        prepare("tinyimagenet", tmp_path, num_classes=3)
     assert not list(tmp_path.glob("*.npz*"))
 
 
@@ -271,7 +286,7 @@ def test_catalog_set_from_an_image_folder(
     names = [name.decode() for name in CIFAR10_NAMES]
     written = write_folder(tmp_path / "cifar10", names)
     (tmp_path / "cifar10" / "train" / "bird" / ".DS_Store").write_bytes(b"hidden")
-    data = load("cifar10", tmp_path)
+    data = load("cifar10", tmp_path, image_size=32, num_classes=10)
     assert data.classes == tuple(names)
     assert data.train.labels.tolist() == [i // 2 for i in range(20)]
     assert torch.equal(data.train.images, torch.from_numpy(written["train"]))
@@ -289,13 +304,15 @@ def test_the_archive_goes_before_the_image_folder(tmp_path: Path, monkeypatch: p
 def test_wrong_image_size_in_a_catalog_set(tmp_path: Path) -> None:
     write_folder(tmp_path / "cifar10", LETTERS, size=16)
     with pytest.raises(ValueError, match=r"train/ant/000\.png has 16 x 16 pixels instead of 32 x 32"):
+        prepare("cifar10", tmp_path, image_size=32)
+    with pytest.raises(ValueError, match=r"cifar10 is an image folder: give image_size="):
         prepare("cifar10", tmp_path)
 
 
 def test_wrong_number_of_classes_in_a_catalog_set(tmp_path: Path) -> None:
     write_folder(tmp_path / "cifar10", LETTERS)
     with pytest.raises(ValueError, match="3 classes instead of 10"):
-        prepare("cifar10", tmp_path)
+        prepare("cifar10", tmp_path, image_size=32, num_classes=10)
     assert not list(tmp_path.glob("*.npz*"))
 
 
@@ -456,7 +473,7 @@ def test_one_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.Mo
 
     def work() -> None:
         start.wait()
-        sizes.append(len(load("cifar10", tmp_path).train.labels))
+        sizes.append(len(load("cifar10", tmp_path, image_size=32).train.labels))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -530,7 +547,7 @@ def test_argument_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is for name='folder' only"):
         prepare("cifar10", tmp_path, path=tmp_path)
     with pytest.raises(ValueError, match="images of 32 pixels a side, not image_size=64"):
-        prepare("cifar10", tmp_path, image_size=64)
+        load("digits", tmp_path, image_size=64)
 
 
 def test_digits_need_no_file(tmp_path: Path) -> None:
@@ -547,8 +564,9 @@ def test_digits_need_no_file(tmp_path: Path) -> None:
     assert torch.equal(data.test.images, again.test.images)
     assert data.train.labels.bincount().min() > 130
     mean, std = channel_statistics(data.train.images)
-    assert [round(value, 4) for value in mean] == list(info.mean)
-    assert [round(value, 4) for value in std] == list(info.std)
+    facts = yaml.safe_load((REPOSITORY / "conf" / "dataset" / "digits.yaml").read_text())["dataset"]
+    assert [round(value, 4) for value in mean] == facts["mean"]
+    assert [round(value, 4) for value in std] == facts["std"]
 
 
 def test_digits_are_the_original_enlarged() -> None:
@@ -573,17 +591,9 @@ def test_channel_statistics_against_numpy() -> None:
     np.testing.assert_allclose(std, (images / 255.0).std((0, 2, 3)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", CATALOG)
-def test_yaml_agrees_with_the_catalog(name: str) -> None:
-    file = REPOSITORY / "conf" / "dataset" / f"{name}.yaml"
-    config = yaml.safe_load(file.read_text())
-    config = config.get("dataset", config)
-    info = CATALOG[name]
-    for key in ("name", "num_classes", "image_size", "padding", "flip"):
-        assert config[key] == getattr(info, key)
-    assert tuple(config["mean"]) == info.mean
-    assert tuple(config["std"]) == info.std
-    assert config["root"] == "${oc.env:DATA_DIR,./data}"
+def test_every_entry_of_the_catalog_has_its_file() -> None:
+    files = {file.stem for file in (REPOSITORY / "conf" / "dataset").glob("*.yaml")}
+    assert files == {*CATALOG, "folder"}
 
 
 def test_one_line_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,22 +17,14 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.nn import functional as F
 
-from abn_exp.data.catalog import CATALOG, Channels, DatasetInfo
-from abn_exp.data.readers import (
-    Arrays,
-    file_digest,
-    list_image_folder,
-    progress,
-    read_cifar,
-    read_image_folder,
-    read_tinyimagenet,
-)
-from abn_exp.data.splits import stratified_split
+from abn_exp.data.catalog import CATALOG, DatasetInfo
+from abn_exp.data.readers import Arrays, file_digest, list_image_folder, progress, read_image_folder
 from abn_exp.files import remove_parts, writing
 
 log = logging.getLogger(__name__)
+
+Channels = tuple[float, float, float]
 
 TIMEOUT = 30.0  # seconds without an answer before a download is given up
 BLOCK = 2**20  # bytes read at a time
@@ -66,6 +58,7 @@ def load(
     *,
     path: str | Path | None = None,
     image_size: int | None = None,
+    num_classes: int | None = None,
     download: bool = True,
 ) -> ImageDataset:
     """Return a data set, prepared first where that has not happened yet.
@@ -74,22 +67,28 @@ def load(
         name: a name in the catalog, or "folder" for ``<path>/{train,test}/<class>/*``.
         root: where converted files and original archives lie.
         path: the image folder, for "folder" only.
-        image_size: what images of a "folder" are resized to; elsewhere None or the set's own.
+        image_size: what images of a "folder" are resized to; elsewhere the set's own, which an image folder needs.
+        num_classes: how many classes the original must have to be converted; None: as many as it has.
         download: whether the original may be downloaded.
 
     Raises:
         ValueError: an argument, an archive or an image is wrong, or a file is damaged.
         OSError: the set is not there and cannot be downloaded, or the disk fails.
     """
-    file = prepare(name, root, path=path, image_size=image_size, download=download)
-    if file is None:
-        return _digits()
-    arrays = _read(file)
+    file = prepare(name, root, path=path, image_size=image_size, num_classes=num_classes, download=download)
     info = CATALOG.get(name)
-    try:
-        _check(arrays, info)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{file} is not what it should be ({error}): {_REMEDY}") from error
+    if file is None:
+        assert info is not None
+        arrays = info.read(Path())
+    else:
+        arrays = _read(file)
+        try:
+            _check(arrays)
+        except ValueError as error:
+            raise ValueError(f"{file} is not what it should be ({error}): {_REMEDY}") from error
+    side = arrays["train_images"].shape[-1]
+    if image_size not in (None, side):
+        raise ValueError(f"{name} has images of {side} pixels a side, not image_size={image_size}")
     tensors = {key: torch.from_numpy(arrays[key]) for key in arrays if key.startswith(("train", "test"))}
     train = Split(tensors["train_images"], tensors["train_labels"])
     test = Split(tensors["test_images"], tensors["test_labels"])
@@ -108,9 +107,10 @@ def prepare(
     *,
     path: str | Path | None = None,
     image_size: int | None = None,
+    num_classes: int | None = None,
     download: bool = True,
 ) -> Path | None:
-    """Convert a data set unless it has been, and return the converted file (None for the embedded digits).
+    """Convert a data set unless it has been, and return the converted file (None for a set that a library has).
 
     Sources, in order: the converted file, the original archive in ``root``, the image folder
     ``<root>/<name>/{train,test}/<class>/*``, the download. Of several processes that ask at once, one
@@ -124,16 +124,14 @@ def prepare(
     info = CATALOG[name]
     if path is not None:
         raise ValueError(f"path={path} is for name='folder' only; {name} is looked for in root={root}")
-    if image_size not in (None, info.image_size):
-        raise ValueError(f"{name} has images of {info.image_size} pixels a side, not image_size={image_size}")
-    if name == "digits":
+    if not info.archive:
         return None
     target = root / f"{name}.npz"
     if not target.exists():
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock"):
             if not target.exists():
-                _write(target, _read_source(info, root, download), info)
+                _write(target, _read_source(name, info, root, image_size, download), num_classes)
     return target
 
 
@@ -148,34 +146,41 @@ def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None)
     with FileLock(root / f".folder-{key}.lock"):
         if not target.exists() or _read(target, only="fingerprint")["fingerprint"] != fingerprint:
             arrays = read_image_folder(folder, image_size, resize=True)
-            _write(target, arrays | {"fingerprint": np.array(fingerprint)}, None)
+            _write(target, arrays | {"fingerprint": np.array(fingerprint)}, num_classes=None)
     return target
 
 
-def _read_source(info: DatasetInfo, root: Path, download: bool) -> Arrays:
+def _read_source(name: str, info: DatasetInfo, root: Path, image_size: int | None, download: bool) -> Arrays:
     archive = root / info.archive
-    if info.name == "tinyimagenet" and not archive.exists():  # parts of the set go by longer names
-        archive = next(iter(sorted(root.glob("tiny-imagenet-200*.zip"))), archive)
-    folder = root / info.name
+    if info.parts and not archive.exists():
+        suffix = archive.suffix
+        archive = next(iter(sorted(root.glob(f"{info.archive.removesuffix(suffix)}*{suffix}"))), archive)
+    folder = root / name
     if not archive.exists() and folder.is_dir():
-        return read_image_folder(folder, info.image_size, resize=False)
+        if image_size is None:
+            raise ValueError(f"{folder} is an image folder: give image_size=, the pixels a side of its images")
+        return read_image_folder(folder, image_size, resize=False)
     if not archive.exists():
         if not download:
-            raise FileNotFoundError(_how_to_get(info, root, "downloads are off"))
-        _download(info, root)
-    return (read_tinyimagenet if info.name == "tinyimagenet" else read_cifar)(archive, info)
+            raise FileNotFoundError(_how_to_get(name, info, root, "downloads are off"))
+        _download(name, info, root)
+    if (digest := file_digest(archive, "md5")) != info.md5:
+        found = f"{archive} is not the original: its md5 is {digest} instead of {info.md5}"
+        if not info.parts:
+            raise ValueError(f"{found}; delete it and get it again from {info.url}")
+        log.warning("%s; what it holds of the set is used", found)
+    return info.read(archive)
 
 
-def _how_to_get(info: DatasetInfo, root: Path, why: str) -> str:
-    md5 = f" (md5 {info.md5})" if info.md5 is not None else ""
+def _how_to_get(name: str, info: DatasetInfo, root: Path, why: str) -> str:
     return (
-        f"{info.name} is not in {root.resolve()} and {why}: put {info.url}{md5} there as {info.archive}, or "
-        f"its images as {info.name}/{{train,test}}/<class>/*, or say where they are with dataset.root= (for "
+        f"{name} is not in {root.resolve()} and {why}: put {info.url} (md5 {info.md5}) there as {info.archive}, or "
+        f"its images as {name}/{{train,test}}/<class>/*, or say where they are with dataset.root= (for "
         "images of your own: dataset=folder dataset.path=)"
     )
 
 
-def _download(info: DatasetInfo, root: Path) -> None:
+def _download(name: str, info: DatasetInfo, root: Path) -> None:
     part = root / f"{info.archive}.part"
     try:
         with urllib.request.urlopen(info.url, timeout=TIMEOUT) as response, part.open("wb") as stream:
@@ -186,12 +191,12 @@ def _download(info: DatasetInfo, root: Path) -> None:
                 stream.write(block)
         if length is not None and part.stat().st_size != int(length):
             raise OSError(f"only {part.stat().st_size} of {length} bytes came")
-        if info.md5 is not None and (digest := file_digest(part, "md5")) != info.md5:
+        if not info.parts and (digest := file_digest(part, "md5")) != info.md5:
             raise OSError(f"what came has md5 {digest}")
         part.replace(root / info.archive)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ConnectionError(_how_to_get(info, root, f"its download failed ({reason})")) from error
+        raise ConnectionError(_how_to_get(name, info, root, f"its download failed ({reason})")) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -201,33 +206,32 @@ def _download(info: DatasetInfo, root: Path) -> None:
 _REMEDY = "delete it, and it will be made again from its source"
 
 
-def _check(arrays: Arrays, info: DatasetInfo | None) -> None:
-    """Raise ValueError where shapes, types and labels contradict each other or the catalog."""
+def _check(arrays: Arrays, num_classes: int | None = None) -> None:
+    """Raise ValueError where shapes, types and labels contradict each other or the number of classes."""
     needed = {"train_images", "train_labels", "test_images", "test_labels", "classes"}
     if arrays.keys() - {"test_boxes", "fingerprint"} != needed:
         raise ValueError(f"it holds {sorted(arrays)} instead of {sorted(needed)}")
     if arrays["classes"].ndim != 1 or arrays["classes"].dtype.kind != "U":
         raise ValueError("its classes are not a list of names")
-    size = arrays["train_images"].shape[-1:] if info is None else (info.image_size,)
-    num_classes = len(arrays["classes"]) if info is None else info.num_classes
-    if len(arrays["classes"]) != num_classes:
-        raise ValueError(f"it has {len(arrays['classes'])} classes instead of {num_classes}")
+    size, count = arrays["train_images"].shape[-1:], len(arrays["classes"])
+    if num_classes not in (None, count):
+        raise ValueError(f"it has {count} classes instead of {num_classes}")
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         shape = (*labels.shape, 3, *size, *size)
         if images.dtype != np.uint8 or images.shape != shape or labels.dtype != np.int64 or labels.ndim != 1:
             raise ValueError(f"its {split} images are {images.dtype} {images.shape} for {labels.shape} labels")
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"its {split} labels are not all from 0 to {num_classes - 1}")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= count:
+            raise ValueError(f"its {split} labels are not all from 0 to {count - 1}")
     boxes = arrays.get("test_boxes")
     if boxes is not None and (boxes.dtype != np.int64 or boxes.shape != (len(arrays["test_labels"]), 4)):
         raise ValueError(f"its test boxes are {boxes.dtype} {boxes.shape}")
 
 
-def _write(target: Path, arrays: Arrays, info: DatasetInfo | None) -> None:
+def _write(target: Path, arrays: Arrays, num_classes: int | None) -> None:
     """Write the arrays so that the target is always whole: to a part beside it, flushed, then renamed."""
     try:
-        _check(arrays, info)
+        _check(arrays, num_classes)
     except ValueError as error:
         raise ValueError(f"the source of {target.name} is not what it should be: {error}") from error
     remove_parts(target.parent, target.name)
@@ -252,20 +256,6 @@ def _read(file: Path, only: str | None = None) -> Arrays:
         return arrays if only is None else {only: arrays[only]}
     except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
         raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error
-
-
-def _digits() -> ImageDataset:
-    """Return scikit-learn's digits, 8 x 8 to 32 x 32 (bilinear), in three equal channels; a fifth is test."""
-    from sklearn.datasets import load_digits  # slow to import, and no other set needs it
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
-    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
-    images = images.repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = stratified_split(labels, 0.2, seed=0)
-    classes = tuple(str(name) for name in bunch.target_names)
-    return ImageDataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), classes)
 
 
 # --- Pure functions of images and labels ---

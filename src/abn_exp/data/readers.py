@@ -1,4 +1,4 @@
-"""Read data sets from the original archives and from image folders.
+"""Read data sets from the original archives, from image folders and from scikit-learn.
 
 Archives are read in place: nothing is extracted to disk, no path inside an archive is ever used as one. Each
 reader returns the arrays of the converted file (see ``prepare``); its errors are ValueErrors that name a file.
@@ -22,8 +22,6 @@ import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-
-from abn_exp.data.catalog import DatasetInfo
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused, by its name
@@ -69,6 +67,9 @@ def _check_size(unpacked: int, archive: Path) -> None:
 # --- CIFAR ---
 
 
+CIFAR_SIZE = 32  # pixels a side
+
+
 class CifarLayout(NamedTuple):
     """Which members of the archive hold what, and under which keys."""
 
@@ -79,16 +80,14 @@ class CifarLayout(NamedTuple):
     names: bytes
 
 
-CIFAR_LAYOUTS = {
-    "cifar10": CifarLayout(
-        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-        test="test_batch",
-        meta="batches.meta",
-        labels=b"labels",
-        names=b"label_names",
-    ),
-    "cifar100": CifarLayout(("train",), "test", "meta", b"fine_labels", b"fine_label_names"),
-}
+CIFAR10 = CifarLayout(
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    meta="batches.meta",
+    labels=b"labels",
+    names=b"label_names",
+)
+CIFAR100 = CifarLayout(("train",), "test", "meta", b"fine_labels", b"fine_label_names")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -115,15 +114,17 @@ def file_digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
-def read_cifar(archive: Path, info: DatasetInfo) -> Arrays:
-    """Read the python version of CIFAR-10 or CIFAR-100 out of its ``.tar.gz``, once its md5 is right."""
-    digest = file_digest(archive, "md5")
-    if digest != info.md5:
-        raise ValueError(
-            f"{archive} is not the original: its md5 is {digest} instead of {info.md5}; delete it and get it "
-            f"again from {info.url}"
-        )
-    layout = CIFAR_LAYOUTS[info.name]
+def read_cifar10(archive: Path) -> Arrays:
+    """Read ``cifar-10-python.tar.gz``."""
+    return _read_cifar(archive, CIFAR10)
+
+
+def read_cifar100(archive: Path) -> Arrays:
+    """Read ``cifar-100-python.tar.gz``, with the 100 fine labels."""
+    return _read_cifar(archive, CIFAR100)
+
+
+def _read_cifar(archive: Path, layout: CifarLayout) -> Arrays:
     wanted = {*layout.train, layout.test, layout.meta}
     content: dict[str, dict[bytes, Any]] = {}
     unpacked = 0
@@ -140,7 +141,7 @@ def read_cifar(archive: Path, info: DatasetInfo) -> Arrays:
         classes = [name.decode() for name in content[layout.meta][layout.names]]
         train = [content[name] for name in layout.train]
         test = content[layout.test]
-        shape = (-1, 3, info.image_size, info.image_size)
+        shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
         arrays = {
             "train_images": np.concatenate([batch[b"data"] for batch in train]).reshape(shape),
             "train_labels": np.concatenate([batch[layout.labels] for batch in train]).astype(np.int64),
@@ -156,8 +157,10 @@ def read_cifar(archive: Path, info: DatasetInfo) -> Arrays:
 
 # --- TinyImageNet ---
 
+TINYIMAGENET_SIZE = 64  # pixels a side
 
-def read_tinyimagenet(archive: Path, info: DatasetInfo) -> Arrays:
+
+def read_tinyimagenet(archive: Path) -> Arrays:
     """Read ``tiny-imagenet-200.zip``: ``val/`` is the test set, classes are the sorted ids of ``train/``.
 
     ``test_boxes`` is int64 (N, 4): x0, y0, x1, y1 in pixels, both corners inside the box.
@@ -168,14 +171,14 @@ def read_tinyimagenet(archive: Path, info: DatasetInfo) -> Arrays:
                 kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where it was packed on another system
                 _check_member(member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
             _check_size(sum(member.file_size for member in zipped.infolist()), archive)
-            return _read_tinyimagenet(zipped, info)
+            return _read_tinyimagenet(zipped)
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
     except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
-        raise ValueError(f"{archive} is cut or damaged ({error}): get it again from {info.url}") from error
+        raise ValueError(f"{archive} is cut or damaged ({error}): delete it and get the original") from error
 
 
-def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
+def _read_tinyimagenet(zipped: zipfile.ZipFile) -> Arrays:
     train: list[tuple[str, str]] = []  # (class, member)
     val: list[str] = []
     annotations = None
@@ -208,7 +211,7 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
             raise ValueError(f"val_annotations.txt, line {number} is not FILE CLASS X0 Y0 X1 Y1") from None
         if len(corners) != 4:
             raise ValueError(f"val_annotations.txt, line {number} has {len(corners)} coordinates instead of 4")
-        if not all(0 <= corner < info.image_size for corner in boxes[file]):
+        if not all(0 <= corner < TINYIMAGENET_SIZE for corner in boxes[file]):
             raise ValueError(f"val_annotations.txt, line {number}: its box is not inside the image")
     files = [PurePosixPath(member).name for member in val]
     if missing := [file for file in files if file not in labels]:
@@ -216,9 +219,9 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
 
     def read(members: list[str], what: str) -> np.ndarray:
         def decode(i: int) -> np.ndarray:
-            return _decode(io.BytesIO(zipped.read(members[i])), members[i], info.image_size)
+            return _decode(io.BytesIO(zipped.read(members[i])), members[i], TINYIMAGENET_SIZE)
 
-        return _decode_all(decode, len(members), info.image_size, f"Decoding {info.name}, {what}")
+        return _decode_all(decode, len(members), TINYIMAGENET_SIZE, f"Decoding TinyImageNet, {what}")
 
     return {
         "train_images": read([member for _, member in train], "train"),
@@ -228,6 +231,28 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile, info: DatasetInfo) -> Arrays:
         "test_boxes": np.array([boxes[file] for file in files], np.int64).reshape(-1, 4),
         "classes": np.array(classes),
     }
+
+
+# --- Digits ---
+
+
+def read_digits(_: Path) -> Arrays:
+    """Return scikit-learn's digits, 8 x 8 to 32 x 32 (bilinear), in three equal channels; a fifth is test."""
+    import torch  # here, because the names in the catalog are read before it is known that anything is to be trained
+    from sklearn.datasets import load_digits  # slow to import, and no other set needs it
+
+    from abn_exp.data.splits import stratified_split
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, size=32, mode="bilinear", align_corners=False)
+    pixels = images.round().to(torch.uint8).repeat(1, 3, 1, 1).numpy()
+    labels = bunch.target.astype(np.int64)
+    arrays = {"classes": np.array([str(name) for name in bunch.target_names])}
+    parts = stratified_split(torch.from_numpy(labels), 0.2, seed=0)
+    for split, indices in zip(("train", "test"), parts, strict=True):
+        arrays |= {f"{split}_images": pixels[indices.numpy()], f"{split}_labels": labels[indices.numpy()]}
+    return arrays
 
 
 # --- Image folders ---

@@ -70,6 +70,7 @@ def load_data(config: Config) -> ImageDataset:
             options.root,
             path=options.path,
             image_size=options.image_size,
+            num_classes=options.num_classes,
             download=options.download,
         )
     except (ValueError, OSError) as error:
