@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
+from shutil import copytree
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from abn_exp.config import Config, config_hash, result_affecting_options
 from abn_exp.errors import ConfigError
-from abn_exp.identity import RunPlan
+from abn_exp.identity import RunPlan, plan_run
 from tests.helpers.runs import REPOSITORY
 
 Make = Callable[..., RunPlan]
@@ -41,6 +44,32 @@ def test_full_experiment_is_at_full_size(make_plan: Make) -> None:
     quick = make_plan(tiny=False).config
     assert quick.model["width"] < 1
     assert quick.recipe.epochs < 50
+
+
+USERS_MODEL = """
+from torch import nn
+
+def make(num_classes: int, image_size: int, norm_layer, channels: int = 4, width: int = 1) -> nn.Module:
+    body = nn.Sequential(nn.Conv2d(3, channels * width, 3), norm_layer(channels * width), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(body, nn.Flatten(), nn.Linear(channels * width, num_classes))
+"""
+
+
+@pytest.mark.parametrize("options", [{"channels": 6}, {"width": 2}])
+def test_a_users_model_keeps_its_size_on_the_embedded_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """The embedded set makes the models here narrow; one without `width`, or with an integer one, is not."""
+    (tmp_path / "users_model.py").write_text(USERS_MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    conf = copytree(CONF, tmp_path / "conf")
+    text = "_target_: users_model.make\n" + "".join(f"{key}: {value}\n" for key, value in options.items())
+    (conf / "model" / "theirs.yaml").write_text(text)
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+        cfg = compose("config", ["model=theirs", "dataset=digits"], return_hydra_config=True)
+        plan = plan_run(cfg, dict(cfg.hydra.runtime.choices))
+    assert plan.config.model == {"_target_": "users_model.make", **options}
+    assert plan.variant == "fixed"
 
 
 @pytest.mark.parametrize(
