@@ -185,6 +185,8 @@ class Config(Section):
     deterministic: bool
     progress: Literal["auto", "bar", "lines"]
     keep: Literal["weights", "all"] = "weights"
+    init_from: str | None = Field(None, min_length=1)
+    init_digest: str | None = None  # of the weights in init_from; the plan of a run fills it in
 
     @field_validator("seeds_at_once", mode="before")
     @classmethod
@@ -227,6 +229,8 @@ def result_affecting_options(plain: dict[str, Any], *, defaults: bool = False) -
             flat.pop(f"recipe.{name}", None)
     if not published_start_differs(plain):
         flat.pop("recipe.init", None)
+    if plain.get("init_digest") is not None:  # the same weights elsewhere are the same start
+        flat["init_from"] = plain["init_digest"]
     if plain.get("devices", 1) > 1 and not plain.get("sync_norm", False):
         flat["devices"] = plain["devices"]
     if plain.get("compile", False):

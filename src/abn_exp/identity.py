@@ -39,6 +39,12 @@ def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     Raises ConfigError with one sentence for each mistake.
     """
     config = read(cfg)
+    digest = None
+    if config.init_from is not None:
+        from abn_exp.warm_start import initial_weights_digest  # torch, which takes seconds to import
+
+        digest = initial_weights_digest(config)
+    config = config.model_copy(update={"init_digest": digest})
     choices = {group: choices[group] for group in GROUPS}
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name

@@ -40,6 +40,8 @@ WRONG: dict[str, list[str]] = {
     "seeds_at_once": [*COUNT, "0", "many"],
     "deterministic": SWITCH,
     "progress": CHOICE,
+    "keep": CHOICE,
+    "init_from": ["''", "1", "[]", "true", "/nowhere", "conf"],
     "dataset.name": [*CHOICE, "mnist"],
     "dataset.root": TEXT,
     "dataset.path": ["1", "[]", "true", "/somewhere"],

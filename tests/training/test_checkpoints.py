@@ -7,25 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from abn_exp.files import writing
-from abn_exp.identity import RunPlan, plan_run
+from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network
 from abn_exp.results import load_network, load_runs, read_checkpoint
 from abn_exp.training import checkpoints
 from abn_exp.training.checkpoints import disk_use, keep_weights
 from abn_exp.training.run import run
-from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.runs import plan_in
 
 Make = Callable[..., RunPlan]
 
 
 def plan(folder: Path, *overrides: str) -> RunPlan:
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
-        base = [f"results_dir={folder}", *TINY, "recipe.epochs=4", *overrides]
-        cfg = compose("config", base, return_hydra_config=True)
-        return plan_run(cfg, dict(cfg.hydra.runtime.choices))
+    return plan_in(folder, "recipe.epochs=4", *overrides)
 
 
 @pytest.fixture(scope="module")

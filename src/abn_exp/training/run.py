@@ -36,6 +36,7 @@ from abn_exp.results import RunResult, read_checkpoint, read_config, read_metric
 from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
 from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
+from abn_exp.training.extend import begin_with_shorter_run
 from abn_exp.training.setup import (
     BATCHES_PER_GROUP,
     configure_process,
@@ -82,6 +83,8 @@ def run(plan: RunPlan, command: str) -> RunResult:
         for name in ("result.json", "SHA256SUMS", "FAILED"):
             (directory / name).unlink(missing_ok=True)
         try:
+            if not (directory / "checkpoints" / "last.ckpt").exists():
+                begin_with_shorter_run(plan)
             result = _train_and_test(plan)
         except SIGTERMException:
             raise Terminated from None

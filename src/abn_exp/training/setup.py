@@ -18,6 +18,7 @@ from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_, use_float32_
 from abn_exp.models.build import build_network, initialize_
 from abn_exp.training.classifier import Stage
+from abn_exp.warm_start import load_initial_weights_
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 BATCHES_PER_GROUP = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
@@ -138,6 +139,8 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
     purpose = "init" if config.recipe.paired_init else f"init/{norm}"
     published = published_start_differs(config.model_dump())
     initialize_(network, config.seed, purpose, config.recipe.init if published else "torch")
+    if config.init_from is not None:
+        load_initial_weights_(network, config)
     # A fifth faster on a CPU, and what tensor cores want.
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if resolve_precision(config, device) == "exact16":

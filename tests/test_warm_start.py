@@ -1,0 +1,114 @@
+"""`init_from`: a run that starts from another run's weights, which identify it wherever they lie."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from abn_exp.config import config_hash
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan
+from abn_exp.results import load_network, read_config, read_metrics
+from abn_exp.training.run import run
+from abn_exp.training.setup import make_network
+from tests.helpers.runs import plan_in
+
+Make = Callable[..., RunPlan]
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with BN."""
+    plan = plan_in(tmp_path_factory.mktemp("first"), "norm=bn", "seed=3")
+    run(plan, "python train.py")
+    return plan.directory
+
+
+def test_a_run_starts_from_the_weights_of_another(make_plan: Make, first_stage: Path) -> None:
+    plan = make_plan("norm=bn", f"init_from={first_stage}", "recipe.epochs=1", "recipe.optimizer.lr=1e-30")
+    start = make_network(plan.config, "bn", 10, torch.device("cpu")).state_dict()
+    source = load_network(first_stage).state_dict()
+    assert start.keys() == source.keys()
+    assert all(torch.equal(start[name], source[name]) for name in start)
+    result = run(plan, "python train.py")  # it learns nothing, so that it knows what the first stage knew
+    first = read_metrics(first_stage)[-1]["val/acc"]
+    assert result.val_acc_last is not None
+    assert result.val_acc_last == pytest.approx(first, abs=0.3)
+    assert "init_from" in plan.variant
+    assert read_config(plan.directory)["init_digest"] == plan.config.init_digest
+
+
+def test_what_fits_is_taken_and_the_rest_is_named(
+    make_plan: Make, first_stage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ABN has no scale, which BN has, and so all else fits."""
+    source = load_network(first_stage).state_dict()
+    plan = make_plan("norm=abn", f"init_from={first_stage}")
+    fresh = make_network(make_plan("norm=abn").config, "abn", 10, torch.device("cpu")).state_dict()
+    with caplog.at_level("INFO"):
+        start = make_network(plan.config, "abn", 10, torch.device("cpu")).state_dict()
+    assert start.keys() < source.keys()
+    assert all(torch.equal(start[name], source[name]) for name in start)
+    assert not torch.equal(start["layer1.conv.weight"], fresh["layer1.conv.weight"])
+    (line,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert set(line.split(": ")[1].split(", ")) == source.keys() - start.keys()
+    caplog.clear()
+    abn = plan_in(first_stage.parents[5] / "abn", "norm=abn", "recipe.epochs=1")
+    run(abn, "python train.py")
+    with caplog.at_level("INFO"):
+        other = make_network(make_plan("norm=bn", f"init_from={abn.directory}").config, "bn", 10, torch.device("cpu"))
+    (line,) = [record.message for record in caplog.records if "started as usual" in record.message]
+    names = line.split(": ")[1].split(", ")
+    assert set(names) == source.keys() - start.keys()
+    assert all(torch.equal(other.state_dict()[name], torch.ones_like(source[name])) for name in names)
+
+
+def test_the_weights_and_not_their_place_identify_a_run(make_plan: Make, first_stage: Path, tmp_path: Path) -> None:
+    shutil.copytree(first_stage, tmp_path / "elsewhere")
+    here, there = make_plan(f"init_from={first_stage}"), make_plan(f"init_from={tmp_path / 'elsewhere'}")
+    assert here.directory == there.directory
+    assert config_hash(here.config) == config_hash(there.config)
+    run(here, "python train.py")
+    before = (here.directory / "result.json").stat().st_mtime_ns
+    run(there, "python train.py")
+    assert (here.directory / "result.json").stat().st_mtime_ns == before
+    plain, two_stages = make_plan(), plan_in(tmp_path, f"init_from={here.directory}")
+    assert len({config_hash(plan.config) for plan in (plain, here, two_stages)}) == 3
+    assert make_plan("+init_digest=0123").config.init_digest is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["init_from=/nowhere"],
+            "init_from=/nowhere has no checkpoints/last.ckpt; give the folder of a run (.../seed-0)",
+        ),
+        (["init_from={run}", "model.width=0.125"], "stem.conv.weight is (8, 3, 3, 3) there and (16, 3, 3, 3) here"),
+        (["init_from={run}", "dataset=cifar100"], "head.7.weight is (10, 64) there and (100, 64) here"),
+        (["init_from={run}", "model=resnet18_paper"], "does not fit"),
+        (["init_from=''"], "init_from= is not allowed"),
+    ],
+)
+def test_a_mistake_is_one_sentence(make_plan: Make, first_stage: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(*(override.format(run=first_stage) for override in overrides))
+    assert sentence in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_damaged_or_exchanged_weights_are_refused(make_plan: Make, first_stage: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(first_stage, source)
+    plan = make_plan(f"init_from={source}", "norm=bn")
+    shutil.copy(source / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
+    other = make_plan("norm=bn", "recipe.epochs=1", "seed=4")
+    run(other, "python train.py")
+    shutil.copy(other.directory / "checkpoints" / "last.ckpt", source / "checkpoints" / "last.ckpt")
+    with pytest.raises(ConfigError, match="its weights have changed meanwhile"):
+        run(plan, "python train.py")
+    (source / "checkpoints" / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"init_from: .*last\.ckpt is damaged"):
+        make_plan(f"init_from={source}", "norm=bn")
