@@ -9,8 +9,8 @@ import pytest
 from tests.helpers.runs import REPOSITORY
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("analyze", REPOSITORY / "scripts" / "analyze.py")
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -18,6 +18,10 @@ def load_script() -> ModuleType:
     return module
 
 
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    return load_script(name).main()
+
+
 def analyze(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
-    return load_script().main()
+    return run_script(monkeypatch, "analyze", *arguments)

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import current_process
 from typing import Any
@@ -83,6 +84,16 @@ def load_data(config: Config) -> ImageDataset:
     return data
 
 
+def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the channels' mean and standard deviation that normalise a run's images, for pixels in [0, 1]."""
+    options = config.dataset
+    if config.recipe.normalization == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    if options.mean is not None and options.std is not None:
+        return options.mean, options.std
+    return channel_statistics(data.train.images)
+
+
 def make_loaders(
     config: Config, data: ImageDataset, device: torch.device, *, rank: int = 0, world_size: int = 1
 ) -> dict[Stage, BatchLoader]:
@@ -91,12 +102,7 @@ def make_loaders(
     Of `world_size` processes, the one with `rank` gets its share of every batch.
     """
     recipe, options = config.recipe, config.dataset
-    if recipe.normalization == "imagenet":
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    elif options.mean is not None and options.std is not None:
-        mean, std = options.mean, options.std
-    else:
-        mean, std = map(list, channel_statistics(data.train.images))
+    mean, std = normalization(config, data)
     common: dict[str, Any] = {"mean": mean, "std": std, "device": device, "rank": rank, "world_size": world_size}
     try:
         indices = torch.arange(len(data.train.labels))

@@ -1,0 +1,1 @@
+"""Trained networks as files for other engines. Importing this package imports no torch."""

@@ -1,0 +1,245 @@
+"""Export a run: trace its network, write it for the engines asked for, verify each, and only then leave files."""
+
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from abn_exp import provenance
+from abn_exp.config import Config
+from abn_exp.data.prepare import ImageDataset, load
+from abn_exp.deploy.graph import Graph, Normalization, trace
+from abn_exp.deploy.verify import Mismatch, Verification, verify
+from abn_exp.errors import ConfigError
+from abn_exp.files import writing
+from abn_exp.models.cost import summarize
+from abn_exp.results import load_network, read_config
+from abn_exp.training.setup import normalization
+
+EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
+FILES = ("network.onnx", "network.qonnx.onnx", "network.xml", "network.bin", "summary.json", "summary.md")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's network, and what it is tested on."""
+
+    directory: Path
+    weights: Literal["last", "best"]
+    config: Config
+    network: nn.Module
+    data: ImageDataset
+    normalization: Normalization
+
+
+def require_extra(*packages: str) -> None:
+    """Raise ConfigError where a package that an export needs is not installed."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"This needs {package}, which is not installed; pip install -e '.[{EXTRAS[package]}]' brings it."
+            ) from error
+
+
+def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> Subject:
+    """Return a run's network and its test set. Raises ConfigError, DamagedFile or OSError with a sentence."""
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
+    checkpoint = directory / "checkpoints" / f"{weights}.ckpt"
+    if not checkpoint.is_file():
+        raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt to export; train it again with force=true.")
+    config = Config.model_validate(read_config(directory))
+    network = load_network(directory, weights).requires_grad_(False)
+    for name, module in network.named_modules():
+        if module._non_persistent_buffers_set:
+            raise ConfigError(
+                f"{name} was saved without its running statistics, so there is no trained network to export "
+                "(persistent_stats=true saves them)."
+            )
+    options = config.dataset
+    try:
+        data = load(
+            options.name,
+            options.root if root is None else root,
+            path=options.path,
+            image_size=options.image_size,
+            download=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
+    mean, std = normalization(config, data)
+    return Subject(directory, weights, config, network, data, Normalization.of(mean, std))
+
+
+def export(
+    subject: Subject,
+    out: Path,
+    *,
+    strict: bool = False,
+    progress: Callable[[str, int], None] = lambda engine, done: None,
+) -> dict[str, Any]:
+    """Write network.onnx and the summary into `out`; return the summary.
+
+    Everything is verified before any file is written. Raises ConfigError for a network that cannot be exported (with
+    ``strict``, one of whose layers stays real behind a binary layer), Mismatch where an engine does not do what torch
+    does; then the files of an earlier export are removed, too.
+    """
+    require_extra("onnx", "onnxruntime")
+    from abn_exp.deploy.onnx import OnnxRuntime, Writer, sealed
+
+    graph = trace(subject.network, subject.config.dataset.image_size)
+    if strict:
+        _refuse_real(graph)
+    writer = Writer(graph)
+    contents: dict[str, bytes] = {}
+    verifications: dict[str, Verification] = {}
+    contents["network.onnx"] = sealed(writer.model(subject.normalization, _metadata(subject)))
+    engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
+    test = subject.data.test
+    try:
+        verifications["ONNX Runtime"] = verify(
+            subject.network,
+            graph,
+            engine,
+            test.images,
+            test.labels,
+            subject.normalization,
+            lambda done: progress("ONNX Runtime", done),
+        )
+    except Mismatch:
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        raise
+    summary = summarized(subject, graph, contents, verifications)
+    contents["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    contents["summary.md"] = markdown(summary).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        with writing(out / name) as file:
+            file.write(content)
+    return summary
+
+
+def _refuse_real(graph: Graph) -> None:
+    for layer in graph.layers:
+        if layer.reason is not None and not layer.reason.endswith("has real weights"):
+            raise ConfigError(
+                f"{layer.name} reads signs of real values of {layer.decided_by}: {layer.reason}; without --strict it "
+                "stays real."
+            )
+
+
+def _metadata(subject: Subject) -> dict[str, str]:
+    config = subject.config
+    run = "/".join(subject.directory.resolve().parts[-5:])
+    return {
+        "format": "abn_exp 1",
+        "classes": json.dumps(subject.data.classes),
+        "image_size": str(config.dataset.image_size),
+        "run": run,
+        "weights": subject.weights,
+        "commit": provenance.git_commit() or "",
+    }
+
+
+def summarized(
+    subject: Subject, graph: Graph, contents: dict[str, bytes], verifications: dict[str, Verification]
+) -> dict[str, Any]:
+    """Return what is told of an export, as it is written to summary.json."""
+    totals = summarize(subject.network, subject.config.dataset.image_size).totals
+    layers = []
+    for layer in graph.layers:
+        counts = None if layer.fold is None else np.bincount(layer.fold.counts, minlength=3).tolist()
+        layers.append(
+            {
+                "layer": layer.name,
+                "bits_from": layer.decided_by,
+                "folded": layer.fold is not None,
+                "real_because": layer.reason,
+                "constant": counts and counts[0],
+                "one_threshold": counts and counts[1],
+                "two_thresholds": counts and counts[2],
+                "more_thresholds": counts and sum(counts[3:]),
+                "weights": "bits" if layer.packed else "bytes: some are 0",
+            }
+        )
+    comparisons = sum(
+        int(layer.fold.counts.sum()) * int(np.prod(layer.node.inputs[0].shape)) // len(layer.fold.first)
+        for layer in graph.layers
+        if layer.fold is not None
+    )
+    size = len(contents["network.onnx"])
+    engines = {
+        name: {
+            "test_images": v.images,
+            "folded_bits_equal": v.folded_bits,
+            "real_bits_compared": v.real_bits,
+            "signs_within_rounding": v.differing,
+            "images_with_such_signs": v.images_with_differences,
+            "predictions_changed": v.changed,
+            "accuracy": v.correct / v.images,
+            "accuracy_torch": v.correct_torch / v.images,
+        }
+        for name, v in verifications.items()
+    }
+    return {
+        "run": str(subject.directory),
+        "weights": subject.weights,
+        "bytes": {"float32": totals["bytes_real"], "file": size, "theory": totals["bytes_packed"]},
+        "times_smaller": totals["bytes_real"] / size,
+        "operations": {
+            "binary_macs": totals["binary_macs"],
+            "real_macs": totals["real_macs"],
+            "integer_comparisons": comparisons,
+        },
+        "layers": layers,
+        "engines": engines,
+        "versions": provenance.versions() | {name: version(name) for name in EXTRAS if name in sys.modules},
+        "machine": f"{provenance.device_name(torch.device('cpu'), torch.get_num_threads())}, {platform.machine()}",
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Return the summary for a reader."""
+    size, operations = summary["bytes"], summary["operations"]
+    lines = [
+        f"# Exported network of {summary['run']}\n",
+        f"Weights: {summary['weights']}. Machine: {summary['machine']}. "
+        f"{', '.join(f'{name} {number}' for name, number in summary['versions'].items())}.\n",
+        f"- **Size**: {size['file']:,} bytes in network.onnx, **{summary['times_smaller']:.1f} times smaller** than "
+        f"the parameters as float32, {size['float32']:,}; in theory, with a bit a binary weight, {size['theory']:,}.",
+        f"- **Operations** of an image: {operations['binary_macs']:,} binary and {operations['real_macs']:,} real "
+        f"multiply-accumulates; {operations['integer_comparisons']:,} integer comparisons in place of folded norms.",
+    ]
+    for name, engine in summary["engines"].items():
+        signs = sum(engine["signs_within_rounding"].values())
+        changed = engine["predictions_changed"]
+        lines.append(
+            f"- **{name}**: {engine['test_images']:,} test images, accuracy {engine['accuracy']:.2%} (torch "
+            f"{engine['accuracy_torch']:.2%}). {engine['folded_bits_equal']:,} bits of folded layers, all torch's; "
+            f"of {engine['real_bits_compared']:,} signs of real values {signs} differ, within rounding of zero, in "
+            f"{engine['images_with_such_signs']} images. Predictions changed by them: {len(changed)}"
+            f"{': images ' + ', '.join(map(str, changed[:20])) if changed else ''}."
+        )
+    lines += [
+        "\n| layer | reads signs of | | constant | one threshold | two | more |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for layer in summary["layers"]:
+        how = "folded" if layer["folded"] else f"real: {layer['real_because']}"
+        how += "" if layer["weights"] == "bits" else "; weights not packed: some are 0"
+        keys = ("constant", "one_threshold", "two_thresholds", "more_thresholds")
+        counts = " | ".join("" if layer[key] is None else str(layer[key]) for key in keys)
+        lines.append(f"| {layer['layer']} | {layer['bits_from']} | {how} | {counts} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,262 @@
+"""Compare a network in an engine with torch's, image by image, down to the bits that each binary layer reads.
+
+Torch's network runs with the engine's bits in place of its own: each layer then starts from the same binary input,
+and what it decides must be what the engine decides. For folded layers these are all bits. Real-valued operations are
+added in another order in every engine, so that a sign may differ where the value lies within that rounding of zero;
+the bound is computed beside the value, in float64. Logits must agree within theirs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from abn_exp.binarize import sign, sign0
+from abn_exp.deploy.graph import Graph, Layer, Node, Normalization
+
+UNIT = 2.0**-24  # the relative error of one rounding in float32
+FUNCTION = 8  # roundings that a sigmoid, SiLU or tanh may be off by: measured are 5, in three engines
+SMALLEST = 1e-36  # below it exponentials overflow, and their quotients are no longer rounded, but lost
+VALUES = 2**24  # of all maps of a batch: a few times 128 MB in float64
+
+
+class Mismatch(ValueError):
+    """An engine decided something otherwise than torch, and no rounding explains it."""
+
+
+@dataclass
+class Answer:
+    """What an engine found for a batch. ``bits`` may lack layers, of which torch's own bits are used."""
+
+    logits: NDArray[np.float32]  # (B, classes)
+    bits: dict[str, NDArray[np.int8]] = field(default_factory=dict)  # of the layers that read them: -1, 0, +1
+    real: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # before the sign of these layers
+
+
+Engine = Callable[[NDArray[np.uint8]], Answer]
+
+
+@dataclass
+class Verification:
+    """What was compared, and what differs within rounding."""
+
+    images: int = 0
+    folded_bits: int = 0  # compared, all equal
+    real_bits: int = 0  # compared
+    differing: dict[str, int] = field(
+        default_factory=dict
+    )  # signs within rounding of zero, by the layer reading them
+    images_with_differences: int = 0
+    changed: list[int] = field(default_factory=list)  # images whose predicted class is another
+    correct: int = 0
+    correct_torch: int = 0
+
+
+@torch.no_grad()
+def verify(
+    network: nn.Module,
+    graph: Graph,
+    engine: Engine,
+    images: Tensor,
+    labels: Tensor,
+    normalization: Normalization,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Verification:
+    """Run all images (N, 3, S, S), uint8, through an engine and through torch, and compare them.
+
+    Raises Mismatch, whose text names the layer and the image.
+    """
+    found = Verification()
+    for start, batch in _batches(graph, images):
+        answer = engine(batch.numpy())
+        x = normalization(batch)
+        forced = _Forced(network, graph, answer)
+        logits = forced.run(x)
+        bounds = _Bounds(forced.sums, x, normalization)
+        differs = torch.zeros(len(batch), dtype=torch.bool)
+        for layer in graph.layers:
+            if layer.name not in answer.bits:
+                continue
+            other = forced.other[layer.name]
+            if layer.fold is not None:
+                found.folded_bits += other.numel()
+                _require(~other, f"{layer.name} reads other bits than torch's, folded from {layer.decided_by}", start)
+                continue
+            found.real_bits += other.numel()
+            value, bound = bounds.of(layer.node.inputs[0].inputs[0])
+            _require(
+                ~other | (value.abs() <= bound),
+                f"{layer.name} reads a sign of {layer.decided_by} that rounding does not explain",
+                start,
+            )
+            if layer.name in answer.real:
+                _require(
+                    (torch.from_numpy(answer.real[layer.name]).double() - value).abs() <= bound,
+                    f"{layer.decided_by}, before the signs that {layer.name} reads, is not torch's",
+                    start,
+                )
+            if count := int(other.sum()):
+                found.differing[layer.name] = found.differing.get(layer.name, 0) + count
+            differs |= other.flatten(1).any(1)
+        value, bound = bounds.of(graph.nodes[-1])
+        for which, given in (("the engine", torch.from_numpy(answer.logits)), ("torch", logits)):
+            _require(
+                (given.double() - value).abs() <= bound, f"a logit of {which} is off by more than rounding", start
+            )
+        if differs.any():
+            logits[differs] = network(x[differs])
+        _count(found, start, differs, torch.from_numpy(answer.logits), logits, labels[start : start + len(batch)])
+        progress(start + len(batch))
+    return found
+
+
+def _count(found: Verification, start: int, differs: Tensor, logits: Tensor, torchs: Tensor, labels: Tensor) -> None:
+    classes, expected = logits.argmax(1), torchs.argmax(1)
+    found.images += len(labels)
+    found.images_with_differences += int(differs.sum())
+    found.changed += (start + (classes != expected).nonzero().flatten()).tolist()
+    found.correct += int((classes == labels).sum())
+    found.correct_torch += int((expected == labels).sum())
+
+
+def _require(fine: Tensor, what: str, start: int) -> None:
+    bad = (~fine.flatten(1)).any(1)
+    if bad.any():
+        raise Mismatch(f"{what}, first in test image {start + int(bad.nonzero()[0])} (counted from 0).")
+
+
+def _batches(graph: Graph, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+    per_image = sum(int(np.prod(node.shape)) for node in graph.nodes if node.op != "constant")
+    size = max(1, min(500, VALUES // per_image))
+    for start in range(0, len(images), size):
+        yield start, images[start : start + size]
+
+
+class _Forced:
+    """Torch's network with an engine's bits. ``other``: where its own are not those; ``sums``: what layers make."""
+
+    def __init__(self, network: nn.Module, graph: Graph, answer: Answer) -> None:
+        self.network, self.graph, self.answer = network, graph, answer
+        self.other: dict[str, Tensor] = {}
+        self.sums: dict[Node, Tensor] = {}
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        hooks = []
+        for layer in self.graph.layers:
+
+            def before(_: nn.Module, inputs: tuple[Tensor, ...], layer: Layer = layer) -> Tensor | None:
+                if layer.name not in self.answer.bits:
+                    return None
+                choose = sign if layer.module.binarization.sign_zero == "plus" else sign0
+                bits = torch.from_numpy(self.answer.bits[layer.name]).to(inputs[0].dtype)
+                self.other[layer.name] = choose(inputs[0]) != bits
+                return bits
+
+            def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor, layer: Layer = layer) -> None:
+                self.sums[layer.node] = output
+                if layer.module.bias is not None:
+                    bias = layer.module.bias.view(-1, *[1] * (output.dim() - 2))
+                    self.sums[layer.node] = (output - bias).round()
+
+            hooks += [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
+        try:
+            return self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Bounds:
+    """Real values of a batch in float64, and how far any order of float32 operations can be from them."""
+
+    def __init__(self, sums: dict[Node, Tensor], x: Tensor, normalization: Normalization) -> None:
+        self.sums, self.x, self.shift = sums, x, normalization.shift
+        self.known: dict[Node, tuple[Tensor, Tensor]] = {}
+
+    def of(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Return the values of a node, (B, ...), and their bounds."""
+        if node not in self.known:
+            self.known[node] = self.compute(node)
+        return self.known[node]
+
+    def compute(self, node: Node) -> tuple[Tensor, Tensor]:
+        options = node.options
+        if node.op == "image":
+            x = self.x.double()
+            return x, 4 * UNIT * (x.abs() + 2 * self.shift.abs())  # a product of at most |x| + |shift|, and a sum
+        if node.op == "constant":
+            value = options["value"].double()
+            return value, torch.zeros_like(value)
+        if node.op == "binary":
+            value = self.sums[node].double()
+            return value, torch.zeros_like(value)
+        values = [self.of(source) for source in node.inputs]
+        x, e = values[0]
+        if node.op in ("conv", "linear"):
+            weight = options["weight"].double()
+            bias = None if options["bias"] is None else options["bias"].double()
+
+            def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                if node.op == "linear":
+                    return F.linear(x, weight, bias)
+                return F.conv2d(x, weight, bias, options["stride"], options["padding"])
+
+            size = product(x.abs() + e, weight.abs(), None if bias is None else bias.abs())
+            count = weight[0].numel() + 8  # eight more: an engine may multiply a norm into the weights
+            return product(x, weight, bias), product(e, weight.abs(), None) + count * UNIT * size
+        if node.op == "batch_norm":
+            column = [-1, *[1] * (x.dim() - 2)]
+            mean, var = (options[key].double().view(column) for key in ("mean", "var"))
+            one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+            weight, bias = (
+                default if options[key] is None else options[key].double().view(column)
+                for key, default in (("weight", one), ("bias", zero))
+            )
+            scale = weight / (var + options["eps"]).sqrt()
+            size = scale.abs() * (x.abs() + mean.abs()) + bias.abs()
+            return (x - mean) * scale + bias, scale.abs() * e + 8 * UNIT * size
+        if node.op in ("add", "sub", "mul", "div"):
+            return _arithmetic(node.op, (x, e), values[1])
+        if node.op == "reshape":
+            return x.reshape(len(x), *node.shape), e.reshape(len(x), *node.shape)
+        if node.op in ("max_pool", "avg_pool"):
+            pool = F.max_pool2d if node.op == "max_pool" else F.avg_pool2d
+            arguments = (options["kernel"], options["stride"], options["padding"])
+            size = pool(x.abs() + e, *arguments) if node.op == "avg_pool" else torch.zeros(())
+            count = int(np.prod(options["kernel"])) + 2
+            return pool(x, *arguments), pool(e, *arguments) + count * UNIT * size
+        if node.op == "mean":
+            dims, keep = options["dims"], options["keep"]
+            count = int(np.prod([x.shape[dim] for dim in dims])) + 2
+            return x.mean(dims, keep), e.mean(dims, keep) + count * UNIT * (x.abs() + e).mean(dims, keep)
+        if node.op == "clip":
+            return x.clamp(options["low"], options["high"]), e
+        functions: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # and the steepest slope of each
+            "silu": (F.silu, 1.1),
+            "sigmoid": (torch.sigmoid, 0.25),
+            "tanh": (torch.tanh, 1.0),
+            "relu": (torch.relu, 1.0),
+            "neg": (torch.neg, 1.0),
+            "abs": (torch.abs, 1.0),
+        }
+        function, slope = functions[node.op]
+        value = function(x)
+        rounds = FUNCTION * UNIT * value.abs() + SMALLEST if node.op in ("silu", "sigmoid", "tanh") else 0.0
+        return value, slope * e + rounds
+
+
+def _arithmetic(op: str, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (a, da), (b, db) = left, right
+    if op in ("add", "sub"):
+        value, error = (a + b if op == "add" else a - b), da + db
+    elif op == "mul":
+        value, error = a * b, a.abs() * db + b.abs() * da + da * db
+    else:
+        value = a / b
+        error = (da + value.abs() * db) / (b.abs() - db).clamp_min(0)
+    return value, error + UNIT * (value.abs() + error)

@@ -1,0 +1,211 @@
+"""Exports of a trained run from the command line: what is written, what is refused, and the file without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from abn_exp.data.prepare import load
+from abn_exp.deploy import __main__ as classify
+from abn_exp.deploy import export as exporting
+from abn_exp.deploy import graph as tracing
+from abn_exp.deploy.export import FILES, export, open_run
+from abn_exp.deploy.fold import Fold
+from abn_exp.deploy.verify import Mismatch
+from abn_exp.errors import ConfigError
+from abn_exp.identity import plan_run
+from abn_exp.models import resnet18_paper
+from abn_exp.norm import InstanceEnhancementBatchNorm2d
+from abn_exp.results import load_network, read_result
+from abn_exp.training.run import run
+from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.scripts import run_script
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a few seconds."""
+    folder = tmp_path_factory.mktemp("results")
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+        cfg = compose("config", [f"results_dir={folder}", *TINY, "norm=abn"], return_hydra_config=True)
+        plan = plan_run(cfg, dict(cfg.hydra.runtime.choices))
+    run(plan, "python train.py")
+    return plan.directory
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run_script(monkeypatch, "export", trained) == 0
+    return trained / "export"
+
+
+def fails(monkeypatch, capsys, *arguments: object) -> str:
+    assert run_script(monkeypatch, "export", *arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+def test_the_summary_says_what_was_written_and_compared(trained, exported):
+    summary = json.loads((exported / "summary.json").read_text())
+    result = read_result(trained)
+    assert sorted(path.name for path in exported.iterdir()) == ["network.onnx", "summary.json", "summary.md"]
+    assert summary["bytes"]["float32"] == result.parameters["bytes_real"]
+    assert summary["bytes"]["theory"] == result.parameters["bytes_packed"]
+    assert summary["bytes"]["file"] == (exported / "network.onnx").stat().st_size
+    assert summary["operations"]["binary_macs"] == result.parameters["binary_macs"]
+    assert [layer["folded"] for layer in summary["layers"]] == [False] + [True] * 6
+    assert summary["layers"][0]["real_because"] == "stem.conv has real weights"
+    engine = summary["engines"]["ONNX Runtime"]
+    assert engine["test_images"] == 359
+    if not engine["predictions_changed"]:
+        assert engine["accuracy"] == pytest.approx(result.test_acc)
+    text = (exported / "summary.md").read_text()
+    assert "359 test images" in text
+    assert "| layer1.conv | stem.norm | real: stem.conv has real weights |" in text
+
+
+def test_the_other_weights_and_another_folder(trained, tmp_path, monkeypatch):
+    assert run_script(monkeypatch, "export", trained, "--weights", "best", "--out", tmp_path / "out", "--strict") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["weights"] == "best"
+
+
+def images_in(folder: Path, count: int) -> list[Path]:
+    pixels = load("digits", folder).test.images[:count]
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return paths
+
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "scipy", "hydra", "pydantic", "onnx", "yaml"):
+            raise ImportError(f"{name} is not installed")
+sys.meta_path.insert(0, Refuse())
+from abn_exp.deploy.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_images_are_classified_without_torch(trained, exported, tmp_path):
+    paths = images_in(tmp_path, 8)
+    command = [sys.executable, "-c", WITHOUT, str(exported / "network.onnx"), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    normalization = open_run(trained, "last", None).normalization
+    with torch.no_grad():
+        logits = load_network(trained)(normalization(load("digits", tmp_path).test.images[:8]))
+    best = logits.softmax(1).max(1)
+    expected = [f"{p}: {k} ({v:.1%})" for p, v, k in zip(paths, best.values, best.indices.tolist(), strict=True)]
+    assert done.stdout.splitlines() == expected
+
+
+def classify_fails(monkeypatch, capsys, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["abn_exp.deploy", *map(str, arguments)])
+    assert classify.main() == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+def test_mistakes_of_who_classifies_are_one_sentence(exported, tmp_path, monkeypatch, capsys):
+    network = exported / "network.onnx"
+    (image,) = images_in(tmp_path, 1)
+    content = network.read_bytes()
+    damaged = tmp_path / "damaged.onnx"
+    for cut in (content[:1000], b"", b"\x00" * 100, content[:-1]):
+        damaged.write_bytes(cut)
+        assert f"{damaged} is damaged" in classify_fails(monkeypatch, capsys, damaged, image) or cut == b""
+    bits = max(onnx.load(network).graph.initializer, key=lambda tensor: len(tensor.raw_data)).raw_data
+    damaged.write_bytes(content.replace(bits, bits[:100] + bytes([bits[100] ^ 4]) + bits[101:]))
+    assert "its SHA-256 is not the one" in classify_fails(monkeypatch, capsys, damaged, image)
+
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    same = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    foreign = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [same])
+    onnx.save(
+        onnx.helper.make_model(foreign, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8), damaged
+    )
+    assert "was not written by scripts/export.py" in classify_fails(monkeypatch, capsys, damaged, image)
+
+    other = tmp_path / "other.png"
+    Image.new("L", (40, 30)).save(other)
+    assert "has 40 x 30 pixels; this network takes 32 x 32" in classify_fails(
+        monkeypatch, capsys, network, image, other
+    )
+    other.write_text("no image")
+    assert "is no image that Pillow reads" in classify_fails(monkeypatch, capsys, network, other)
+    assert "No such file" in classify_fails(monkeypatch, capsys, network, tmp_path / "gone.png")
+    assert "No such file" in classify_fails(monkeypatch, capsys, tmp_path / "gone.onnx", image)
+
+
+def test_mistakes_of_who_exports_are_one_sentence(trained, tmp_path, monkeypatch, capsys):
+    assert "is no run's folder" in fails(monkeypatch, capsys, tmp_path)
+    empty = tmp_path / "seed-0"
+    empty.mkdir()
+    (empty / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    assert "has no checkpoints/last.ckpt to export" in fails(monkeypatch, capsys, empty)
+    (empty / "checkpoints").mkdir()
+    (empty / "checkpoints/last.ckpt").write_bytes((trained / "checkpoints/last.ckpt").read_bytes()[:-5000])
+    assert "is damaged" in fails(monkeypatch, capsys, empty)
+
+    config = (trained / "config.yaml").read_text().replace("name: digits", "name: cifar10")
+    (empty / "config.yaml").write_text(config)
+    (empty / "checkpoints/last.ckpt").write_bytes((trained / "checkpoints/last.ckpt").read_bytes())
+    message = fails(monkeypatch, capsys, empty, "--root", tmp_path / "nothing")
+    assert "An export is verified on its test set, which is not at hand" in message
+    assert not (empty / "export").exists()
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "This needs onnxruntime, which is not installed; pip install" in fails(monkeypatch, capsys, trained)
+
+
+def test_strict_refuses_a_norm_that_stays_real(trained, tmp_path):
+    torch.manual_seed(0)
+    network = resnet18_paper(10, 32, InstanceEnhancementBatchNorm2d, width=0.25).eval().requires_grad_(False)
+    subject = replace(open_run(trained, "last", None), network=network)
+    with pytest.raises(ConfigError, match=r"layer1\.0\.conv1 reads signs of real values of stem\.norm: aten\.mean"):
+        export(subject, tmp_path / "out", strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_is_left_where_an_engine_decides_otherwise(trained, exported, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in FILES:
+        (out / name).write_text("of an earlier export")
+
+    def wrong(*arguments: object) -> Fold:
+        found = fold(*arguments)
+        moved = np.where(found.thresholds <= found.limit - 2, found.thresholds + 2, found.thresholds)
+        return Fold(found.first, moved.astype(np.int32), found.limit)
+
+    fold = tracing.fold
+    monkeypatch.setattr(tracing, "fold", wrong)
+    with pytest.raises(
+        Mismatch, match=r"layer2\.conv reads other bits than torch's, folded from .*, first in test image \d"
+    ):
+        export(open_run(trained, "last", None), out)
+    assert list(out.iterdir()) == []
+
+
+def test_statistics_that_were_not_saved_are_refused(trained, monkeypatch):
+    network = load_network(trained)
+    network.stem.norm.register_buffer("running_mean", network.stem.norm.running_mean, persistent=False)
+    monkeypatch.setattr(exporting, "load_network", lambda *_: network)
+    with pytest.raises(ConfigError, match=r"stem\.norm was saved without its running statistics"):
+        open_run(trained, "last", None)
