@@ -21,7 +21,7 @@ from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.results import load_network, read_config
 from abn_exp.training import setup as parts
 from abn_exp.training.run import run
-from abn_exp.training.setup import make_loaders, make_network, resolve_precision
+from abn_exp.training.setup import make_loaders, make_network
 from tests.helpers.runs import TINY
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -260,23 +260,9 @@ def test_the_check_finds_gradients_that_go_elsewhere(monkeypatch: pytest.MonkeyP
         check_exact16(network, torch.zeros(2, 3, 32, 32))
 
 
-def test_auto_is_exact16_where_a_gpu_has_it_and_fp32_elsewhere(
-    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_plan().config
-    for has, expected in ((True, "exact16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
-        assert resolve_precision(config, torch.device("cuda", 0)) == expected
-    assert resolve_precision(config, torch.device("cpu")) == "fp32"
-    assert resolve_precision(make_plan("precision=bf16").config, torch.device("cuda", 0)) == "bf16"
-
-
 @pytest.mark.parametrize("error", [ValueError("products are not exact"), RuntimeError("no such kernel\nhint")])
-def test_what_the_device_cannot_do_is_refused_and_auto_does_without(
-    error: Exception,
-    make_plan: Callable[..., RunPlan],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_what_the_device_cannot_do_is_refused(
+    error: Exception, make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -284,15 +270,11 @@ def test_what_the_device_cannot_do_is_refused_and_auto_does_without(
     monkeypatch.setattr(parts, "check_exact16", fail)
     with pytest.raises(ConfigError, match=r"precision=exact16, but .*; use precision=fp32"):
         make_network(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
-    monkeypatch.setattr(parts, "precision_of", lambda *_: "exact16")
-    network = make_network(make_plan(*TINY).config, "abn", 10, torch.device("cpu"))
-    assert all(layer.product is None for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear))
-    assert "precision=auto is fp32 here" in caplog.text
 
 
 def test_the_check_finds_parts_that_are_too_large():
     layer = BinaryConv2d(320, 8, 3)
-    layer.product = partial(exact16._product, dtype=BF16, part=320, integers=False, kept=torch.float32)
+    layer.product = partial(exact16._product, dtype=BF16, chunk=320, integers=False, kept=torch.float32)
     with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, torch.zeros(2, 320, 8, 8))
 

@@ -171,7 +171,7 @@ class Config(Section):
     recipe: RecipeConfig
     wandb: WandbConfig
     seed: Seed
-    precision: Literal["auto", "fp32", "bf16", "exact16"]
+    precision: Literal["fp32", "bf16", "exact16"]
     name: str = Field(pattern=NAME, max_length=80)
     question: str | None
     results_dir: str = Field(min_length=1)
@@ -187,6 +187,16 @@ class Config(Section):
     keep: Literal["weights", "all"] = "weights"
     init_from: str | None = Field(None, min_length=1)
     init_digest: str | None = None  # of the weights in init_from; the plan of a run fills it in
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def says_which(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError(
+                "precision=auto is gone, since one name stood for two kinds of arithmetic: leave it out for fp32, "
+                "or use precision=exact16, which it was on a GPU with bfloat16"
+            )
+        return value
 
     @field_validator("seeds_at_once", mode="before")
     @classmethod

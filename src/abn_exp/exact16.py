@@ -116,18 +116,6 @@ def _(signs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> T
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def use_float32_(network: nn.Module) -> None:
-    """Undo `use_exact16_`."""
-    for layer in network.modules():
-        if isinstance(layer, BinaryLayer):
-            layer.product = None
-
-
-def has_exact16(network: nn.Module) -> bool:
-    """Return whether any layer multiplies as `use_exact16_` has it."""
-    return any(isinstance(layer, BinaryLayer) and layer.product is not None for layer in network.modules())
-
-
 def has_integer_conv2d(device: torch.device) -> bool:
     """Return whether the device has 8-bit convolutions that are worth it: a CPU with vectors and oneDNN."""
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")

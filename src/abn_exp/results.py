@@ -78,6 +78,11 @@ class RunResult:
     schema: int = field(default=SCHEMA)
 
     @property
+    def device_kind(self) -> str:
+        """ "cpu", or the GPU's name: between kinds, results of one configuration are not averaged."""
+        return "cpu" if self.device.lower().startswith("cpu") else self.device.removesuffix(", exact16")
+
+    @property
     def cell(self) -> tuple[str, str, str, str]:
         """What was run, without the seed: (dataset, model, norm, variant)."""
         return self.dataset, self.model, self.norm, self.variant
@@ -219,7 +224,20 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError("it is not a configuration")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise DamagedFile(path, error) from error
+    if config.get("precision") == "auto":
+        config["precision"] = _precision_of_auto(directory)
     return config
+
+
+def _precision_of_auto(directory: Path) -> str:
+    """Return what `precision=auto`, which older configurations hold, was: a run's device, as recorded, says so."""
+    record, printed = (read_run_file(directory, name) or b"" for name in ("result.json", "train.log"))
+    try:
+        device = json.loads(record)["device"]
+    except (ValueError, TypeError, KeyError):  # not finished: as it was printed at the run's start
+        found = re.search(r" seed \d+ on (.+)", printed.decode(errors="replace"))
+        device = found[1] if found is not None else ""
+    return "exact16" if str(device).endswith(", exact16") else "fp32"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def start_run(folder, norm, seed, dataset="digits", model="binarynet", variant="
     return directory
 
 
-def finish_run(folder, norm, seed, test_acc, peak=None, **where):
+def finish_run(folder, norm, seed, test_acc, peak=None, device="cpu", versions=None, **where):
     directory = start_run(folder, norm, seed, **where)
     dataset, model, _, variant, _ = directory.parts[-5:]
     result = RunResult(
@@ -25,8 +25,11 @@ def finish_run(folder, norm, seed, test_acc, peak=None, **where):
         **{"config_hash": "0a1b2c", "epochs": 4, "train_seconds": 12.5, "images_per_second": 800.0},
         **{"val_acc_last": 0.8, "val_acc_best": 0.82, "best_epoch": 2, "test_acc": test_acc, "test_acc_top5": 0.99},
         **{"test_loss": 0.5, "test_acc_best_val": test_acc + 0.001, "test_acc_peak": peak},
-        **{"parameters": {"total": 1000, "binary": 900, "bytes_packed": 512}, "versions": {"torch": "2.15.0"}},
-        **{"git_commit": "abcdef0", "device": "cpu", "wandb_run_id": None},
+        **{
+            "parameters": {"total": 1000, "binary": 900, "bytes_packed": 512},
+            "versions": versions or {"torch": "2.15.0"},
+        },
+        **{"git_commit": "abcdef0", "device": device, "wandb_run_id": None},
     )
     write_result(directory, result)
     return directory

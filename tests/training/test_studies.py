@@ -30,7 +30,7 @@ CROSSED = {
     "fixed_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
     "fixed_norm.momentum-0.9_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
 }
-PRECISIONS = {"fixed_precision-fp32", "fixed_precision-exact16", "fixed_precision-bf16"}
+PRECISIONS = {"fixed", "fixed_precision-exact16", "fixed_precision-bf16"}
 # study: results' folder, seeds, data sets, models, norms, variants
 STUDIES = {
     "accuracy": ("accuracy", 5, PAPER_SETS, BOTH, {"bn", "abn"}, PLAIN),
@@ -87,7 +87,7 @@ def test_budget_crosses_schedules_and_epochs() -> None:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "plan", lambda cfg, choices: (choices["dataset"], choices["norm"], cfg.seed, cfg))
+    monkeypatch.setattr(sweep, "plan_run", lambda cfg, choices: (choices["dataset"], choices["norm"], cfg.seed, cfg))
     _, seeds, _, models, norms, variants = STUDIES[study]
     own: list[Any] = [*plans(f"study={study}", "dataset=digits", "model=binarynet", "norm=abn")]
     assert Counter(run[2] for run in own) == dict.fromkeys(range(seeds), len(variants))

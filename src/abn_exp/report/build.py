@@ -23,7 +23,7 @@ from abn_exp.report import figures, stats
 from abn_exp.report.comparisons import Cell, collect_cells, compare_cells, group_cells
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors
-from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
+from abn_exp.report.tables import Report, accuracy_table, machine_notes, missing, no_comparison
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
 from abn_exp.results import find_runs, read_config, read_metrics
 
@@ -38,7 +38,8 @@ def build_report(folder: Path, *, reference: str = "bn") -> Report:
     if not cells:
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
     questions = (config["question"] for cell in cells if "question" in (config := _config(cell)))
-    factors = find_factors({cell.key: _settings(cell) for cell in cells})
+    devices = {cell.key: cell.device for cell in cells if cell.device is not None}
+    factors = find_factors({cell.key: _settings(cell) for cell in cells}, devices)
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
     return Report(
         name=folder.name,
@@ -56,7 +57,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
     """Return the flat configuration of a cell, with its recipe's name."""
     sections: dict[str, Any] = {key: {} for key in ("dataset", "model", "norm", "recipe", "precision")}
     recipes = (run.result.recipe for run in cell.runs if run.result is not None)
-    recipe = next(recipes, cell.variant.split("_")[0])
+    recipe = next(recipes, cell.runs[0].variant.split("_")[0])
     return {"recipe": recipe, **result_affecting_options(sections | _config(cell))}
 
 
@@ -123,7 +124,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(f"{effects.title}:", markup=False, highlight=False)
         for sentence in effects.summary():
             console.print(f"  {sentence}", markup=False, highlight=False)
-    for line in no_comparison(report) + missing(report):
+    for line in machine_notes(report) + no_comparison(report) + missing(report):
         console.print(line, markup=False, highlight=False)
 
 

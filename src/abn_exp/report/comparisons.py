@@ -4,8 +4,10 @@ Scores are kept as fractions; samples are percent, differences and stds percenta
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,7 +25,11 @@ Group = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs of one (dataset, model, norm, variant). Scores are fractions, by metric and seed."""
+    """All runs of one (dataset, model, norm, variant) on one kind of device.
+
+    Scores are fractions, by metric and seed. Where a report has runs on several kinds of device, ``variant`` names
+    this cell's.
+    """
 
     dataset: str
     model: str
@@ -32,6 +38,7 @@ class Cell:
     runs: tuple[Run, ...]
     scores: dict[str, dict[int, float]]
     failed: dict[int, str]  # by seed: why it has no score
+    device: str | None = None  # "cpu" or the GPU's name, where the report has several kinds
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -63,17 +70,22 @@ class Comparison:
 def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     """Group runs by cell, sorted by dataset, model and variant; within these the reference comes first.
 
+    Runs on different kinds of device are different cells: float32 itself is not the same arithmetic there.
+
     Raises ValueError where two directories hold the same seed of the same cell.
     """
-    by_cell: dict[tuple[str, str, str, str], dict[int, Run]] = {}
+    runs = list(runs)
+    devices = _devices(runs)
+    by_cell: dict[tuple[tuple[str, str, str, str], str | None], dict[int, Run]] = {}
     for run in runs:
-        other = by_cell.setdefault(run.cell, {}).setdefault(run.seed, run)
+        of_cell = by_cell.setdefault((run.cell, devices.get(run.directory)), {})
+        other = of_cell.setdefault(run.seed, run)
         if other is not run:
             raise ValueError(
                 f"{other.directory} and {run.directory} hold the same run twice; give the folder of one study."
             )
     cells = []
-    for key, by_seed in by_cell.items():
+    for ((dataset, model, norm, variant), device), by_seed in by_cell.items():
         ordered = dict(sorted(by_seed.items()))
         results = {seed: run.result for seed, run in ordered.items() if run.result is not None}
         scores = {
@@ -81,9 +93,26 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
             for metric in METRICS
         }
         failed = {seed: _why(run) for seed, run in ordered.items() if run.result is None}
-        cells.append(Cell(*key, tuple(ordered.values()), scores, failed))
+        name = variant if device is None else f"{variant} on {device}"
+        cells.append(Cell(dataset, model, norm, name, tuple(ordered.values()), scores, failed, device))
     order = [reference, *(norm for norm in NORM_STYLES if norm != reference)]
     return sorted(cells, key=lambda c: (c.group, order.index(c.norm) if c.norm in order else len(order), c.norm))
+
+
+def _devices(runs: Sequence[Run]) -> dict[Path, str]:
+    """Return each run's kind of device by its directory; nothing where there is only one kind.
+
+    A run without a result counts to the kind on which most of its cell ran, or else most of all.
+    """
+    known = [(run.cell, run.result.device_kind) for run in runs if run.result is not None]
+    if len({kind for _, kind in known}) < 2:
+        return {}
+
+    def most(run: Run) -> str:
+        own = [kind for cell, kind in known if cell == run.cell]
+        return Counter(own or [kind for _, kind in known]).most_common(1)[0][0]
+
+    return {run.directory: run.result.device_kind if run.result is not None else most(run) for run in runs}
 
 
 def _why(run: Run) -> str:

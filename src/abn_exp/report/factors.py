@@ -10,7 +10,10 @@ from abn_exp.report.comparisons import Cell
 
 Key = tuple[str, str, str, str]
 ABSENT = "absent"
-REFERENCES = {"precision": "fp32"}  # of a factor, where it is among the levels, whatever most cells have
+REFERENCES = {
+    "precision": "fp32",
+    "device": "cpu",
+}  # of a factor, where it is among the levels, whatever most cells have
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ def describe_group(cell: Cell, factors: Iterable[Factor]) -> str:
     return f"{cell.dataset} with {cell.model}" + (f" ({', '.join(levels)})" if levels else "")
 
 
-def find_factors(settings: Mapping[Key, Mapping[str, Any]]) -> list[Factor]:
+def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key, str] | None = None) -> list[Factor]:
     """Return what varies between cells of the same data set, network and norm.
 
     ``settings`` gives the flat configuration of each cell, by the cell's key, and under "recipe" the recipe's name.
+    ``devices`` gives the kind of device of each cell where there are several; it is a factor of its own.
     A key whose value follows from the recipe is the recipe's; keys that follow from each other are one factor. The
     reference level is the one of REFERENCES, else the one most cells have, else the one with the shortest variant
     name, the fewest overrides.
@@ -67,6 +71,7 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]]) -> list[Factor]:
         else:
             groups.append([key])
     factors = [_factor(group, columns) for group in groups]
+    factors += [_factor(["device"], {"device": devices})] if devices else []
     if len({(*cell[:3], *(factor.by_cell[cell] for factor in factors)) for cell in settings}) < len(settings):
         return [_factor(["variant"], {"variant": {cell: cell[3] for cell in settings}})]
     return factors

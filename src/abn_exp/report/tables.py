@@ -28,6 +28,7 @@ from abn_exp.report.factors import Factor, describe_group
 from abn_exp.results import RunResult
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
+CPU = "cpu capability"  # of a run's versions
 COSTS = {
     "total": "parameters",
     "bytes_packed": "bytes packed",
@@ -196,6 +197,29 @@ def no_comparison(report: Report) -> list[str]:
         f"No comparison on {report.describe_group(group)}: the reference norm {report.reference} was not run there."
         for group in without
     ]
+
+
+def machine_notes(report: Report) -> list[str]:
+    """Say where runs are kept apart, or are not quite alike, because of the machines on which they were trained."""
+    lines = []
+    if devices := sorted({cell.device for cell in report.cells if cell.device is not None}):
+        lines.append(
+            f"Trained on several kinds of device ({', '.join(devices)}), whose arithmetic is not the same: each kind "
+            "has its own cells, and norms are compared on the same kind alone."
+        )
+    for group, cells in group_cells(report.cells).items():
+        by_seed: dict[int, set[str]] = {}
+        for cell in cells:
+            for run in cell.runs:
+                if run.result is not None and run.result.device_kind == "cpu" and CPU in run.result.versions:
+                    by_seed.setdefault(run.seed, set()).add(run.result.versions[CPU])
+        if mixed := {seed: found for seed, found in by_seed.items() if len(found) > 1}:
+            seeds, found = ", ".join(map(str, sorted(mixed))), "; ".join(sorted(set.union(*mixed.values())))
+            lines.append(
+                f"{report.describe_group(group)}: norms of one seed ({seeds}) were trained on CPUs of different "
+                f"capability ({found}), where last bits differ."
+            )
+    return lines
 
 
 def missing(report: Report) -> list[str]:

@@ -25,6 +25,7 @@ from abn_exp.report.tables import (
     csv_text,
     difference_table,
     effect_table,
+    machine_notes,
     markdown_table,
     missing,
     no_comparison,
@@ -78,6 +79,7 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         sentences = "\n".join(f"- {sentence}" for sentence in table.summary())
         parts += [f"## {table.title}", *([sentences] if table.averages else []), markdown_table(effect_table(table))]
     parts += ["## Test accuracy (%)", markdown_table(accuracy_table(report))]
+    parts += ["\n".join(f"- {line}" for line in machine_notes(report))] * bool(machine_notes(report))
     if report.comparisons:
         parts += [f"## Differences to {ref}", markdown_table(difference_table(report))]
         parts += [f"## Spread between seeds, against {ref}", markdown_table(spread_table(report))]

@@ -28,7 +28,6 @@ from abn_exp import provenance
 from abn_exp.config import Config, config_hash, result_affecting_options
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, Terminated, in_a_line
-from abn_exp.exact16 import has_exact16
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan
 from abn_exp.models.cost import NetworkSummary, summarize
@@ -122,11 +121,12 @@ def _train_and_test(plan: RunPlan) -> RunResult:
     loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
     network = make_network(config, plan.choices["norm"], len(data.classes), device)
     summary = summarize(network, config.dataset.image_size)
+    place = provenance.device_name(device, config.threads)
     log.info(
         "%s seed %d on %s\n%s",
         plan.cell,
         config.seed,
-        _describe_device(config, device, network),
+        place,
         as_text(summary.table()),
     )
 
@@ -151,16 +151,9 @@ def _train_and_test(plan: RunPlan) -> RunResult:
         except TorchDynamoException as error:  # no C++ compiler, say
             why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
             raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
-        place = _describe_device(config, device, network)
         result = _test(plan, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
         tracker.summarize(_headline(result))
     return result
-
-
-def _describe_device(config: Config, device: torch.device, network: torch.nn.Module) -> str:
-    """Return the device's name, with the precision where that is the device's choice and not fp32."""
-    name = provenance.device_name(device, config.threads)
-    return f"{name}, exact16" if config.precision == "auto" and has_exact16(network) else name
 
 
 def _headline(result: RunResult) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Build what a run needs: its device, data loaders, network and trainer options."""
 
 import ctypes
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -16,15 +15,13 @@ from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
 from abn_exp.errors import ConfigError, in_a_line
-from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_, use_float32_
+from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.models.build import build_network, initialize_
 from abn_exp.training.classifier import Stage
 from abn_exp.warm_start import load_initial_weights_
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 BATCHES_PER_GROUP = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
-
-log = logging.getLogger(__name__)
 
 
 def process_rank(config: Config) -> int:
@@ -149,7 +146,7 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
         load_initial_weights_(network, config)
     # A fifth faster on a CPU, and what tensor cores want.
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if resolve_precision(config, device) == "exact16":
+    if config.precision == "exact16":
         # What the trainer will set, too: the check is of the kernels that will be used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
         torch.use_deterministic_algorithms(config.deterministic)
@@ -159,18 +156,8 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
         try:
             check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
         except (ValueError, RuntimeError) as error:  # RuntimeError: the device has no such kernel
-            if config.precision == "exact16":
-                raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
-            log.warning("precision=auto is fp32 here: %s", in_a_line(error))
-            use_float32_(network)
+            raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
     return network
-
-
-def resolve_precision(config: Config, device: torch.device) -> str:
-    """Return what `precision=auto` stands for on a device; any other choice is itself."""
-    if config.precision != "auto":
-        return config.precision
-    return "exact16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def trainer_options(config: Config, device: torch.device) -> dict[str, Any]:

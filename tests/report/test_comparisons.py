@@ -1,0 +1,78 @@
+"""Cells hold runs of one kind of device, and the report says where machines differ."""
+
+from pathlib import Path
+
+import pytest
+
+from abn_exp.report.build import build_report, write_report
+from abn_exp.report.comparisons import collect_cells
+from abn_exp.report.tables import machine_notes
+from abn_exp.results import find_runs
+from tests.helpers.records import finish_run, start_run, study
+
+CPU, GPU = "CPU (AMD EPYC, 1 thread)", "NVIDIA H200"
+SCORES = {"bn": [0.70, 0.71, 0.72], "abn": [0.71, 0.73, 0.74]}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Three seeds of each norm on a CPU; on a GPU three more, ten points better, abn and bn the other way round."""
+    for norm, scores in SCORES.items():
+        other = SCORES["abn" if norm == "bn" else "bn"]
+        for seed, score in enumerate(scores):
+            finish_run(tmp_path, norm, seed, score, device=CPU)
+            finish_run(tmp_path, norm, seed + 3, other[seed] + 0.1, device=GPU)
+    return tmp_path
+
+
+def test_a_cell_of_several_kinds_of_device_is_split(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_run(mixed, "abn", 6)  # on what is not known: it counts to one of them
+    cells = collect_cells(find_runs(mixed))
+    assert [(cell.norm, cell.device, [*cell.scores["test_acc"]]) for cell in cells] == [
+        ("bn", GPU, [3, 4, 5]),
+        ("abn", GPU, [3, 4, 5]),
+        ("bn", "cpu", [0, 1, 2]),
+        ("abn", "cpu", [0, 1, 2]),
+    ]
+    assert sum(6 in cell.failed for cell in cells) == 1
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    report = write_report(mixed)
+    differences = {c.cell.device: round(c.mean.difference, 2) for c in report.comparisons}
+    assert differences == {"cpu": 1.67, GPU: -1.67}  # pooled, it would be 0
+    (factor,) = report.factors
+    assert (factor.name, factor.levels) == ("device", ("cpu", GPU))
+    text = (mixed / "report.md").read_text()
+    assert f"Trained on several kinds of device ({GPU}, cpu), whose arithmetic is not the same" in text
+    assert f"On digits with binarynet (device {GPU}), abn" in text
+
+
+def test_norms_on_different_kinds_of_device_are_not_compared(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": SCORES["bn"]}, device=CPU)
+    study(tmp_path, {"abn": SCORES["abn"]}, device=GPU)
+    report = build_report(tmp_path)
+    assert report.comparisons == []
+    assert {cell.device for cell in report.cells} == {"cpu", GPU}
+    assert len({report.describe_group(cell.group) for cell in report.cells}) == 2
+
+
+def test_the_precision_in_an_older_device_name_is_no_kind_of_its_own(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": SCORES["bn"]}, device=GPU)
+    study(tmp_path, {"abn": SCORES["abn"]}, device=f"{GPU}, exact16")
+    report = build_report(tmp_path)
+    assert len(report.comparisons) == 1
+    assert report.factors == []
+    assert machine_notes(report) == []
+
+
+def test_norms_of_a_seed_on_cpus_of_different_capability_are_named(tmp_path: Path) -> None:
+    for norm, scores in SCORES.items():
+        for seed, score in enumerate(scores):
+            capability = "AVX2" if norm == "abn" and seed == 1 else "AVX512"
+            finish_run(tmp_path, norm, seed, score, device=CPU, versions={"cpu capability": capability})
+    report = build_report(tmp_path)
+    assert len(report.comparisons) == 1
+    (note,) = machine_notes(report)
+    assert note == (
+        "digits with binarynet: norms of one seed (1) were trained on CPUs of different capability (AVX2; AVX512), "
+        "where last bits differ."
+    )
