@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from abn_exp.commandline import hydra_sentence, overrides_last
 from abn_exp.errors import STOPPED, ConfigError, Diverged, Terminated, in_a_line
 from abn_exp.provenance import git_commit
 
@@ -77,10 +79,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
     git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
+    sys.argv[1:] = overrides_last(sys.argv[1:])
     try:
         main()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        sys.exit(f"error: {in_a_line(error)}")
+        sys.exit(f"error: {hydra_sentence(error, Path(__file__).parent / 'conf')}")
     except ValueError as error:
         if HydraConfig.initialized():
             raise

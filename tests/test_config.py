@@ -99,10 +99,13 @@ def test_a_users_model_keeps_its_size_on_the_embedded_set(
         ("norm.eps=small", "norm.eps=small is not allowed"),
         ("+norm.gamma=1", "norm.gamma is not a key of abn_exp.norm.AttentionBatchNorm2d; it takes"),
         ("+lr=1", "lr is not a key of the configuration"),
-        ("+recipe.lr=1", "recipe.lr is not a key of the configuration"),
         ("norm._target_=abn_exp.norm.Nothing", "cannot be imported"),
-        ("name=a/b", "name=a/b is not allowed"),
-        ("wandb.project=a/b", "wandb.project=a/b is not allowed"),
+        ("+recipe.lr=1", "recipe.lr is not a key of the configuration; did you mean recipe.optimizer.lr?"),
+        ("+dataset.rot=x", "dataset.rot is not a key of the configuration; did you mean dataset.root?"),
+        ("recipe.schedule=cosine", "recipe.schedule=cosine is not allowed: it is a section; give its keys"),
+        ("dataset.name=mnist", "it should be digits, cifar10, cifar100, tinyimagenet or folder"),
+        ("name=a/b", "name=a/b is not allowed: it should be letters, digits, '.', '_' and '-', with a letter or"),
+        ("wandb.project=a/b", "wandb.project=a/b is not allowed: it should be text without / \\ # ? % :"),
     ],
 )
 def test_a_mistake_is_one_sentence(make_plan: Make, override: str, sentence: str) -> None:
@@ -116,6 +119,29 @@ def test_a_mistake_is_one_sentence(make_plan: Make, override: str, sentence: str
 def test_hydra_refuses_names_that_do_not_exist(make_plan: Make, override: str) -> None:
     with pytest.raises(ConfigCompositionException):
         make_plan(override)
+
+
+@pytest.mark.parametrize("key", ["results_dir", "dataset.root", "wandb.dir"])
+def test_a_file_where_a_folder_is_to_be_is_told_with_its_key(make_plan: Make, tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=rf"{key}={tmp_path}/file/below is not allowed: {tmp_path}/file is a file\."
+    ):
+        make_plan(f"{key}={tmp_path}/file/below")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "taken").touch()
+    with pytest.raises(ConfigError, match=r"name=taken is not allowed: .*/results/taken is a file\."):
+        make_plan("name=taken")
+
+
+@pytest.mark.parametrize(("value", "root"), [("/some/where", "/some/where"), ("", "./data"), (None, "./data")])
+def test_an_empty_data_dir_means_unset(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, value: str | None, root: str
+) -> None:
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DATA_DIR", value)
+    assert make_plan().config.dataset.root == root
 
 
 def test_folder_needs_a_path(make_plan: Make) -> None:

@@ -6,11 +6,15 @@ new one needs no change here: their keys are checked against the signature of th
 
 import hashlib
 import json
+import os
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,8 +28,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from abn_exp.errors import ConfigError, validation_sentence
+from abn_exp.errors import ConfigError, flat_keys, validation_sentence
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -34,7 +39,18 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MAX_PARAMETERS = 2 * 10**9  # more than any network here can use; less than what ends a machine
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # what may be a folder's name
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # what may be a folder's name
+
+
+def _matching(pattern: str, allowed: str) -> AfterValidator:
+    """Return a check of text against a pattern that says in words what is allowed."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("text", f"Input should be {allowed}")
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -62,6 +78,12 @@ class DatasetConfig(Section):
         if name not in (*CATALOG, "folder"):
             raise ValueError(f"dataset.name={name} is not allowed: it should be {', '.join(CATALOG)} or folder")
         return name
+
+    @field_validator("root")
+    @classmethod
+    def empty_is_unset(cls, root: str) -> str:
+        """Take an empty DATA_DIR= for none."""
+        return root or "./data"
 
     @model_validator(mode="after")
     def path_is_for_folders(self) -> Self:
@@ -143,7 +165,7 @@ class RecipeConfig(Section):
 
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str = Field("abn_exp", max_length=128, pattern=r"^[^/\\#?%:]+$")
+    project: Annotated[str, _matching(r"[^/\\#?%:]+", r"text without / \ # ? % :")] = Field("abn_exp", max_length=128)
     entity: str | None = None
     dir: str = "."
     group: str | None = None
@@ -172,7 +194,9 @@ class Config(Section):
     wandb: WandbConfig
     seed: Seed
     precision: Literal["fp32", "bf16", "exact16"]
-    name: str = Field(pattern=NAME, max_length=80)
+    name: Annotated[str, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")] = Field(
+        max_length=80
+    )
     question: str | None
     results_dir: str = Field(min_length=1)
     force: bool
@@ -272,10 +296,11 @@ def read(cfg: DictConfig) -> Config:
     try:
         config = Config.model_validate(plain)
     except ValidationError as error:
-        sentences = [validation_sentence(dict(item)) for item in error.errors()]
+        sentences = [validation_sentence(dict(item), flat_keys(plain)) for item in error.errors()]
         more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
     _check_text(plain, "")
+    _check_folders(config)
     _check_parts(config)
     return config
 
@@ -287,6 +312,20 @@ def _check_text(value: Any, path: str) -> None:
             _check_text(part, f"{path}.{key}" if path else str(key))
     elif isinstance(value, str) and path != "question" and any(ord(character) < 32 for character in value):
         raise ConfigError(f"{path}={value!r} is not allowed: it should be text without control characters.")
+
+
+def _check_folders(config: Config) -> None:
+    """Refuse a file where a folder is to be."""
+    folders = {
+        "results_dir": config.results_dir,
+        "name": os.path.join(config.results_dir, config.name),
+        "dataset.root": config.dataset.root,
+        "wandb.dir": config.wandb.dir,
+    }
+    for key, folder in folders.items():
+        path = Path(folder).expanduser()
+        if file := next((str(path) for path in (path, *path.parents) if path.exists() and not path.is_dir()), None):
+            raise ConfigError(f"{key}={config.name if key == 'name' else folder} is not allowed: {file} is a file.")
 
 
 def _check_parts(config: Config) -> None:

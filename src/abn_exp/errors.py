@@ -1,5 +1,8 @@
 """Errors that a user can fix, and one-line messages for them. Imports nothing heavy."""
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -31,17 +34,40 @@ class Terminated(SystemExit):
 
 
 def in_a_line(error: Exception) -> str:
-    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path."""
-    return " ".join(str(error).split("\nConfig search path")[0].split())
+    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path or links."""
+    return " ".join(re.split(r"\nConfig search path|\n?See https?:", str(error))[0].split())
 
 
-def validation_sentence(error: dict[str, Any]) -> str:
-    """One mistake that pydantic found, in one sentence with the key and the value as they were typed."""
+def flat_keys(node: object, prefix: str = "") -> list[str]:
+    """Return the keys of nested dictionaries, joined by dots."""
+    if not isinstance(node, dict):
+        return []
+    return [key for name, value in node.items() for key in (f"{prefix}{name}", *flat_keys(value, f"{prefix}{name}."))]
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Return the sentence on a key that the configuration does not have, with the one of `known` that is meant most
+    likely: first of those with the same last part ("epochs": recipe.epochs), then of those written alike.
+    """
+    known = sorted(other for other in set(known) if not f"{key}.".startswith(f"{other}."))
+    same = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = get_close_matches(key, same, n=1, cutoff=0) or get_close_matches(key, known, n=1)
+    suggestion = f"did you mean {close[0]}? " if close else ""
+    return f"{key} is not a key of the configuration; {suggestion}`python train.py --cfg job` lists them all."
+
+
+def validation_sentence(error: dict[str, Any], known: Iterable[str] = ()) -> str:
+    """One mistake that pydantic found, in one sentence with the key and the value as they were typed.
+
+    `known` are the keys that a misspelt one is compared with.
+    """
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{key} is missing; every key of the configuration needs a value."
     if error["type"] == "extra_forbidden":
-        return f"{key} is not a key of the configuration; `python train.py --cfg job` lists them all."
+        return unknown_key(key, known)
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key}={error['input']} is not allowed: it is a section; give its keys, each as {key}.KEY=VALUE."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "value_error":
         return f"{message}."

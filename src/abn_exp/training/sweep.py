@@ -19,8 +19,9 @@ from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from abn_exp.commandline import hydra_sentence
 from abn_exp.config import config_hash
-from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.errors import ConfigError
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import RunPlan, plan_run
 from abn_exp.results import Run, find_runs
@@ -43,7 +44,7 @@ class SweepCallback(Callback):
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
         except (HydraException, OmegaConfBaseException) as error:
-            raise SystemExit(f"error: {in_a_line(error)}") from None
+            raise SystemExit(f"error: {hydra_sentence(error)}") from None
         finished = sum(run.status == "finished" for run in self._runs())
         force = self.plans[0].config.force
         self.complete = finished == len(self.plans) and not force

@@ -1,0 +1,58 @@
+"""The command line that Hydra parses: its words in any order, and what is wrong with them in one sentence."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from abn_exp.errors import flat_keys, in_a_line, unknown_key
+
+OPEN = ("model.", "norm.", "recipe.optimizer.")  # sections that take any argument of the class that they name
+
+
+def overrides_last(words: Sequence[str]) -> list[str]:
+    """Return a command's words, its overrides behind its options: Hydra's parser takes them only in one piece."""
+
+    def is_override(number: int) -> bool:
+        word, before = words[number], words[number - 1] if number else ""
+        is_value = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
+        return not is_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+    order = sorted(range(len(words)), key=is_override)
+    return [words[number] for number in order]
+
+
+def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
+    """Return what Hydra, OmegaConf or YAML says of a wrong command or file, in a sentence that says what is allowed.
+
+    `conf` is the folder of the configuration, for where Hydra is no longer at work.
+    """
+    text = in_a_line(error)
+    if match := re.search(r"Could not override '(.+?)'", text):
+        key = match[1]
+        hint = f" An argument that its class has and its file leaves out is added by +{key}=VALUE."
+        return unknown_key(key, _keys(conf)) + (hint if key.startswith(OPEN) else "")
+    if match := re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?': (.+)", text):
+        group, chosen, options = match[1], match[2], match[3].split()
+        close = get_close_matches(chosen, options, n=1, cutoff=0.5)
+        suggestion = f"; did you mean {close[0]}?" if close else "."
+        return f"{group}={chosen} is not allowed: it should be {', '.join(options)}{suggestion}"
+    if error.__cause__ is not None and text.startswith("Error merging override"):
+        text = f"{text}: {str(error.__cause__).splitlines()[0]}"
+    return text
+
+
+def _keys(conf: Path | None) -> list[str]:
+    """Return the groups and keys that can be given, with their dots."""
+    if GlobalHydra.instance().is_initialized() or conf is None:
+        cfg = compose("config", return_hydra_config=True)
+    else:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+            cfg = compose("config", return_hydra_config=True)
+    groups = [str(group) for group in cfg.hydra.runtime.choices if "/" not in str(group)]
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return groups + flat_keys(OmegaConf.to_container(ours))

@@ -1,0 +1,53 @@
+"""Words of a command in any order; Hydra's own errors in a sentence that names what is allowed."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from abn_exp.commandline import hydra_sentence, overrides_last
+from tests.helpers.runs import REPOSITORY
+
+CONF = REPOSITORY / "conf"
+
+
+@pytest.mark.parametrize(
+    ("typed", "ordered"),
+    [
+        ("norm=bn,abn -m seeds=five", "-m norm=bn,abn seeds=five"),
+        ("-m norm=bn seed=0", "-m norm=bn seed=0"),
+        ("seed=1 --cfg job ~norm --package recipe", "--cfg job --package recipe seed=1 ~norm"),
+        ("a=1 --config-dir x=y b=2", "--config-dir x=y a=1 b=2"),
+        ("a=1 --config-dir=x=y b=2 --multirun c=3", "--config-dir=x=y --multirun a=1 b=2 c=3"),
+        ("", ""),
+    ],
+)
+def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
+    assert overrides_last(typed.split()) == ordered.split()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("nrom=bn", "nrom is not a key of the configuration; did you mean norm?"),
+        ("epochs=5", "epochs is not a key of the configuration; did you mean recipe.epochs?"),
+        ("norm.momentun=1", "norm.momentun is not a key of the configuration; did you mean norm.momentum?"),
+        ("norm.dropout=1", "is added by +norm.dropout=VALUE."),
+        ("xyzzy=1", "xyzzy is not a key of the configuration; `python train.py --cfg job` lists them all."),
+        ("norm=bm", "norm=bm is not allowed: it should be abn, abn_backward,"),
+        ("model=binarnet", "; did you mean binarynet?"),
+        ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]"),
+        ("norm", "Error parsing override 'norm' missing EQUAL"),
+    ],
+)
+@pytest.mark.parametrize("at_work", [False, True], ids=["alone", "inside Hydra"])
+def test_a_wrong_word_is_told_in_a_sentence(override: str, sentence: str, at_work: bool) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        with pytest.raises(HydraException) as caught:
+            compose("config", [override], return_hydra_config=True)
+        if at_work:
+            text = hydra_sentence(caught.value)
+    if not at_work:
+        text = hydra_sentence(caught.value, CONF)
+    assert sentence in text
+    assert "\n" not in text
+    assert "http" not in text
