@@ -1,51 +1,94 @@
 #!/usr/bin/env python
-"""Get a data set, convert it once, and say what is there: `python scripts/prepare_data.py dataset=cifar100`.
+"""Get data sets, convert each once, and say what is there: `python scripts/prepare_data.py dataset=cifar10,cifar100`.
 
 Training does the same when it needs to; before many runs at once, or on a machine whose jobs have no network,
-do it here first. `dataset.root=` says where the files lie.
+do it here first. Arguments are those of train.py, so that its own command can be given as it is, -m or not:
+`study=accuracy` prepares the three sets of that study. `dataset.root=` says where the files lie.
 """
 
+import argparse
 import sys
-from typing import Any
+from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from abn_exp.config import read
-from abn_exp.data.prepare import channel_statistics, load, prepare
-from abn_exp.data.readers import file_digest
+from abn_exp.commandline import combinations, hydra_sentence, overrides_last
+from abn_exp.config import DatasetConfig, read_dataset
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Prepare and load the data set of the configuration, and describe it on stdout."""
+def main() -> int:
+    """Prepare each data set that the command names; return 1 where one of them cannot be had."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py")
+    parser.add_argument("-m", "--multirun", action="store_true", help="as for train.py; several sets need it not")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="as for train.py: a folder with files of your own")
+    arguments = parser.parse_args(overrides_last(sys.argv[1:]))
     try:
-        options = read(cfg).dataset
-        source: dict[str, Any] = {
-            "path": options.path,
-            "image_size": options.image_size,
-            "download": options.download,
-        }
-        file = prepare(options.name, options.root, **source)
-        data = load(options.name, options.root, **source)
-        digest = None if file is None else file_digest(file, "sha256")
-    except (ValueError, OSError) as error:
+        datasets = find_datasets(arguments.overrides, arguments.config_dir)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        print(f"error: {hydra_sentence(error, CONF)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return 1
+    code = 0
+    for number, dataset in enumerate(datasets):
+        try:
+            text = describe(dataset)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
+        else:
+            print("\n" * (number > 0) + text, flush=True)
+    return code
+
+
+def find_datasets(overrides: list[str], config_dir: Path | None) -> list[DatasetConfig]:
+    """Return the data set of each run that train.py would make of these arguments, each set once."""
+    if config_dir is not None and not config_dir.is_dir():
+        raise ValueError(f"--config-dir={config_dir} is not a folder")
+    theirs = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config("config", [*theirs, *overrides], run_mode=RunMode.MULTIRUN, from_shell=False)
+        found: dict[tuple[str, ...], DatasetConfig] = {}
+        for words in combinations(config):
+            key = tuple(sorted(word for word in words if word.lstrip("+~").startswith("dataset")))
+            if key not in found:
+                found[key] = read_dataset(compose("config", [*theirs, *words]))
+    return list({repr(dataset): dataset for dataset in found.values()}.values())
+
+
+def describe(options: DatasetConfig) -> str:
+    """Prepare and load a data set; return what it holds, and where."""
+    from abn_exp.data.prepare import channel_statistics, load, prepare
+    from abn_exp.data.readers import file_digest
+
+    source = options.model_dump(include={"path", "image_size", "num_classes", "download"})
+    file = prepare(options.name, options.root, **source)
+    data = load(options.name, options.root, **source)
     mean, std = channel_statistics(data.train.images)
     size = data.train.images.shape[-1]
-    print(f"name      {data.name}")
-    print(f"images    {len(data.train.labels)} train, {len(data.test.labels)} test, 3 x {size} x {size}")
-    print(f"classes   {len(data.classes)}: {', '.join(data.classes[:5])}{' ...' if len(data.classes) > 5 else ''}")
-    print(f"mean      {' '.join(f'{value:.4f}' for value in mean)}")
-    print(f"std       {' '.join(f'{value:.4f}' for value in std)}")
+    lines = [
+        f"name      {data.name}",
+        f"images    {len(data.train.labels)} train, {len(data.test.labels)} test, 3 x {size} x {size}",
+        f"classes   {len(data.classes)}: {', '.join(data.classes[:5])}{' ...' if len(data.classes) > 5 else ''}",
+        f"mean      {' '.join(f'{value:.4f}' for value in mean)}",
+        f"std       {' '.join(f'{value:.4f}' for value in std)}",
+    ]
     if file is None:
-        print("file      none: the set is part of scikit-learn")
-    else:
-        print(f"file      {file.resolve()}")
-        print(f"size      {file.stat().st_size / 1e6:.1f} MB")
-        print(f"sha256    {digest}")
+        return "\n".join([*lines, "file      none: the set is part of a library"])
+    size_mb, digest = file.stat().st_size / 1e6, file_digest(file, "sha256")
+    return "\n".join([*lines, f"file      {file.resolve()}", f"size      {size_mb:.1f} MB", f"sha256    {digest}"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -288,21 +288,37 @@ def read(cfg: DictConfig) -> Config:
 
     Raises ConfigError with one sentence for each mistake.
     """
-    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    try:
-        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; give every key a value of its own.") from error
-    try:
-        config = Config.model_validate(plain)
-    except ValidationError as error:
-        sentences = [validation_sentence(dict(item), flat_keys(plain)) for item in error.errors()]
-        more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
-        raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
+    config, plain = _checked(cfg, Config, [str(key) for key in cfg if key != "hydra"])
     _check_text(plain, "")
     _check_folders(config)
     _check_parts(config)
     return config
+
+
+def read_dataset(cfg: DictConfig) -> DatasetConfig:
+    """Return the checked form of the section `dataset` alone. Raises ConfigError as `read` does."""
+    return _checked(cfg, _DatasetOnly, ["dataset"])[0].dataset
+
+
+class _DatasetOnly(Section):
+    dataset: DatasetConfig
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _checked(cfg: DictConfig, schema: type[S], keys: list[str]) -> tuple[S, Any]:
+    """Return some keys of what Hydra composed as the schema has them, and plain."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; give every key a value of its own.") from error
+    try:
+        return schema.model_validate(plain), plain
+    except ValidationError as error:
+        sentences = [validation_sentence(dict(item), flat_keys(plain)) for item in error.errors()]
+        more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
+        raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
 
 
 def _check_text(value: Any, path: str) -> None:
