@@ -24,6 +24,7 @@ from abn_exp.results import Run, find_runs, read_metrics
 from abn_exp.training.sweep import SweepCallback, expand
 from tests.helpers.runs import REPOSITORY, TINY
 
+OPTUNA = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 SIX = ["seeds=three", "norm=bn,abn"]
 
 
@@ -165,6 +166,11 @@ def hydra() -> Iterator[None]:
         (["recipe.epochs=1,0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
         (["seed=0,-1"], "error: seed=-1 is not allowed: it should be greater than or equal to 0."),
         (["devices=1,2"], "error: devices=1 is the only choice in a multirun"),
+        ([OPTUNA, "seed=0,1"], "error: hydra/sweeper is OptunaSweeper, which takes the best run for the best values"),
+        (
+            [OPTUNA, "seeds=three"],
+            "seed is among what it searches: it would find a lucky seed; scripts/search.py takes",
+        ),
         (["seeds_at_once=2", "hydra/launcher=joblib"], "error: seeds_at_once is for runs without a launcher"),
     ],
 )

@@ -38,6 +38,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
         try:
+            _check_sweeper(config)
             self.plans = expand(config)
             _check_devices(self.plans)
             _check_launcher(self.plans, config)
@@ -133,6 +134,18 @@ def _check_devices(plans: list[RunPlan]) -> None:
         raise ConfigError(
             "devices=1 is the only choice in a multirun: give each run a GPU (seeds_at_once=auto), or run one "
             "after another, without -m and seeds=."
+        )
+
+
+def _check_sweeper(config: DictConfig) -> None:
+    """Refuse a sweeper that searches for the best run where the seed is part of the search: it finds a lucky seed."""
+    sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
+    typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    searched = {override.key_or_group for override in typed if override.is_sweep_override()}
+    if sweeper != "BasicSweeper" and "seed" in searched.union(config.hydra.sweeper.params or {}):
+        raise ConfigError(
+            f"hydra/sweeper is {sweeper}, which takes the best run for the best values, and seed is among what it "
+            "searches: it would find a lucky seed; scripts/search.py takes the mean over seeds."
         )
 
 
