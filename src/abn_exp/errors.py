@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from signal import Signals
 from textwrap import shorten
 from typing import Any
 
@@ -26,11 +27,18 @@ class Diverged(RuntimeError):
     """A loss, a weight or a running statistic is no longer a finite number."""
 
 
-class Terminated(SystemExit):
-    """SIGTERM has come. Unlike Lightning's own exception, whose exit code 0 reads as success, it exits with 143."""
+class Stopped(SystemExit):
+    """SIGINT or SIGTERM has come; the exit code is what a shell makes of it, 130 or 143."""
 
-    def __init__(self) -> None:
-        super().__init__(143)
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = Signals(number).name
+        self.told = False  # whether the user has been told what is done and how it goes on
+
+
+def stop(number: int, _: object = None) -> None:
+    """Handle a signal by raising `Stopped`, so that whatever is open is closed."""
+    raise Stopped(number)
 
 
 def in_a_line(error: Exception) -> str:

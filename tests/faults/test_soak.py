@@ -71,7 +71,7 @@ def test_soak(cli: Cli, tmp_path: Path, account: Account) -> None:
     """Each run has a twin half the sweep later, in another folder: the last is that of the first half's last."""
     path, folders = tmp_path / "samples", [tmp_path / "first", tmp_path / "again"]
     words = ["-m", f"results_dir={','.join(map(str, folders))}", f"seed=range(0,{SEEDS})", f"norm={','.join(NORMS)}"]
-    words += [*SMALL, f"wandb.dir={tmp_path}"]
+    words += [*SMALL, f"wandb.dir={tmp_path}", "hydra/launcher=basic"]
     done = cli.run(
         *words,
         inject=SAMPLE.format(path=str(path)),

@@ -1,6 +1,7 @@
 """A multirun as a user would start it, stop it, break it and start it again."""
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -28,12 +29,13 @@ OPTUNA = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweep
 SIX = ["seeds=three", "norm=bn,abn"]
 
 
-def sweep(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def sweep(folder: Path, *arguments: str, new_group: bool = False) -> subprocess.Popen[str]:
     """Start train.py in a folder of its own; paths are relative, so that two such commands are the same."""
     options = [argument for argument in arguments if argument == "-m"]
     overrides = [argument for argument in arguments if argument != "-m"]
     command = [sys.executable, str(REPOSITORY / "train.py"), *options, "device=cpu", *TINY, *overrides]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=new_group)
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
@@ -42,7 +44,7 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -128,22 +130,50 @@ def test_one_failure_stops_no_other_run(tmp_path: Path, undisturbed: Path) -> No
     assert "| abn | 2/3 |" in report(tmp_path)[0]
 
 
-def test_a_signal_stops_the_whole_sweep(tmp_path: Path) -> None:
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    folders = [tmp_path / number.name for number in numbers]
-    for folder in folders:
-        folder.mkdir()
-    processes = [sweep(folder, "-m", "seed=0,1", "recipe.epochs=5000") for folder in folders]
-    for number, folder, process in zip(numbers, folders, processes, strict=True):
-        wait_for(lambda folder=folder: list(folder.rglob("last.ckpt")))
-        process.send_signal(number)
-    for number, folder, process in zip(numbers, folders, processes, strict=True):
-        finish(process)
-        assert process.returncode not in (0, -number)
-        (run,) = find_runs(folder)  # the second has not begun
-        assert run.status == "unfinished"
+def test_a_run_that_dies_is_named_and_the_others_finish(tmp_path: Path) -> None:
+    """SIGSEGV to the worker, as of a library that writes beyond its memory; then SIGTERM to the command."""
+    words = ["-m", "recipe.epochs=5000,1", "norm=abn"]
+
+    def dying_has_begun() -> bool:
+        return any(len(read_metrics(path.parent)) >= 1 for path in tmp_path.rglob("*epochs-5000*/seed-0/RUNNING"))
+
+    process = sweep(tmp_path, *words)
+    wait_for(dying_has_begun)
+    (running,) = tmp_path.rglob("RUNNING")
+    os.kill(int(running.read_text().split()[1]), signal.SIGSEGV)
+    done = finish(process)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert re.search(r"epochs-5000/seed-0: killed by SIGSEGV, in epoch \d+ of 5000$", line)
+    assert [run.status for run in find_runs(tmp_path)] == ["finished", "failed"]
+
+    process = sweep(tmp_path, *words)
+    wait_for(dying_has_begun)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.returncode == 143
+    assert "Traceback" not in done.stderr
+    assert "1 of 2 runs are finished; stopped by SIGTERM; the same command goes on" in done.stderr
+    assert "] the last attempt failed: killed by SIGSEGV, in epoch" in done.stdout
+    assert re.search(r"\] stopped by SIGTERM in epoch \d+ of 5000; the same command goes on from", done.stdout)
+
+
+def test_ctrl_c_stops_a_sweep_of_several_runs_at_once(tmp_path: Path) -> None:
+    """A terminal sends SIGINT to every process of the command."""
+    process = sweep(tmp_path, "-m", "seed=0,1,2", "seeds_at_once=2", "recipe.epochs=5000", new_group=True)
+    wait_for(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "0 of 3 runs are finished; stopped by SIGINT; the same command goes on" in done.stderr
+    assert len(re.findall(r"^\[s\d\] stopped by SIGTERM in epoch", done.stdout, re.MULTILINE)) == 2
+    assert [run.status for run in find_runs(tmp_path)] == ["unfinished"] * 2  # the third has not begun
+    for run in find_runs(tmp_path):
         torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
         read_metrics(run.directory)
+        assert not (run.directory / "RUNNING").exists()
 
 
 def composed(*overrides: str) -> Any:
@@ -171,7 +201,7 @@ def hydra() -> Iterator[None]:
             [OPTUNA, "seeds=three"],
             "seed is among what it searches: it would find a lucky seed; scripts/search.py takes",
         ),
-        (["seeds_at_once=2", "hydra/launcher=joblib"], "error: seeds_at_once is for runs without a launcher"),
+        (["seeds_at_once=2", "hydra/launcher=basic"], "error: seeds_at_once is for hydra/launcher=workers"),
     ],
 )
 def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list[str], sentence: str) -> None:
@@ -184,7 +214,7 @@ def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list
 @pytest.mark.usefixtures("hydra")
 def test_the_seeds_are_those_named_last() -> None:
     def expanded(*overrides: str) -> list[tuple[str, int]]:
-        return [(plan.choices["norm"], plan.config.seed) for plan in expand(composed(*overrides))]
+        return [(plan.choices["norm"], plan.config.seed) for plan in expand(composed(*overrides)).values()]
 
     assert expanded("seeds=three") == [("abn", 0), ("abn", 1), ("abn", 2)]
     assert expanded("seeds=three", "seed=7") == [("abn", 7)]

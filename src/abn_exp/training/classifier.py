@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from abn_exp.config import RecipeConfig
 from abn_exp.norm import SynchronizedStatistics
 from abn_exp.optimizer import build_optimizer
 from abn_exp.seeding import derive_seed
+from abn_exp.training.watch import Counter
 
 Stage = Literal["train", "val", "test"]
 
@@ -54,9 +56,11 @@ class LitClassifier(pl.LightningModule):
         self.eval_stages = eval_stages
         self.sync_norm = sync_norm
         self.evaluated: dict[str, float] = {}  # what the last evaluation found
+        self.begun: Counter = SimpleNamespace(value=0)  # batches, of every stage
         self._sums: dict[Stage, Tensor] = {}
 
     def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
+        self.begun.value += 1
         images, labels = batch
         # Where the network is compiled, it is for training; each other shape of a batch would be compiled again.
         logits = self.network(images) if stage == "train" else self.network.forward(images)

@@ -4,12 +4,14 @@ import io
 import logging
 import math
 import os
+import platform
 import shutil
+import signal
 import statistics
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch._dynamo.exc import TorchDynamoException
 from abn_exp import provenance
 from abn_exp.config import Config, config_hash, result_affecting_options
 from abn_exp.data.loader import BatchGroups, BatchLoader
-from abn_exp.errors import ConfigError, DamagedFile, Diverged, Terminated, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan
 from abn_exp.models.cost import NetworkSummary, summarize
@@ -47,6 +49,7 @@ from abn_exp.training.setup import (
     trainer_options,
 )
 from abn_exp.training.wandb_run import Tracker
+from abn_exp.training.watch import Counter, epoch_reached, watching
 
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
@@ -57,8 +60,10 @@ warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.co
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
 
 
-def run(plan: RunPlan, command: str) -> RunResult:
+def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
     """Train and test one network, or go on with it, or show its result where it is already finished.
+
+    `steps` counts the run's steps for somebody who watches it; without it, this process watches the run itself.
 
     Raises ConfigError for what the user can mend; whatever ends a run without a result is left in `FAILED`.
     """
@@ -78,19 +83,26 @@ def run(plan: RunPlan, command: str) -> RunResult:
             log.info("%s is finished (force=true runs it again)", directory)
             show(finished)
             return finished
+        _tell_last_attempt(plan)
         write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config.model_dump()))
         for name in ("result.json", "SHA256SUMS", "FAILED"):
             (directory / name).unlink(missing_ok=True)
+        write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
         try:
             if not (directory / "checkpoints" / "last.ckpt").exists():
                 begin_with_shorter_run(plan)
-            result = _train_and_test(plan)
-        except SIGTERMException:
-            raise Terminated from None
+            result = _train_and_test(plan, steps)
         except Exception as error:
             text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
+        except (Stopped, SIGTERMException) as error:
+            stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
+            _tell_stop(plan, stopped)
+            raise stopped from None
+        finally:
+            with suppress(OSError):
+                (directory / "RUNNING").unlink(missing_ok=True)
         write_result(directory, result)
         if config.keep == "weights":
             keep_weights(directory)
@@ -99,16 +111,36 @@ def run(plan: RunPlan, command: str) -> RunResult:
         return result
 
 
+def _tell_last_attempt(plan: RunPlan) -> None:
+    """Say how the last attempt at this run ended, where it left no result."""
+    try:
+        for name, sentence in (("RUNNING", "was killed {where} (it was {what})"), ("FAILED", "failed: {what}")):
+            path = plan.directory / name
+            if path.is_file():
+                what = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+                log.warning("the last attempt %s", sentence.format(where=epoch_reached(plan), what=what))
+    except (OSError, DamagedFile) as error:
+        log.warning("%s", error)
+
+
+def _tell_stop(plan: RunPlan, stopped: Stopped) -> None:
+    """Say what is done and how it goes on."""
+    done = len(read_metrics(plan.directory))
+    how = f"goes on from the end of epoch {done}" if done else "begins the run again"
+    log.warning("stopped by %s %s; the same command %s", stopped.signal, epoch_reached(plan), how)
+    stopped.told = True
+
+
 def _run_worker_rank(plan: RunPlan) -> RunResult:
     """Train and test as one of the processes that share a run; the first one writes, logs and reports."""
     logging.disable(logging.INFO)
     try:
-        return _train_and_test(plan)
+        return _train_and_test(plan, None)
     except Diverged:
         raise SystemExit(0) from None  # with any other code, Lightning would kill the first before it has said why
 
 
-def _train_and_test(plan: RunPlan) -> RunResult:
+def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
     config, directory = plan.config, plan.directory
     recipe, rank = config.recipe, process_rank(config)
     torch.set_num_threads(config.threads)
@@ -135,10 +167,14 @@ def _train_and_test(plan: RunPlan) -> RunResult:
     )
     if config.compile:
         network.compile()
-    steps = len(loaders["train"])
-    classifier = LitClassifier(network, recipe, config.seed, len(data.classes), steps, stages, config.sync_norm)
+    classifier = LitClassifier(
+        network, recipe, config.seed, len(data.classes), len(loaders["train"]), stages, config.sync_norm
+    )
+    if steps is not None:
+        classifier.begun = steps
     wandb_config = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
-    with Tracker(wandb_config, **_wandb_arguments(plan)) as tracker:
+    watched = nullcontext() if steps is not None else watching(plan, classifier.begun)
+    with watched, Tracker(wandb_config, **_wandb_arguments(plan)) as tracker:
         if tracker.run_id is not None:
             write_text_atomic(directory / "wandb-run-id", tracker.run_id)
         trainer = _trainer(config, device, directory, tracker, stages)
@@ -307,7 +343,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 def _clear_run_dir(directory: Path) -> None:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id"):
+    for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id", "RUNNING"):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -43,7 +43,7 @@ def select_device(config: Config) -> torch.device:
     count = torch.cuda.device_count()
     if config.devices > count:
         raise ConfigError(f"devices={config.devices}, but torch sees {count} CUDA devices; choose fewer.")
-    # A run's own processes take one GPU each; the workers of a launcher on one machine (joblib) take turns.
+    # A run's own processes take one GPU each; the workers of a sweep on one machine take turns.
     worker = re.search(r"-(\d+)$", current_process().name)
     turn = process_rank(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
     return torch.device("cuda", turn % count)

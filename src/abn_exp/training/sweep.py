@@ -6,25 +6,29 @@ is used.
 
 import logging
 import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.commandline import hydra_sentence
 from abn_exp.config import config_hash
-from abn_exp.errors import ConfigError
+from abn_exp.errors import STOPPED, ConfigError, Stopped
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import RunPlan, plan_run
-from abn_exp.results import Run, find_runs
+from abn_exp.identity import GROUPS, RunPlan, plan_run
+from abn_exp.results import Run, RunResult, find_runs, read_result
+from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
     from abn_exp.report.build import Report
@@ -39,7 +43,8 @@ class SweepCallback(Callback):
         """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
         try:
             _check_sweeper(config)
-            self.plans = expand(config)
+            self._planned = expand(config)
+            self.plans, self.errors = list(self._planned.values()), dict[Path, str]()
             _check_devices(self.plans)
             _check_launcher(self.plans, config)
         except ConfigError as error:
@@ -47,29 +52,47 @@ class SweepCallback(Callback):
         except (HydraException, OmegaConfBaseException) as error:
             raise SystemExit(f"error: {hydra_sentence(error)}") from None
         finished = sum(run.status == "finished" for run in self._runs())
-        force = self.plans[0].config.force
-        self.complete = finished == len(self.plans) and not force
+        self.complete = finished == len(self.plans) and not self.plans[0].config.force
         for folder in {plan.directory.parents[4] for plan in self.plans}:
             record_command(folder, command(config))
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
-        if not self.complete:
-            self._train_at_once(config, len(self.plans) if force else len(self.plans) - finished)
 
-    def _train_at_once(self, config: DictConfig, pending: int) -> None:
-        """Let Hydra launch as many runs at a time as `seeds_at_once` says: joblib does it, with the same numbers."""
-        done = {run.directory for run in self._runs() if run.status == "finished"}
-        plan = next((plan for plan in self.plans if plan.directory not in done), self.plans[0])
-        count = plan.config.seeds_at_once
-        if count == "auto":
-            from abn_exp.training.parallel import measure_best_count
+    def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
+        """Train what is not finished in worker processes, as many at a time as `seeds_at_once` says.
 
+        Return for each job what `train.py` returns: the validation accuracy, or None.
+        """
+        plans = [self._planned[tuple(overrides)] for overrides in job_overrides]
+        results = {plan.directory: finished_result(plan) for plan in plans}
+        common = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        jobs: dict[Path, Job] = {}
+        for plan, overrides in zip(plans, job_overrides, strict=True):
+            if results[plan.directory] is None:
+                command = shlex.join(["python", "train.py", *filter_overrides(overrides)])
+                label = _label([override for override in overrides if override not in common])
+                jobs.setdefault(plan.directory, Job(plan, label, command))
+        if jobs:
             try:
-                count = measure_best_count(plan, pending)
+                count = _number_at_once(list(jobs.values()))
+                with closing(train(list(jobs.values()), count, config.hydra.job_logging)) as outcomes:
+                    for job, outcome in outcomes:
+                        results[job.plan.directory] = outcome.result
+                        self.errors[job.plan.directory] = outcome.error
             except ConfigError as error:
                 raise SystemExit(f"error: {error}") from None
-        if count != 1:
-            with flag_override(config, ["struct", "readonly"], [False, False]):
-                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf(n_jobs=int(count)))
+            except Stopped as stopped:
+                done = sum(result is not None for result in results.values())
+                print(
+                    f"{done} of {len(results)} runs are finished; {STOPPED.format(stopped.signal)}", file=sys.stderr
+                )
+                stopped.told = True
+                raise
+        found = [results[plan.directory] for plan in plans]
+        values = [None if result is None else result.val_acc_last for result in found]
+        return [
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
+            for overrides, value in zip(job_overrides, values, strict=True)
+        ]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Let go of the run's configuration, a thousand objects that Hydra would keep to the end of the sweep."""
@@ -102,10 +125,11 @@ class SweepCallback(Callback):
         lines = []
         for plan in self.plans:
             run = found.get(plan.directory)
+            error = self.errors.get(plan.directory) or "no reason recorded"
             if run is None:
-                lines.append(f"NOT BEGUN {plan.directory}: no reason recorded")
+                lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
-                lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or 'no reason recorded'}")
+                lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
             elif run.result.config_hash != config_hash(plan.config):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
@@ -152,9 +176,10 @@ def _check_sweeper(config: DictConfig) -> None:
 def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
     """Refuse two answers to the question of who launches the runs."""
     launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
-    if launcher != "BasicLauncher" and any(plan.config.seeds_at_once != 1 for plan in plans):
+    if launcher != "WorkerLauncher" and any(plan.config.seeds_at_once != 1 for plan in plans):
         raise ConfigError(
-            f"seeds_at_once is for runs without a launcher, but hydra/launcher is {launcher}; leave one of them out."
+            f"seeds_at_once is for hydra/launcher=workers, the default, but hydra/launcher is {launcher}; "
+            "leave one of them out."
         )
 
 
@@ -174,15 +199,44 @@ def record_command(folder: Path, typed: str) -> None:
         write_text_atomic(path, "\n".join([*lines, typed]) + "\n")
 
 
-def expand(config: DictConfig) -> list[RunPlan]:
-    """Return the plan of every run of a multirun, in its order.
+def finished_result(plan: RunPlan) -> RunResult | None:
+    """Return the result of a run that need not be trained; what is damaged or another's is for the run to judge."""
+    if plan.config.force:
+        return None
+    try:
+        result = read_result(plan.directory)
+    except (ValueError, OSError):
+        return None
+    return result if result is not None and result.config_hash == config_hash(plan.config) else None
+
+
+def _number_at_once(jobs: list[Job]) -> int:
+    count = jobs[0].plan.config.seeds_at_once
+    if count != "auto":
+        return int(count)
+    from abn_exp.training.parallel import measure_best_count
+
+    return measure_best_count(jobs[0].plan, len(jobs))
+
+
+def _label(overrides: list[str]) -> str:
+    """Return the overrides that tell a run from the others, short: "bn s0" of norm=bn and seed=0."""
+    words = []
+    for override in overrides:
+        key, value = override.split("=", 1)
+        words.append(f"s{value}" if key == "seed" else value if key in GROUPS else f"{key.split('.')[-1]}={value}")
+    return shorten(" ".join(words), 24, placeholder="...")
+
+
+def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:
+    """Return the plan of every run of a multirun, in its order, by the run's overrides.
 
     Raises ConfigError where one of them is not allowed.
     """
     arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
-    plans = []
+    plans = {}
     for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
         cfg = compose("config", list(overrides), return_hydra_config=True)
-        plans.append(plan_run(cfg, dict(cfg.hydra.runtime.choices)))
+        plans[tuple(overrides)] = plan_run(cfg, dict(cfg.hydra.runtime.choices))
     return plans

@@ -1,0 +1,92 @@
+"""Worker processes: what hangs is named, what is stopped goes on later, what cannot start ends the sweep."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+from omegaconf import OmegaConf
+
+from abn_exp.errors import Stopped, stop
+from abn_exp.identity import RunPlan
+from abn_exp.results import find_runs, read_metrics
+from abn_exp.training import watch, workers
+from abn_exp.training.run import run
+from abn_exp.training.workers import Job, train
+
+QUIET = OmegaConf.create({"version": 1, "root": None, "disable_existing_loggers": False})
+
+
+def job(plan: RunPlan) -> Job:
+    return Job(plan, "label", "python train.py")
+
+
+@pytest.mark.slow
+def test_a_run_that_stands_still_is_named_and_one_that_is_stopped_goes_on_later(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker is halted by SIGSTOP, as by an endless loop of a library; then the sweep is stopped.
+
+    What a worker finds is what this process finds.
+    """
+    monkeypatch.setattr(workers, "POLL", 0.05)
+    monkeypatch.setattr(watch, "FLOOR", 1.0)
+    monkeypatch.setattr(watch, "FACTOR", 2.0)
+    quick, endless = make_plan("recipe.epochs=1"), make_plan("recipe.epochs=5000", "device=cpu")
+    told = threading.Event()
+    caplog.handler.addFilter(lambda record: "no step for" not in record.getMessage() or told.set() or True)  # type: ignore[func-returns-value]
+
+    def halt() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(read_metrics(endless.directory)) < 2:
+            time.sleep(0.05)
+        pid = int((endless.directory / "RUNNING").read_text().split()[1])
+        os.kill(pid, signal.SIGSTOP)
+        told.wait(60)
+        os.kill(pid, signal.SIGCONT)
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    thread = threading.Thread(target=halt)
+    try:
+        with closing(train([job(quick), job(endless)], 1, QUIET)) as outcomes, caplog.at_level(logging.WARNING):
+            thread.start()
+            done, outcome = next(outcomes)
+            assert done.plan is quick
+            assert outcome.result is not None
+            assert len(read_metrics(quick.directory)) == 1
+            here = run(make_plan("recipe.epochs=1", "name=here"), "python train.py")
+            assert (here.test_loss, here.val_acc_last) == (outcome.result.test_loss, outcome.result.val_acc_last)
+            with pytest.raises(Stopped):
+                next(outcomes)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        thread.join()
+    assert str(endless.directory) in caplog.text
+    statuses = {found.directory: found.status for found in find_runs(endless.directory.parents[4])}
+    assert statuses[endless.directory] == "unfinished"
+    assert not (endless.directory / "RUNNING").exists()
+    assert "stopped by SIGTERM in epoch" in (endless.directory / "train.log").read_text()
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_end_the_sweep(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_work", die)
+    jobs = [job(make_plan(f"seed={seed}")) for seed in range(3)]
+    outcomes = list(train(jobs, 1, QUIET))
+    assert [done for done, _ in outcomes] == jobs
+    assert all(outcome.result is None for _, outcome in outcomes)
+    assert {outcome.error for _, outcome in outcomes} == {
+        "no worker process can begin: 3 in a row, the last killed by SIGKILL, as Linux does where memory runs out"
+    }
+    assert not jobs[0].plan.directory.exists()
