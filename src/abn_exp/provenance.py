@@ -1,9 +1,10 @@
 """Versions of code and libraries, and the hardware, for the record of a run."""
 
+import os
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,42 @@ if TYPE_CHECKING:  # train.py asks for the commit before it has parsed its comma
     import torch
 
 
+# Of a CPU, beyond what torch calls its capability: the instructions that decide which kernels oneDNN takes.
+CPU_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+
+
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this project and of the libraries that compute."""
-    libraries = ("abn_exp", "torch", "torchvision", "pytorch-lightning", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    """Return the versions of Python, of this project and of the libraries that compute, and what the CPU can do.
+
+    The last bits of a result depend on them. torch's version has its build, such as "2.15.0+cpu". A distribution
+    without metadata, such as a project that is on the path and not installed, is "unknown".
+    """
+    import torch
+
+    found = {"python": platform.python_version()}
+    for name in ("abn_exp", "torch", "torchvision", "pytorch-lightning", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    found["torch"] = torch.__version__
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    if (cudnn := torch.backends.cudnn.version()) is not None:
+        found["cudnn"] = str(cudnn)
+    return {**found, "cpu capability": _cpu_capability()}
+
+
+def _cpu_capability() -> str:
+    """Return e.g. "AVX512, avx512_vnni": torch's name for its kernels, further instructions, what limits oneDNN."""
+    import torch
+
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    limits = (
+        f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ
+    )
+    features = (name for name in CPU_FEATURES if has.get(name))
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *features, *limits])
 
 
 def device_name(device: "torch.device", threads: int) -> str:

@@ -18,7 +18,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 import train as train_py
-from abn_exp import provenance
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
@@ -79,6 +78,14 @@ def test_a_run_leaves_a_complete_record(make_plan: Make) -> None:
     assert result.val_acc_last == metrics[-1]["val/acc"]
     assert result.val_acc_best == max(line["val/acc"] for line in metrics)
     assert result.test_acc_peak is None
+
+
+def test_what_a_run_is_made_with_is_read_before_it_trains(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abn_exp.provenance.versions", lambda: {}["torch"])
+    plan = make_plan()
+    with pytest.raises(KeyError):
+        run(plan, "python train.py")
+    assert not (plan.directory / "metrics.jsonl").exists()
 
 
 def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
@@ -289,11 +296,6 @@ def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sen
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.rglob("result.json"))
-
-
-def test_commit_is_recorded_with_its_state() -> None:
-    commit = provenance.git_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

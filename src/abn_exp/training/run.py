@@ -153,14 +153,12 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
     loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
     network = make_network(config, plan.choices["norm"], len(data.classes), device)
     summary = summarize(network, config.dataset.image_size)
-    place = provenance.device_name(device, config.threads)
-    log.info(
-        "%s seed %d on %s\n%s",
-        plan.cell,
-        config.seed,
-        place,
-        as_text(summary.table()),
-    )
+    made_with = {  # before hours of training, so that nothing here can end a run after its last epoch
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "device": provenance.device_name(device, config.threads),
+    }
+    log.info("%s seed %d on %s\n%s", plan.cell, config.seed, made_with["device"], as_text(summary.table()))
 
     stages = tuple(
         stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
@@ -187,7 +185,7 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         except TorchDynamoException as error:  # no C++ compiler, say
             why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
             raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
-        result = _test(plan, trainer, classifier, loaders["test"], summary, place, tracker.run_id)
+        result = _test(plan, trainer, classifier, loaders["test"], summary, made_with, tracker.run_id)
         tracker.summarize(_headline(result))
     return result
 
@@ -232,7 +230,7 @@ def _test(
     classifier: LitClassifier,
     loader: BatchLoader,
     summary: NetworkSummary,
-    place: str,
+    made_with: dict[str, Any],
     wandb_run_id: str | None,
 ) -> RunResult:
     """Read the test set with the last epoch's weights and, where there is a validation split, with the best one's."""
@@ -273,9 +271,7 @@ def _test(
         test_acc_best_val=test_best,
         test_acc_peak=max(peaks, default=None),
         parameters=summary.totals,
-        versions=provenance.versions(),
-        git_commit=provenance.git_commit(),
-        device=place,
+        **made_with,
         wandb_run_id=wandb_run_id,
     )
 

@@ -1,0 +1,44 @@
+"""What a record says of code, libraries and hardware."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from abn_exp import provenance
+
+
+def test_commit_is_recorded_with_its_state() -> None:
+    commit = provenance.git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_versions_say_what_last_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92600)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True, "amx_tile": False, "sse": True})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = provenance.versions()
+    assert found["torch"] == torch.__version__  # with its build
+    assert (found["cuda"], found["cudnn"]) == ("13.0", "92600")
+    assert found["cpu capability"] == "AVX512, avx512_vnni, ONEDNN_MAX_CPU_ISA=AVX2"
+    assert found["numpy"] == importlib.metadata.version("numpy")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that does not tell
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    found = provenance.versions()
+    assert not found.keys() & {"cuda", "cudnn"}
+    assert found["cpu capability"] == "AVX512"
+
+
+def test_a_distribution_without_metadata_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", version)
+    found = provenance.versions()
+    assert found["abn_exp"] == found["pytorch-lightning"] == "unknown"
+    assert found["torch"] == torch.__version__
+    assert all(isinstance(value, str) for value in found.values())
