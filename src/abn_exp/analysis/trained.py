@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +83,22 @@ class Opener:
         return self._images
 
     def network(self, run: Run) -> nn.Module:
-        """Return the network, in evaluation mode, without gradients of its own.
+        return trained_network(run.directory, "last", self.device)
 
-        Raises ValueError where its running statistics were not saved, so that it is not the one that was trained.
-        """
-        network = load_network(run.directory).requires_grad_(False)
-        for name, module in network.named_modules():
-            if module._non_persistent_buffers_set:
-                raise ValueError(
-                    f"{run.directory}: {name} was saved without its running statistics; there is no trained network "
-                    "to analyse (persistent_stats=true saves them)."
-                )
-        return network.to(self.device).to(memory_format=torch.channels_last)
+
+def trained_network(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:
+    """Return a run's network, in evaluation mode, without gradients of its own.
+
+    Raises ValueError where its running statistics were not saved, so that it is not the one that was trained.
+    """
+    network = load_network(directory, weights).requires_grad_(False)
+    for name, module in network.named_modules():
+        if module._non_persistent_buffers_set:
+            raise ValueError(
+                f"{directory}: {name} was saved without its running statistics; there is no trained network "
+                "to analyse (persistent_stats=true saves them)."
+            )
+    return network.to(device).to(memory_format=torch.channels_last)
 
 
 def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:

@@ -1,0 +1,84 @@
+"""Evaluate a run's saved weights on any set of the same image size and number of classes; write its predictions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from abn_exp.analysis.trained import trained_network
+from abn_exp.config import Config, DatasetConfig
+from abn_exp.data.loader import BatchLoader
+from abn_exp.errors import ConfigError
+from abn_exp.files import write_text_atomic
+from abn_exp.results import read_config
+from abn_exp.training.setup import load_data, normalization
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network says of a set of images: int64 (N,) labels, float32 (N, classes) logits, in the set's order."""
+
+    labels: Tensor
+    logits: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose label has the greatest logit, in [0, 1]."""
+        return (self.logits.argmax(1) == self.labels).double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return F.cross_entropy(self.logits.double(), self.labels).item()
+
+    def write(self, path: Path) -> None:
+        """Write a CSV file with a line an image: label, prediction and the prediction's probability."""
+        probability, prediction = self.logits.softmax(1).max(1)
+        columns = zip(self.labels.tolist(), prediction.tolist(), probability.tolist(), strict=True)
+        lines = [f"{i},{label},{guess},{p:.6f}\n" for i, (label, guess, p) in enumerate(columns)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, "".join(["image,label,prediction,probability\n", *lines]))
+
+
+@torch.no_grad()
+def evaluate(
+    directory: Path,
+    dataset: DatasetConfig | None = None,
+    weights: Literal["last", "best"] = "last",
+    part: Literal["train", "test"] = "test",
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Return what a run's network says of a data set, by default of the test images of its own; in float32.
+
+    Images are normalised as those that it was trained on. Raises ConfigError where they have another size or another
+    number of classes, ValueError or OSError where the run's weights cannot be read.
+    """
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
+    if not (directory / "checkpoints" / f"{weights}.ckpt").is_file():
+        raise ConfigError(
+            f"{directory} has no checkpoints/{weights}.ckpt to evaluate; train it again with force=true."
+        )
+    config = Config.model_validate(read_config(directory))
+    options = config.dataset if dataset is None else dataset
+    size = config.dataset.image_size
+    if options.image_size != size:
+        raise ConfigError(
+            f"{options.name} has images of {options.image_size} pixels a side, but this network takes {size}; only "
+            "those of dataset=folder are scaled (dataset.image_size)."
+        )
+    network = trained_network(directory, weights, torch.device(device))
+    classes = network(torch.zeros(1, 3, size, size, device=device)).shape[1]
+    data = load_data(config.model_copy(update={"dataset": options}))
+    if len(data.classes) != classes:
+        raise ConfigError(f"{options.name} has {len(data.classes)} classes, but this network tells {classes} apart.")
+    # Where the configuration does not say how it was normalised, the run's own images do.
+    measured = config.dataset.mean is None and config.recipe.normalization == "dataset"
+    mean, std = normalization(config, load_data(config) if measured and dataset is not None else data)
+    split = data.train if part == "train" else data.test
+    batches = BatchLoader(split, torch.arange(len(split.labels)), 500, mean=mean, std=std, device=device)
+    found = [(labels.cpu(), network(images).cpu()) for images, labels in batches]
+    return Evaluation(torch.cat([labels for labels, _ in found]), torch.cat([logits for _, logits in found]))
