@@ -1,6 +1,6 @@
 """Binarisation to {-1, +1}, the estimators that train through it, and the layers that use it (W1A1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Estimator = Literal["identity", "clipped", "approx_sign", "reste"]
 SignZero = Literal["plus", "zero"]
 
 RESTE_POWER = 3.0  # o of |x|^(1/o); its authors raise it from 1 to 3 while training, here it is 3 throughout
@@ -36,23 +35,35 @@ def _inside(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     return grad - torch.ops.aten.hardshrink_backward(grad, x, bound)
 
 
-def ste_gradient(grad: Tensor, x: Tensor, estimator: Estimator, clip_value: float = 1.0) -> Tensor:
-    """Return grad * s(x), the gradient of `sign_ste`."""
-    if estimator == "identity":
-        return grad
-    if estimator == "clipped":
-        return _inside(grad, x, clip_value)
-    if estimator == "approx_sign":
-        return grad * F.relu(2 - 2 * x.abs())
+def _approx_sign(grad: Tensor, x: Tensor, clip_value: float) -> Tensor:
+    return grad * F.relu(2 - 2 * x.abs())
+
+
+def _reste(grad: Tensor, x: Tensor, clip_value: float) -> Tensor:
     exponent = (1 - RESTE_POWER) / RESTE_POWER
     power_slope = x.abs().clamp_min(RESTE_LINEAR).pow(exponent) / RESTE_POWER
     near = _inside(grad, x, RESTE_LINEAR)
     return near * RESTE_LINEAR**exponent + (_inside(grad, x, RESTE_CLIP) - near) * power_slope
 
 
+# Straight-through estimators: (grad, x, clip_value) -> grad * s(x); the table in `sign_ste` gives s and its source.
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "identity": lambda grad, x, clip_value: grad,
+    "clipped": _inside,
+    "approx_sign": _approx_sign,
+    "reste": _reste,
+}
+
+
+def ste_gradient(grad: Tensor, x: Tensor, estimator: str, clip_value: float = 1.0) -> Tensor:
+    """Return grad * s(x), the gradient of `sign_ste`. Raises ValueError for an unknown estimator."""
+    _check_choice("estimator", estimator, ESTIMATORS)
+    return ESTIMATORS[estimator](grad, x, clip_value)
+
+
 class _SignSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, estimator: Estimator, clip_value: float, sign_zero: SignZero) -> Tensor:
+    def forward(ctx: Any, x: Tensor, estimator: str, clip_value: float, sign_zero: SignZero) -> Tensor:
         ctx.estimator, ctx.clip_value = estimator, clip_value
         # x and not a mask of it: latent weights and Hardtanh's outputs are kept anyway, a mask is extra.
         ctx.save_for_backward(None if estimator == "identity" else x)
@@ -64,13 +75,13 @@ class _SignSTE(torch.autograd.Function):
         return ste_gradient(grads[0], x, ctx.estimator, ctx.clip_value), None, None, None
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}.")
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}.")
 
 
 def sign_ste(
-    x: Tensor, estimator: Estimator = "clipped", clip_value: float = 1.0, sign_zero: SignZero = "plus"
+    x: Tensor, estimator: str = "clipped", clip_value: float = 1.0, sign_zero: SignZero = "plus"
 ) -> Tensor:
     r"""Binarize x, with a straight-through estimator as its gradient.
 
@@ -90,8 +101,8 @@ def sign_ste(
 
     Raises ValueError for an estimator or sign_zero that is none of those.
     """
-    _check_choice("estimator", estimator, Estimator)
-    _check_choice("sign_zero", sign_zero, SignZero)
+    _check_choice("estimator", estimator, ESTIMATORS)
+    _check_choice("sign_zero", sign_zero, get_args(SignZero))
     return _SignSTE.apply(x, estimator, clip_value, sign_zero)
 
 
@@ -104,17 +115,17 @@ class Binarization:
     Raises ValueError for a value that is not allowed.
     """
 
-    weight_estimator: Estimator = "identity"
-    activation_estimator: Estimator = "identity"
+    weight_estimator: str = "identity"
+    activation_estimator: str = "identity"
     sign_zero: SignZero = "plus"
     pad_value: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pad_value not in (-1.0, 0.0, 1.0):
             raise ValueError(f"pad_value={self.pad_value} is not allowed; use 0, -1 or +1.")
-        _check_choice("weight_estimator", self.weight_estimator, Estimator)
-        _check_choice("activation_estimator", self.activation_estimator, Estimator)
-        _check_choice("sign_zero", self.sign_zero, SignZero)
+        _check_choice("weight_estimator", self.weight_estimator, ESTIMATORS)
+        _check_choice("activation_estimator", self.activation_estimator, ESTIMATORS)
+        _check_choice("sign_zero", self.sign_zero, get_args(SignZero))
 
     def weights(self, latent: Tensor) -> Tensor:
         """Return the binary weights of latent ones."""
