@@ -95,7 +95,6 @@ def test_a_users_model_keeps_its_size_on_the_embedded_set(
         ("dataset.path=x", "dataset.path is for dataset=folder"),
         ("model.width=wide", "model.width=wide is not allowed"),
         ("model.width=-1", "width"),
-        ("model.binarization.weight_estimator=foo", "weight_estimator='foo' is unknown; use one of identity, clipped"),
         ("norm.eps=small", "norm.eps=small is not allowed"),
         ("+norm.gamma=1", "norm.gamma is not a key of abn_exp.norm.AttentionBatchNorm2d; it takes"),
         ("+lr=1", "lr is not a key of the configuration"),
