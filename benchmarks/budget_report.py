@@ -10,7 +10,7 @@ from matplotlib.ticker import NullFormatter
 from abn_exp import provenance
 from abn_exp.files import write_text_atomic
 from abn_exp.report import figures
-from abn_exp.report.comparisons import interval_text, number_text, p_text, signed_text
+from abn_exp.report.formatting import interval_text, number_text, p_text, signed_text
 from abn_exp.report.stats import summarize
 from benchmarks.report import cell, device_folder, table
 from benchmarks.time_to_accuracy import REFERENCE, Row, TimeToAccuracy

@@ -1,9 +1,10 @@
 """The compact record of a study: `records.tar.xz`, one file that holds what all its runs wrote.
 
 It is an ordinary archive: `tar xf results/quoted/NAME/records.tar.xz -C results/NAME` makes the runs' folders again,
-each with its SHA256SUMS. Its members are `command.txt` and `<dataset>/<model>/<norm>/<variant>/seed-<k>/<file>` of
-each run, sorted, without owners, permissions or dates: the same runs make the same bytes, in whatever order they
-were added. Checkpoints stay behind. Reading it executes nothing and writes nothing.
+each with its SHA256SUMS. Its members are `command.txt`, `plan.json`, `looks.json` and
+`<dataset>/<model>/<norm>/<variant>/seed-<k>/<file>` of each run, sorted, without owners, permissions or dates: the
+same runs make the same bytes, in whatever order they were added. Checkpoints stay behind. Reading it executes nothing
+and writes nothing.
 """
 
 import io
@@ -19,13 +20,14 @@ from abn_exp.files import writing
 
 RECORDS = "records.tar.xz"
 COMMAND = "command.txt"  # of a study: what was typed, a line each
+STUDY_FILES = (COMMAND, "plan.json", "looks.json")  # beside the runs
 RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its record
     *("config.yaml", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz", "train.log"),
     "wandb-run-id",
 )
 MAX_BYTES = 2**29  # of an archive once it is unpacked; a run takes 15 kB, and 20 kB more with its predictions
 
-_MEMBER = re.compile(rf"{COMMAND}|([^/]+/){{4}}seed-[0-9]+/[^/]+")
+_MEMBER = re.compile(rf"{'|'.join(map(re.escape, STUDY_FILES))}|([^/]+/){{4}}seed-[0-9]+/[^/]+")
 
 
 def read_records(archive: Path) -> Mapping[str, bytes]:
@@ -93,10 +95,15 @@ def read_run_file(directory: Path, name: str) -> bytes | None:
     return None
 
 
+def read_study_file(folder: Path, name: str) -> bytes | None:
+    """Return a file of a study, from its folder or from its archive; None where there is none. Raises DamagedFile."""
+    path = folder / name
+    if path.is_file():
+        return path.read_bytes()
+    archive = folder / RECORDS
+    return read_records(archive).get(name) if archive.is_file() else None
+
+
 def read_command(folder: Path) -> str:
     """Return the commands that made a study, a line each; empty where none was recorded."""
-    path = folder / COMMAND
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    archive = folder / RECORDS
-    return read_records(archive).get(COMMAND, b"").decode() if archive.is_file() else ""
+    return (read_study_file(folder, COMMAND) or b"").decode()

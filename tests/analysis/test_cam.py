@@ -172,7 +172,7 @@ def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: py
     text = (out / "summary.md").read_text()
     for measure in ("share inside the box", "pointing game", "deletion gain", "insertion gain"):
         assert re.search(
-            rf"- \*\*(confirmed|refuted|not decided)\*\*: On digits with binarynet, {measure} is .* n = 2 paired",
+            rf"- \*\*(higher|lower|undecided)\*\*: On digits with binarynet, {measure} is .* n = 2 paired",
             text,
         )
         assert measure in " ".join(shown.split())

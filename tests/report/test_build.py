@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from abn_exp.report import stats
 from abn_exp.report.build import build_report, print_report, write_report
-from abn_exp.report.comparisons import collect_cells, compare_cells, verdict_mean, verdict_spread
+from abn_exp.report.comparisons import collect_cells, compare_cells
 from abn_exp.report.figures import NORM_STYLES, norm_style, norm_styles
+from abn_exp.report.spread import pairs_needed
 from abn_exp.results import find_runs
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 from tests.helpers.runs import REPOSITORY
@@ -42,67 +42,94 @@ def test_cells_hold_scores_by_seed_and_reasons(folder):
     bn, abn = collect_cells(find_runs(folder))
     assert (bn.norm, abn.norm, abn.group) == ("bn", "abn", ("digits", "binarynet", "fixed"))
     assert bn.scores["test_acc"] == dict(enumerate(BN))
-    assert abn.failed == {
+    assert abn.unscored == {
         5: "diverged: the loss is nan in epoch 4 (4 epochs recorded)",
         6: "unfinished (4 epochs recorded)",
     }
+    assert abn.failed == {5}
     np.testing.assert_allclose(abn.sample("test_acc", [0, 5]), [70.8, np.nan])
 
 
-def test_a_clear_difference_is_confirmed_in_the_numbers_of_scipy(folder):
-    decision, sentence = verdict_mean(only(build_report(folder)))
-    assert decision == "confirmed"
+def judged(folder, **options):
+    """Return the verdict on the only difference of means, and its sentence."""
+    report = build_report(folder, **options)
+    c = only(report)
+    return c.mean.verdict, report.mean_sentence(c.cell, c.mean, report.reference)
+
+
+def test_a_clear_difference_is_better_in_the_numbers_of_scipy(folder):
+    verdict, sentence = judged(folder)
+    assert verdict == "better"
     # mean 0.94 points, std 0.1817: 0.94 +- 2.7764 * 0.1817 / sqrt(5), t = 11.57, p = 0.000318
     assert sentence == (
-        "On digits with binarynet, abn is +0.94 points above bn "
-        "(95 % interval 0.71 to 1.17, n = 5 paired seeds, p < 0.001, Holm < 0.001)."
+        "On digits with binarynet, abn - bn is +0.94 points (95 % interval 0.71 to 1.17, n = 5 paired seeds): "
+        "better, by the two-sided test of no difference (p < 0.001)."
     )
 
 
-def test_the_same_numbers_the_other_way_round_are_refuted(folder):
-    decision, sentence = verdict_mean(only(build_report(folder, reference="abn")))
-    assert decision == "refuted"
-    assert "bn is 0.94 points below abn (95 % interval -1.17 to -0.71" in sentence
+def test_the_same_numbers_the_other_way_round_are_worse(folder):
+    verdict, sentence = judged(folder, reference="abn")
+    assert verdict == "worse"
+    assert "bn - abn is -0.94 points (95 % interval -1.17 to -0.71" in sentence
 
 
-def test_a_difference_within_the_noise_is_not_decided(tmp_path):
+def test_a_difference_within_the_noise_is_undecided_and_it_is_said_what_would_decide(tmp_path):
     study(tmp_path, {"bn": BN, "abn": [0.71, 0.70, 0.72, 0.71, 0.72]})
-    decision, sentence = verdict_mean(only(build_report(tmp_path)))
-    assert decision == "not decided"
-    assert "differs from bn by +0.20 points" in sentence
-    assert "not decided at this n, the interval holds a loss as well as a gain" in sentence
+    verdict, sentence = judged(tmp_path)
+    assert verdict == "undecided"
+    assert "abn - bn is +0.20 points" in sentence
+    j = only(build_report(tmp_path)).mean
+    assert f"with 80 % power {j.detectable:.2f} points would be detected at this n" in sentence
+    assert f"0.5 points take {j.seeds_for_delta} seeds" in sentence
+    assert sentence.endswith(f"equivalence, where there is no difference, {j.seeds_for_equivalence}.")
+
+
+def test_a_small_and_certain_difference_is_equivalent_and_says_so(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": [b + d for b, d in zip(BN, [0.002, 0.001, 0.0015, 0.002, 0.001], strict=True)]})
+    verdict, sentence = judged(tmp_path)
+    assert verdict == "equivalent"
+    # mean 0.15, std 0.05: 90 % interval 0.15 +- 2.1318 * 0.05 / sqrt(5); t of +0.5 is -15.65, of -0.5 is 29.07
+    assert "by two one-sided tests inside ±0.5 points (90 % interval 0.10 to 0.20, p < 0.001)" in sentence
+    assert sentence.endswith("; higher, by less than 0.5 points (p = 0.0026).")
 
 
 def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path):
     barely = [0.701, 0.718, 0.706, 0.722, 0.722]  # differences 0.1, 0.8, 0.1, 0.7, 0.2: t = 2.5, p = 0.068
     above = [0.703, 0.716, 0.707, 0.721, 0.722]  # 0.3, 0.6, 0.2, 0.6, 0.2: t = 4.1, p = 0.014
     study(tmp_path / "one", {"bn": BN, "abn": above})
-    assert verdict_mean(only(build_report(tmp_path / "one")))[0] == "confirmed"
+    assert judged(tmp_path / "one")[0] == "better"
     others = dict.fromkeys(("a", "b", "c", "d"), barely)
     study(tmp_path / "many", {"bn": BN, "abn": above, **others})
-    comparison = build_report(tmp_path / "many").comparisons[0]
-    decision, sentence = verdict_mean(comparison)
-    assert comparison.mean_p_holm == pytest.approx(5 * comparison.mean.p)
-    assert decision == "not decided"
-    assert sentence.endswith("the interval leaves out zero, but not after Holm's correction over 5 comparisons.")
+    report = build_report(tmp_path / "many")
+    j = next(c.mean for c in report.comparisons if c.cell.norm == "abn")
+    assert j.corrected.difference == pytest.approx(5 * j.uncorrected.difference)
+    assert j.verdict == "not worse by delta"  # p of -0.5 or less: 0.0005, times 5
+    assert "uncorrected 95 % interval 0.13 to 0.63" in report.mean_sentence(report.comparisons[2].cell, j, "bn")
+
+
+def spread_of(report):
+    c = only(report)
+    return c.spread.verdict, report.spread_sentence(c.cell, c.spread, report.reference)
 
 
 def test_five_seeds_never_decide_on_spread(tmp_path):
     study(tmp_path, {"bn": [0.69, 0.70, 0.71, 0.72, 0.73], "abn": [0.705, 0.71, 0.715, 0.72, 0.725]})
-    decision, sentence = verdict_spread(only(build_report(tmp_path)))
-    assert decision == "not decided"
-    assert "0.50 times the std of bn between seeds (0.79 against 1.58 points" in sentence
-    power = 100 * stats.power_at(5, 5)
-    assert f"at n = 5 the test would notice a ratio of 2 in only {power:.0f} % of cases" in sentence
-    assert f"(80 % takes {stats.seeds_needed()} seeds a norm)" in sentence
+    verdict, sentence = spread_of(build_report(tmp_path))
+    assert verdict == "undecided"
+    assert "0.50 times the std of bn between seeds (0.79 against 1.58 points, n = 5 paired seeds)" in sentence
+    takes = f"to notice a ratio of 2 in 80 % takes {pairs_needed()} pairs."
+    assert sentence.endswith(f"undecided, the test needs 10 pairs; {takes}")
 
 
 def test_spread_is_decided_where_the_seeds_suffice(tmp_path):
     rng = np.random.default_rng(0)
     narrow, wide = 0.7 + 0.002 * rng.standard_normal(25), 0.7 + 0.01 * rng.standard_normal(25)
     study(tmp_path, {"bn": wide.tolist(), "abn": narrow.tolist()})
-    assert verdict_spread(only(build_report(tmp_path)))[0] == "confirmed"
-    assert verdict_spread(only(build_report(tmp_path, reference="abn")))[0] == "refuted"
+    verdict, sentence = spread_of(build_report(tmp_path))
+    assert verdict == "better"
+    assert sentence.endswith("better, less spread.")
+    assert "at 5 % this test errs in " in sentence
+    assert spread_of(build_report(tmp_path, reference="abn"))[0] == "worse"
 
 
 @pytest.mark.parametrize("accuracies", [[], [0.7], [0.701, 0.711, 0.706, 0.716, 0.721], BN])
@@ -111,8 +138,8 @@ def test_too_little_to_compare_is_said_and_never_a_warning(accuracies, tmp_path)
     if not accuracies:
         start_run(tmp_path, "abn", 0)
     report = write_report(tmp_path)
-    decision, sentence = verdict_mean(only(report))
-    assert decision == "not decided"
+    verdict, sentence = judged(tmp_path)
+    assert verdict == "undecided"
     assert "nan" not in sentence
     assert "nan" not in (tmp_path / "report.md").read_text() + (tmp_path / "report.csv").read_text()
     print_report(report, Console(width=200, quiet=True))
@@ -226,7 +253,7 @@ def test_csv_files_hold_the_numbers(folder):
     assert float(bn["test_acc_mean"]) == pytest.approx(71.0)
     assert bn["difference"] == ""
     assert float(abn["difference"]) == pytest.approx(0.94)
-    assert (abn["higher"], abn["less_spread"]) == ("confirmed", "not decided")
+    assert (abn["verdict"], abn["spread_verdict"]) == ("better", "undecided")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -234,12 +261,12 @@ def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
     study(tmp_path, {"bn": BN, "abn_noshift": CLEARLY_ABOVE})
     write_report(tmp_path)
     text = (tmp_path / "report.tex").read_text()
-    assert text.startswith("\\begin{tabular}{lllrrrrr}\n\\toprule\n")
+    assert text.startswith("\\begin{tabular}{lllrrrrrr}\n\\toprule\n")
     assert (
         "digits & binarynet & abn\\_noshift & 5 & 71.94 $\\pm$ 0.84 & 70.90 to 72.98 & "
-        "$+$0.94 [0.71 to 1.17] & $<$0.001 \\\\"
+        "$+$0.94 [0.71 to 1.17] & $<$0.001 & better \\\\"
     ) in text
-    assert {line.count(" & ") for line in text.splitlines() if "&" in line} == {7}
+    assert {line.count(" & ") for line in text.splitlines() if "&" in line} == {8}
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -279,7 +306,8 @@ def test_terminal_shows_accuracies_verdicts_and_gaps(folder, capsys):
     print_report(build_report(folder), Console(width=300))
     out = capsys.readouterr().out
     assert "71.94 ± 0.84" in out
-    assert "abn is +0.94 points above bn" in out
+    assert "abn - bn is +0.94 points" in out
+    assert out.startswith("Exploratory throughout. Neither a primary comparison nor delta was fixed")
     assert "seed 5: unfinished" in out
 
 
@@ -288,9 +316,9 @@ def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
     scores = {norm: (0.7 + 0.01 * rng.standard_normal(12)).tolist() for norm in ("bn", "abn", "iebn")}
     study(tmp_path, scores)
     cells = collect_cells(find_runs(tmp_path))
-    alone, both = compare_cells([cells[0], cells[2]]), compare_cells(cells)
-    assert alone[0].spread == both[1].spread
-    assert alone[0].mean == both[1].mean
+    alone, both = compare_cells([cells[0], cells[2]], "bn", 0.5), compare_cells(cells, "bn", 0.5)
+    assert alone[0].spread.found == both[1].spread.found
+    assert alone[0].mean.mean == both[1].mean.mean
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -298,7 +326,7 @@ def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_pa
     main = runpy.run_path(str(SCRIPT))["main"]
     monkeypatch.setattr("sys.argv", ["report.py", str(folder), "--reference", "abn"])
     assert main() == 0
-    assert "below abn" in capsys.readouterr().out
+    assert "bn - abn is -0.94 points" in capsys.readouterr().out
     assert (folder / "report.md").is_file()
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "nothing")])
     assert main() == 1

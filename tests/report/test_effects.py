@@ -5,6 +5,7 @@ With three pairs, t has two degrees of freedom and p = 1 - t / sqrt(t^2 + 2).
 
 import csv
 import math
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -12,10 +13,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from abn_exp.report import stats
 from abn_exp.report.build import build_report, print_report, write_report
-from abn_exp.report.comparisons import overall
-from abn_exp.report.effects import CONTRASTS, Effect
+from abn_exp.report.effects import CONTRASTS
 from abn_exp.report.factors import find_factors
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, study, table_rows
 
@@ -63,35 +62,39 @@ def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed):
     bn, abn, average = table.effects
     assert bn.labels == ("digits", "binarynet", "bn", "0.9")
     assert average.labels == ("mean of 2", "", "", "0.9")
-    assert bn.mean.differences == pytest.approx([-1, -0.5, -1])
-    assert abn.mean.differences == pytest.approx([0, 1, 0.5])
-    assert average.mean.differences == pytest.approx([-0.5, 0.25, -0.25])  # each seed's mean of the two
-    assert average.mean.difference == pytest.approx(-1 / 6)
+    assert bn.judgement.mean.differences == pytest.approx([-1, -0.5, -1])
+    assert abn.judgement.mean.differences == pytest.approx([0, 1, 0.5])
+    assert average.judgement.mean.differences == pytest.approx([-0.5, 0.25, -0.25])  # each seed's mean of the two
+    assert average.judgement.mean.difference == pytest.approx(-1 / 6)
     # t = (5 / 6) / (0.288675 / sqrt 3) = 5; 0.5 / (0.5 / sqrt 3) = sqrt 3; (1 / 6) / (0.381881 / sqrt 3) = 0.755929
     p = [p_of(5), p_of(math.sqrt(3)), p_of(0.7559289)]
-    assert [e.mean.p for e in table.effects] == pytest.approx(p, rel=1e-6)
-    assert [e.p_holm for e in table.effects] == pytest.approx([3 * p[0], 2 * p[1], p[2]], rel=1e-6)
-    assert {e.decision for e in table.effects} == {"not decided"}
+    assert [e.judgement.uncorrected.difference for e in table.effects] == pytest.approx(p, rel=1e-6)
+    assert [e.judgement.corrected.difference for e in table.effects] == pytest.approx(
+        [2 * p[0], p[1], p[2]], rel=1e-6
+    )  # the average is not in the family of its parts
+    assert [e.verdict for e in table.effects] == ["not better by delta", "undecided", "not better by delta"]
 
 
 def test_the_change_of_a_difference_is_a_difference_of_differences(crossed):
     (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
     # abn - bn is 1, 0, 1 at momentum 0.1 and 2, 1.5, 2.5 at 0.9
     assert change.labels == ("digits", "binarynet", "abn - bn", "0.9", "+0.67", "+2.00")
-    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
-    assert change.mean.p == pytest.approx(p_of(8), rel=1e-6)  # (4 / 3) / (0.288675 / sqrt 3) = 8
-    assert change.p_holm == change.mean.p
-    assert change.decision == "gain"
+    assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
+    assert change.judgement.uncorrected.difference == pytest.approx(
+        p_of(8), rel=1e-6
+    )  # (4 / 3) / (0.288675 / sqrt 3) = 8
+    assert change.judgement.corrected.difference == change.judgement.uncorrected.difference
+    assert change.verdict == "better"
     half = 4.302653 * 0.2886751 / math.sqrt(3)
-    assert change.mean.interval == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-5)
+    assert change.judgement.mean.interval == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-5)
 
 
 def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed):
     finish_run(crossed, "bn", 3, 0.9)
     finish_run(crossed, "abn", 3, 0.1)
-    assert tables_of(crossed)["Effect of norm.momentum, against 0.1"].effects[-1].mean.n == (3, 3)
+    assert tables_of(crossed)["Effect of norm.momentum, against 0.1"].effects[-1].judgement.mean.n == (3, 3)
     (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
-    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
+    assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
 
 
 def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path):
@@ -105,12 +108,12 @@ def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path):
     finish(tmp_path, "bn", percent(301, 313, 322), "fixed_norm.momentum-0.9", settings=momentum(0.9))
     finish(tmp_path, "abn", percent(306, 318, 327), "fixed_norm.momentum-0.9", settings=momentum(0.9))
     report = build_report(tmp_path)
-    assert all(np.isnan(c.mean.p) for c in report.comparisons)
+    assert all(np.isnan(c.mean.mean.p) for c in report.comparisons)
     (change,) = tables_of(tmp_path)["How the difference to bn changes with norm.momentum"].effects
-    assert change.mean.difference == pytest.approx(100 / 359, abs=1e-4)
-    assert np.isnan(change.mean.p)
-    assert np.isnan(change.mean.interval[0])
-    assert change.decision == "not decided"
+    assert change.judgement.mean.difference == pytest.approx(100 / 359, abs=1e-4)
+    assert np.isnan(change.judgement.mean.p)
+    assert np.isnan(change.judgement.mean.interval[0])
+    assert change.verdict == "undecided"
 
 
 def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path):
@@ -122,7 +125,7 @@ def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path):
     (change,) = tables["How the difference to bn changes with val_fraction"].effects
     assert change.labels[2:] == ("abn - bn or abn_paper - bn", "0", "+0.67", "+2.00")
     assert change.what.startswith("abn - bn is +0.67 points at val_fraction 0.1, abn_paper - bn +2.00 at 0")
-    assert change.mean.differences == pytest.approx([1, 1.5, 1.5])
+    assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
 
 
 def factors_of(*rows):
@@ -174,22 +177,24 @@ def test_levels_are_columns_and_part_of_each_place(crossed):
         *(("0.1", "bn"), ("0.1", "abn"), ("0.9", "bn"), ("0.9", "abn"))
     ]
     assert "variant" not in rows[0]
-    assert "On digits with binarynet (norm.momentum 0.9), abn is +2.00 points above bn" in text
+    assert "On digits with binarynet (norm.momentum 0.9), abn - bn is +2.00 points" in text
 
 
 def test_report_shows_effects_and_their_averages_in_words(crossed, capsys):
     print_report(write_report(crossed), Console(width=400))
     text, out = (crossed / "report.md").read_text(), capsys.readouterr().out
-    body = section(text, "Effect of norm.momentum, against 0.1")
+    body = section(text, "Effect of norm.momentum, against 0.1 (exploratory)")
     average = table_rows(body)[-1]
     assert (average["dataset"], average["difference (points)"], average["n"]) == ("mean of 2", "-0.17", "3 pairs")
-    sentence = "norm.momentum 0.9 instead of 0.1: -0.17 points (95 % interval -1.12 to 0.78, n = 3 paired seeds"
+    sentence = "0.9 instead of 0.1, over 2 rows, is -0.17 points (95 % interval -1.12 to 0.78, n = 3 paired seeds"
     assert sentence in body
     assert sentence in out
-    assert "abn - bn is +0.67 points at norm.momentum 0.1, +2.00 at 0.9, a change of +1.33 points" in out
+    assert "abn - bn is +0.67 points at norm.momentum 0.1, +2.00 at 0.9; the change is +1.33 points" in out
     rows = list(csv.DictReader((crossed / "effects.csv").read_text().splitlines()))
-    assert [float(row["difference"]) for row in rows] == pytest.approx([-5 / 6, 0.5, -1 / 6, 4 / 3])
-    assert rows[0]["where"] == "dataset digits; model binarynet; norm bn; norm.momentum 0.9"
+    # over both cells 1, 0, 1 and 2, 1.5, 2.5 average to 1.5, 0.75, 1.75; last, the published pairing
+    expected = [4 / 3, -5 / 6, 0.5, -1 / 6, 4 / 3, 7 / 6]
+    assert [float(row["difference"]) for row in rows] == pytest.approx(expected)
+    assert rows[1]["where"] == "dataset digits; model binarynet; norm bn; norm.momentum 0.9"
 
 
 def test_report_without_factors_has_none_of_it(tmp_path):
@@ -197,7 +202,7 @@ def test_report_without_factors_has_none_of_it(tmp_path):
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    headings = ("Effect of", "How the difference", "What each part", "Which epoch", "What it costs", "Overall")
+    headings = ("Effect of", "How the difference", "What each part", "Which epoch", "What it costs", "One effect")
     assert not any(heading in text for heading in headings)
     assert not (tmp_path / "effects.csv").exists()
 
@@ -215,10 +220,12 @@ def test_named_contrasts_are_paired_and_corrected_as_one_family(tmp_path):
         ("both: the gate", "abn - bn_noscale"),
         ("leaving out the shift", "abn_noshift - abn"),
     ]
-    assert [e.mean.difference for e in table.effects] == pytest.approx([-5 / 6, 0.5, 4 / 3, 0.5])
+    assert [e.judgement.mean.difference for e in table.effects] == pytest.approx([-5 / 6, 0.5, 4 / 3, 0.5])
     p = [p_of(5), p_of(math.sqrt(3)), p_of(8), p_of(math.sqrt(3))]
-    assert [e.mean.p for e in table.effects] == pytest.approx(p, rel=1e-6)
-    assert [e.p_holm for e in table.effects] == pytest.approx([3 * p[0], 2 * p[1], 4 * p[2], 2 * p[3]], rel=1e-6)
+    assert [e.judgement.uncorrected.difference for e in table.effects] == pytest.approx(p, rel=1e-6)
+    assert [e.judgement.corrected.difference for e in table.effects] == pytest.approx(
+        [3 * p[0], 2 * p[1], 4 * p[2], 2 * p[3]], rel=1e-6
+    )
 
 
 def test_every_contrast_needs_both_norms_in_one_group(tmp_path):
@@ -230,12 +237,23 @@ def test_every_contrast_needs_both_norms_in_one_group(tmp_path):
     assert len(tables_of(tmp_path)["What each part of the norm does"].effects) == len(CONTRASTS)
 
 
-def test_effect_decides_by_the_corrected_p():
-    mean = stats.compare_means([3.0, 4, 5], [1, 2, 2.5], np.random.default_rng(0))
-    assert Effect((), "", mean, p_holm=0.04).decision == "gain"
-    assert Effect((), "", mean, p_holm=0.06).decision == "not decided"
-    loss = stats.compare_means([1, 2, 2.5], [3.0, 4, 5], np.random.default_rng(0))
-    assert Effect((), "", loss, p_holm=0.04).decision == "loss"
+def test_the_gate_as_a_two_by_two(tmp_path):
+    finish(tmp_path, "bn_noscale", [70, 71, 72])
+    finish(tmp_path, "abn_forward", [71, 71.5, 73])
+    finish(tmp_path, "abn_backward", [69, 71, 71])
+    finish(tmp_path, "abn", [70, 72.5, 72.5])
+    table = tables_of(tmp_path)["The gate's forward pass and its gradient, as a 2 x 2"]
+    forward, gradient, interaction = (e.judgement.mean.differences for e in table.effects)
+    assert forward == pytest.approx([1, 1, 1.25])  # (1 + 1) / 2, (0.5 + 1.5) / 2, (1 + 1.5) / 2
+    assert gradient == pytest.approx([-1, 0.5, -0.75])
+    assert interaction == pytest.approx([0, 1, 0.5])
+    shutil.rmtree(tmp_path / "digits/binarynet/abn_forward")
+    assert not any("2 x 2" in title for title in tables_of(tmp_path))
+
+
+def test_the_published_pairing_is_between_two_momenta(crossed):
+    (row,) = tables_of(crossed)["The published pairing: abn at momentum 0.9 against bn at 0.1"].effects
+    assert row.judgement.mean.differences == pytest.approx([1, 1, 1.5])  # 71, 72, 73.5 against 70, 71, 72
 
 
 def test_readings_of_the_epoch_stand_beside_each_other(tmp_path):
@@ -275,19 +293,19 @@ def test_costs_are_shown_where_norms_differ_in_them(tmp_path):
     assert "bytes packed" not in bn
 
 
-def test_one_line_judges_the_claim_over_all_cells(tmp_path):
-    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": CLEARLY_ABOVE})
-    study(tmp_path, {"bn": CLEARLY_ABOVE, "abn": BN}, dataset="cifar10")
-    study(tmp_path, {"bn": BN, "abn": [0.71, 0.70, 0.72, 0.71]}, dataset="cifar100")
-    report = build_report(tmp_path)
-    mean, spread = report.overall()
-    account = "confirmed in 1 of 3, refuted in 1, not decided in 1 (n = 4 to 5)"
-    assert mean == f"abn above bn: {account}; iebn above bn: confirmed (n = 5)."
-    assert spread.startswith("abn with less spread than bn: not decided in all 3 (n = 4 to 5); ")
-    both = [c for c in report.comparisons if c.cell.dataset == "digits"]
-    assert overall(both, "mean") == "abn, iebn above bn: confirmed (n = 5)."
+def test_one_effect_over_all_cells(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": CLEARLY_ABOVE})  # 0.8, 1.0, 1.1, 0.7, 1.1
+    study(tmp_path, {"bn": CLEARLY_ABOVE, "abn": [a + 0.001 for a in CLEARLY_ABOVE]}, dataset="cifar10")
+    study(tmp_path, {"bn": BN, "abn": [b + 0.003 for b in BN[:4]]}, dataset="cifar100")
+    (pooled,) = build_report(tmp_path).pooled
+    assert (pooled.norm, len(pooled.cells)) == ("abn", 3)
+    # seeds of all three cells: (0.8 + 0.1 + 0.3) / 3, ...; seed 4 lacks a cell
+    assert pooled.judgement.mean.differences == pytest.approx([0.4, 1.4 / 3, 0.5, 1.1 / 3])
+    assert pooled.judgement.verdict == "better"
+    assert pooled.random_effects is None  # constant differences have no standard error: one cell is left
     write_report(tmp_path)
-    assert f"## Is accuracy higher than bn's?\n\n**Overall**: {mean}\n" in (tmp_path / "report.md").read_text()
+    (row,) = table_rows(section((tmp_path / "report.md").read_text(), "One effect over all cells (exploratory)"))
+    assert (row["norm"], row["cells"], row["difference (points)"]) == ("abn", "3", "+0.43")
 
 
 def test_written_twice_it_is_byte_for_byte_the_same(crossed):

@@ -9,6 +9,7 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
 from abn_exp.report import verdicts
+from abn_exp.report.stats import compare_means
 from abn_exp.report.verdicts import PValues, decide, guard_against_failures
 
 NAN = math.nan
@@ -26,8 +27,10 @@ def test_p_values_are_those_of_statsmodels():
     assert found.equivalent == pytest.approx(p)
     assert (found.not_worse, found.not_better) == pytest.approx((p_low, p_high))
     assert found.higher == (d.mean() > 0)
-    low, high = verdicts.interval(d.mean(), d.std(ddof=1) / np.sqrt(8), 7, 0.1)
-    assert (low, high) == pytest.approx(oracle.tconfint_mean(0.1))
+    (judged,) = verdicts.judge([verdicts.Tested(compare_means(d, np.zeros(8), np.random.default_rng(0)))], 0.5)
+    assert judged.interval_delta == pytest.approx(oracle.tconfint_mean(0.1))
+    assert judged.interval == pytest.approx(oracle.tconfint_mean(0.05))
+    assert judged.uncorrected == judged.corrected == found
 
 
 @pytest.mark.parametrize(

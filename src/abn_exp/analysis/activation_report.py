@@ -59,7 +59,7 @@ NOTES = """\
   could give: how much the second threshold of a norm is used. 0 where a response is monotone.
 - Flip ratio: the share of a layer's binary weights whose sign changed during an epoch.
 - Means are over layers, then over seeds, with Student's 95 % interval over seeds; differences are paired by seed. A
-  verdict asks for p < 0.05 after Holm's correction over all judged differences. "Not decided" is no evidence that
+  verdict asks for p < 0.05 after Holm's correction over all judged differences. "Undecided" is no evidence that
   norms are equal."""
 
 

@@ -50,7 +50,7 @@ NOTES = """\
 - Correct and wrong predictions are apart because a map of a wrong class may rightly be elsewhere; which images are
   correct is each network's own affair.
 - Means are over images, then over seeds, with Student's 95 % interval over seeds; differences are paired by seed. A
-  verdict asks for p < 0.05 after Holm's correction over all judged differences. "Not decided" is no evidence that
+  verdict asks for p < 0.05 after Holm's correction over all judged differences. "Undecided" is no evidence that
   norms are equal."""
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import rich.table
@@ -21,13 +22,26 @@ from rich.markup import escape
 from abn_exp.analysis.trained import common_folder
 from abn_exp.config import Config
 from abn_exp.report import figures, stats
-from abn_exp.report.comparisons import Cell, Decision, Group, group_cells, p_text
-from abn_exp.report.tables import Table, csv_text, markdown_table
+from abn_exp.report.comparisons import Cell, Group, group_cells
+from abn_exp.report.formatting import (
+    Table,
+    csv_text,
+    document,
+    interval_text,
+    markdown_list,
+    markdown_table,
+    number_text,
+    p_equation,
+    p_text,
+    signed_text,
+)
 from abn_exp.report.writers import made_with
 from abn_exp.results import Run, read_config, write_text_atomic
 from abn_exp.training.wandb_run import Tracker
 
 Scores = Mapping[Path, Mapping[str, float]]  # by run directory: measure -> value
+Decision = Literal["higher", "lower", "undecided"]
+DIGITS = 3  # measures are shares and bits
 
 
 @dataclass(frozen=True)
@@ -90,41 +104,28 @@ def group_names(cells: Sequence[Cell]) -> dict[Group, str]:
 
 
 def verdict(c: Contrast) -> tuple[Decision, str]:
-    """Judge the claim that the norm's measure is above the reference's."""
+    """Tell whether the norm's measure is higher or lower than the reference's: a t test, with Holm's correction."""
     p, n = c.paired, c.paired.n[0]
     head = (
-        f"On {c.place}, {c.measure} is {number(c.own)} with {c.norm} and {number(c.base)} with "
-        f"{c.reference}, difference {signed_text(p.difference)}"
+        f"On {c.place}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} and {number_text(c.base, DIGITS)} "
+        f"with {c.reference}, difference {signed_text(p.difference, DIGITS)}"
     )
     if math.isnan(p.p):
         why = "one seed has no interval" if n == 1 else "the differences do not vary" if n else "no seed has both"
-        return "not decided", f"{head} (n = {n} paired seeds): not decided, {why}."
-    numbers = f"95 % interval {interval(p.interval)}, n = {n} paired seeds, p {p_text(p.p)}, Holm {p_text(c.p_holm)}"
+        return "undecided", f"{head} (n = {n} paired seeds): undecided, {why}."
+    interval = interval_text(p.interval, DIGITS)
+    numbers = f"95 % interval {interval}, n = {n} paired seeds, {p_equation(p.p)}, Holm {p_text(c.p_holm)}"
     if c.p_holm < stats.ALPHA:
-        return ("confirmed" if p.difference > 0 else "refuted"), f"{head} ({numbers})."
+        return ("higher" if p.difference > 0 else "lower"), f"{head} ({numbers})."
     why = "the interval holds zero" if p.p >= stats.ALPHA else "not significant after Holm's correction"
-    return "not decided", f"{head} ({numbers}): not decided at this n, {why}."
-
-
-def number(value: float) -> str:
-    """Return three decimals, and of what they would show as 0 its magnitude; without a sign on what is 0."""
-    if 0 < abs(value) < 0.0005:
-        return f"{value:.0e}"
-    return "-" if math.isnan(value) else f"{value + 0.0:.3f}"
-
-
-def signed_text(value: float) -> str:
-    return "-" if math.isnan(value) else f"{'+' if value >= 0 else ''}{number(value)}"
-
-
-def interval(bounds: tuple[float, float]) -> str:
-    return "-" if math.isnan(bounds[0]) else f"{number(bounds[0])} to {number(bounds[1])}"
+    return "undecided", f"{head} ({numbers}): undecided at this n, {why}."
 
 
 def mean_text(values: ArrayLike) -> str:
     """Return a mean over seeds with its 95 % t interval."""
     s = stats.summarize(values)
-    return number(s.mean) + ("" if math.isnan(s.mean_interval[0]) else f" [{interval(s.mean_interval)}]")
+    interval = "" if math.isnan(s.mean_interval[0]) else f" [{interval_text(s.mean_interval, DIGITS)}]"
+    return number_text(s.mean, DIGITS) + interval
 
 
 def means_table(cells: Sequence[Cell], scores: Scores, measures: Sequence[str]) -> Table:
@@ -141,12 +142,12 @@ def contrast_table(contrasts: Iterable[Contrast]) -> Table:
     rows = []
     for c in contrasts:
         numbers = [
-            signed_text(c.paired.difference),
-            interval(c.paired.interval),
+            signed_text(c.paired.difference, DIGITS),
+            interval_text(c.paired.interval, DIGITS),
             p_text(c.paired.p),
             p_text(c.p_holm),
         ]
-        means = [number(c.own), number(c.base)]
+        means = [number_text(c.own, DIGITS), number_text(c.base, DIGITS)]
         rows.append([c.place, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0]), *means, *numbers])
     header = ["where", "norms", "measure", "n", "mean", "reference", "difference", "95 % interval", "p", "p (Holm)"]
     return header, rows
@@ -196,14 +197,14 @@ class Report:
     def verdicts(self, claim: str, contrasts: Sequence[Contrast], cells: Sequence[Cell], reference: str) -> None:
         """Write the verdict on each contrast, and where there is nothing to compare with."""
         judged = [(decision, sentence) for decision, sentence in map(verdict, contrasts)]
-        lines = [f"- **{decision}**: {sentence}" for decision, sentence in judged]
+        lines = [f"**{decision}**: {sentence}" for decision, sentence in judged]
         self.sentences += [f"{decision.capitalize()}. {sentence}" for decision, sentence in judged]
         for group, members in group_cells(cells).items():
             if len(members) == 1 or all(cell.norm != reference for cell in members):
                 norms = ", ".join(cell.norm for cell in members)
-                lines.append(f"- No comparison on {group_title(cells, group)}: there is {norms} alone.")
-                self.sentences.append(lines[-1].removeprefix("- "))
-        self.parts += [f"## {claim}", "\n".join(lines)]
+                lines.append(f"No comparison on {group_title(cells, group)}: there is {norms} alone.")
+                self.sentences.append(lines[-1])
+        self.parts += [f"## {claim}", markdown_list(lines)]
 
     def table(self, name: str, title: str, table: Table) -> None:
         self.tables[name] = table
@@ -223,8 +224,7 @@ class Report:
         made = [f"- networks: {len(self.runs)}, trained with", *made_with([r.result for r in self.runs if r.result])]
         end = [*shown, "## How to read this", notes, "## How it was made", f"```\n{self.command}\n```"]
         end.append("\n".join(made))
-        text = "\n\n".join([f"# {self.title}", *self.parts, *end]) + "\n"
-        write_text_atomic(self.out / "summary.md", text)
+        write_text_atomic(self.out / "summary.md", document(self.title, [*self.parts, *end]))
 
     def show(self, name: str) -> None:
         """Print one of the tables, without its intervals, and the verdicts on a terminal."""

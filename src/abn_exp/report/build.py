@@ -6,6 +6,7 @@ same.
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,81 @@ from abn_exp.config import result_affecting_options
 from abn_exp.files import write_text_atomic
 from abn_exp.records import read_command
 from abn_exp.report import figures, stats
-from abn_exp.report.comparisons import Cell, collect_cells, compare_cells, group_cells
+from abn_exp.report.checks import conditional_on, differences_in_the_making
+from abn_exp.report.comparisons import (
+    Cell,
+    Key,
+    SpreadJudgement,
+    collect_cells,
+    compare_cells,
+    group_cells,
+    pool,
+)
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors
-from abn_exp.report.tables import Report, accuracy_table, machine_notes, missing, no_comparison
+from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
+from abn_exp.report.per_image import image_evidence, read_test_predictions
+from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
+from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
 from abn_exp.results import find_runs, read_config, read_metrics
 
 
-def build_report(folder: Path, *, reference: str = "bn") -> Report:
-    """Read every run below ``folder`` and compare each norm with ``reference``.
+def build_report(folder: Path, *, reference: str = "bn", interim: bool = False) -> Report:
+    """Read every run below ``folder``, judge the study's primary comparison, and compare each norm with
+    ``reference``.
 
+    ``interim``: runs are under way, so that there is neither a verdict on the primary comparison nor its interval.
     Raises ValueError where there are no runs, or where a record cannot be read.
     """
     folder = Path(folder).resolve()
     cells = collect_cells(find_runs(folder), reference)
     if not cells:
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
-    questions = (config["question"] for cell in cells if "question" in (config := _config(cell)))
+    configs = [read_config(run.directory) for cell in cells for run in cell.runs if run.status != "damaged"]
     devices = {cell.key: cell.device for cell in cells if cell.device is not None}
     factors = find_factors({cell.key: _settings(cell) for cell in cells}, devices)
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
+    plan, fixed = read_plan(folder), fixed_before(configs)
+    delta = fixed.delta if plan is None else plan.delta
+    primary = judge_planned(cells, plan) if plan is not None else None
+    if plan is None and fixed.question is not None:
+        primary = judge_primary(cells, fixed.question, delta, interim)
+    shown, withheld = _of_the_reference(primary, reference)
     return Report(
         name=folder.name,
-        question=next(questions, None),
+        question=next((config["question"] for config in configs if "question" in config), None),
         command=_command(folder, cells),
         reference=reference,
+        delta=delta,
+        fixed=fixed,
+        primary=primary,
+        plan=plan,
         cells=cells,
-        comparisons=compare_cells(cells, reference),
+        comparisons=compare_cells(cells, reference, delta, *shown, withheld),
+        pooled=[] if withheld else pool(cells, reference, delta),
         factors=factors,
-        effects=effect_tables(cells, factors, reference),
+        effects=[] if withheld else effect_tables(cells, factors, reference, delta),
+        images=image_evidence([] if withheld else cells, reference, read_test_predictions),
+        conditional=conditional_on(configs),
+        differing=differences_in_the_making(cells),
     )
+
+
+def _of_the_reference(
+    primary: Primary | None, reference: str
+) -> tuple[tuple[dict[Key, Judgement], dict[Key, SpreadJudgement]], set[Key]]:
+    """Return what the table of differences to ``reference`` takes over from the primary comparison, by cell, and the
+    cells that are not to be compared there yet."""
+    if primary is None or primary.question.reference != reference:
+        return ({}, {}), set()
+    keys = {cell.key for cell, _ in primary.pairs}
+    if primary.withheld:
+        return ({}, {}), keys
+    means = primary.means
+    if primary.pooled is not None and len(keys) == 1:
+        means = dict.fromkeys(keys, primary.pooled)
+    return (means, primary.spreads), set()
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
@@ -82,50 +127,60 @@ def _command(folder: Path, cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path, *, reference: str = "bn") -> Report:
-    """Write report.md, report.csv, runs.csv, report.tex and figures/ into ``folder``; see :func:`build_report`."""
+def write_report(folder: Path, *, reference: str = "bn", interim: bool = False, out: Path | None = None) -> Report:
+    """Write report.md, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
+    :func:`build_report`."""
     folder = Path(folder)
-    report = build_report(folder, reference=reference)
-    (folder / "figures").mkdir(exist_ok=True)
+    report = build_report(folder, reference=reference, interim=interim)
+    if not interim and report.plan is None:
+        report = replace(report, unplanned=record_look(folder, report.comparisons))
+    out = folder if out is None else out
+    (out / "figures").mkdir(exist_ok=True, parents=True)
     drawn = []
     for name, figure in draw(report).items():
         if figure is not None:
-            figures.save(figure, folder / "figures", name)
+            figures.save(figure, out / "figures", name)
             drawn.append(name)
         else:
             for suffix in ("png", "pdf"):
-                (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
-    write_text_atomic(folder / "report.md", markdown(report, drawn))
-    write_text_atomic(folder / "report.tex", latex(report))
-    write_text_atomic(folder / "report.csv", cells_csv(report))
+                (out / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
+    write_text_atomic(out / "report.md", markdown(report, drawn))
+    write_text_atomic(out / "report.tex", latex(report))
+    write_text_atomic(out / "report.csv", cells_csv(report))
     if effects := effects_csv(report):
-        write_text_atomic(folder / "effects.csv", effects)
+        write_text_atomic(out / "effects.csv", effects)
     else:
-        (folder / "effects.csv").unlink(missing_ok=True)
-    write_text_atomic(folder / "runs.csv", runs_csv(report))
+        (out / "effects.csv").unlink(missing_ok=True)
+    write_text_atomic(out / "runs.csv", runs_csv(report))
     return report
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the accuracies, the verdicts and what is missing on a terminal."""
+    """Print the verdicts, the accuracies and what is missing on a terminal."""
     console = Console() if console is None else console
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     header, rows = accuracy_table(report)
     shown = header.index("n") + 3  # what fits into 80 columns; the rest is in report.md
     table = Table(*header[:shown], title=f"{report.name}: test accuracy (%)", box=SIMPLE, padding=0)
     for row in rows:
         table.add_row(*map(escape, row[:shown]))
+    for line in [*report.answer(), *report.notes()]:
+        say(line)
     console.print(table)
-    for (claim, decisions), summary in zip(report.verdicts().items(), report.overall(), strict=True):
-        if summary:
-            console.print(f"{claim}? Overall: {summary}", markup=False, highlight=False)
-        for decision, sentence in decisions:
-            console.print(f"{claim}? {decision.capitalize()}. {sentence}", markup=False, highlight=False)
+    for c in report.comparisons:
+        if not c.primary:
+            say(f"Exploratory: {report.mean_sentence(c.cell, c.mean, report.reference)}")
+    for c in report.comparisons:
+        say(f"Exploratory: {report.spread_sentence(c.cell, c.spread, report.reference)}")
     for effects in report.effects:
-        console.print(f"{effects.title}:", markup=False, highlight=False)
+        say(f"{effects.title} (exploratory):")
         for sentence in effects.summary():
-            console.print(f"  {sentence}", markup=False, highlight=False)
-    for line in machine_notes(report) + no_comparison(report) + missing(report):
-        console.print(line, markup=False, highlight=False)
+            say(f"  {sentence}")
+    for line in no_comparison(report) + missing(report):
+        say(line)
 
 
 def draw(report: Report) -> Mapping[str, Figure | None]:
@@ -138,7 +193,7 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
             samples.setdefault(titles[cell.group], {})[cell.norm] = cell.sample("test_acc", finished)
     differences: dict[str, dict[str, stats.MeanComparison]] = {}
     for c in report.comparisons:
-        differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean
+        differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean.mean
     validated = any(result.val_acc_last is not None for result in report.results)
     key, label = ("val/acc", "Validation") if validated else ("test/acc", "Test")
     curves = {titles[group]: {c.norm: _curves(c, key) for c in cells} for group, cells in groups.items()}

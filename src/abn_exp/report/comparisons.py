@@ -1,26 +1,27 @@
-"""Cells of a study, their comparison with a reference norm, and the verdicts that follow from the numbers.
+"""Cells of a study, and their comparison with a reference norm.
 
 Scores are kept as fractions; samples are percent, differences and stds percentage points.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
 from abn_exp.report import stats
-from abn_exp.report.figures import NORM_STYLES
-from abn_exp.results import Run, read_metrics
+from abn_exp.report.formatting import interval_text, number_text, p_equation, p_text, percent_text
+from abn_exp.report.pooled import RandomEffects, random_effects
+from abn_exp.report.spread import MIN_PAIRS, SHAPES, SpreadComparison, compare_spreads, pairs_needed, rejection_rate
+from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge
+from abn_exp.results import Run, read_config, read_metrics
 
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
 
-Decision = Literal["confirmed", "refuted", "not decided"]
-Claim = Literal["mean", "spread"]
-Group = tuple[str, str, str]
+Group = tuple[str, str, str]  # dataset, model, variant
+Key = tuple[str, str, str, str]  # dataset, model, norm, variant
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Cell:
     variant: str
     runs: tuple[Run, ...]
     scores: dict[str, dict[int, float]]
-    failed: dict[int, str]  # by seed: why it has no score
+    unscored: dict[int, str]  # by seed: why it has no score
     device: str | None = None  # "cpu" or the GPU's name, where the report has several kinds
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         return self.dataset, self.model, self.norm, self.variant
 
     @property
@@ -49,9 +50,23 @@ class Cell:
         """What a comparison of norms holds fixed: (dataset, model, variant)."""
         return self.dataset, self.model, self.variant
 
+    @property
+    def failed(self) -> set[int]:
+        """The seeds that failed or diverged; what was stopped or not begun is not among them."""
+        return {run.seed for run in self.runs if run.status in ("failed", "diverged")}
+
     def sample(self, metric: str, seeds: Iterable[int]) -> stats.Array:
         """Return the scores of ``seeds`` in percent, (num_seeds,), NaN where there is none."""
         return np.array([100 * self.scores[metric].get(seed, stats.NAN) for seed in seeds])
+
+    def sample_at_chance(self, seeds: Iterable[int]) -> stats.Array:
+        """Return the test accuracies of ``seeds`` in percent; what failed has that of guessing, 100 / classes."""
+        whole = (run.directory for run in self.runs if run.status != "damaged")
+        classes = next((read_config(d).get("dataset", {}).get("num_classes") for d in whole), None)
+        failed = self.failed
+        guessing = 100 / classes if classes else 0.0  # unknown: at least nothing that speaks for it
+        scores = self.sample("test_acc", seeds)
+        return np.where([seed in failed for seed in seeds], guessing, scores)
 
 
 @dataclass(frozen=True)
@@ -60,11 +75,41 @@ class Comparison:
 
     cell: Cell
     reference: str
-    mean: stats.MeanComparison
-    spread: stats.SpreadComparison
-    mean_p_holm: float = stats.NAN
-    spread_p_holm: float = stats.NAN
-    family: int = 1  # how many p values Holm's correction of the means is over
+    mean: Judgement
+    spread: "SpreadJudgement"
+    primary: bool = False  # is the difference of means the study's primary comparison?
+
+
+@dataclass(frozen=True)
+class SpreadJudgement:
+    """A ratio of stds between seeds, its p value after Holm's correction over the family, and the verdict."""
+
+    found: SpreadComparison
+    p_holm: float
+    family: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Better is the smaller spread."""
+        if self.p_holm < stats.ALPHA:
+            return "better" if self.found.ratio < 1 else "worse"
+        return "undecided"
+
+    @property
+    def power(self) -> float:
+        """How often the test, at the level that Holm's correction begins with, notices a true ratio of 2."""
+        return rejection_rate(self.found.n, 2.0, stats.ALPHA / self.family)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One norm against the reference over the cells that have both: each seed averaged over them first."""
+
+    norm: str
+    reference: str
+    cells: tuple[Cell, ...]  # the norm's
+    judgement: Judgement
+    random_effects: RandomEffects | None  # of the cells' differences
 
 
 def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
@@ -76,7 +121,7 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     """
     runs = list(runs)
     devices = _devices(runs)
-    by_cell: dict[tuple[tuple[str, str, str, str], str | None], dict[int, Run]] = {}
+    by_cell: dict[tuple[Key, str | None], dict[int, Run]] = {}
     for run in runs:
         of_cell = by_cell.setdefault((run.cell, devices.get(run.directory)), {})
         other = of_cell.setdefault(run.seed, run)
@@ -92,11 +137,10 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
             metric: {seed: value for seed, r in results.items() if (value := getattr(r, metric)) is not None}
             for metric in METRICS
         }
-        failed = {seed: _why(run) for seed, run in ordered.items() if run.result is None}
+        unscored = {seed: _why(run) for seed, run in ordered.items() if run.result is None}
         name = variant if device is None else f"{variant} on {device}"
-        cells.append(Cell(dataset, model, norm, name, tuple(ordered.values()), scores, failed, device))
-    order = [reference, *(norm for norm in NORM_STYLES if norm != reference)]
-    return sorted(cells, key=lambda c: (c.group, order.index(c.norm) if c.norm in order else len(order), c.norm))
+        cells.append(Cell(dataset, model, norm, name, tuple(ordered.values()), scores, unscored, device))
+    return sorted(cells, key=lambda c: (c.group, c.norm != reference, c.norm))
 
 
 def _devices(runs: Sequence[Run]) -> dict[Path, str]:
@@ -137,119 +181,133 @@ def started_seeds(cells: Iterable[Cell]) -> list[int]:
     return sorted({run.seed for cell in cells for run in cell.runs})
 
 
-def compare_cells(cells: Sequence[Cell], reference: str = "bn") -> list[Comparison]:
-    """Compare each norm with the reference norm of its group, where the group has one."""
+def pairs_of(cells: Iterable[Cell], norm: str | None, reference: str) -> list[tuple[Cell, Cell]]:
+    """Return the cells of ``norm`` (None: of any other norm), each with the reference's of its group."""
     found = []
     for group in group_cells(cells).values():
-        seeds = started_seeds(group)
         base = next((cell for cell in group if cell.norm == reference), None)
-        if base is None:
-            continue
-        for cell in group:
-            if cell is not base:
-                pair = cell.sample("test_acc", seeds), base.sample("test_acc", seeds)
-                # A generator of its own each: no comparison's p depends on what else is in the folder.
-                mean = stats.compare_means(*pair, np.random.default_rng(0))
-                spread = stats.compare_spreads(*pair, np.random.default_rng(0))
-                found.append(Comparison(cell, reference, mean, spread))
-    means, spreads = stats.holm([c.mean.p for c in found]), stats.holm([c.spread.p for c in found])
-    family = sum(not math.isnan(p) for p in means)
+        others = [cell for cell in group if cell.norm != reference and norm in (None, cell.norm)]
+        found += [(cell, base) for cell in others if base is not None]
+    return found
+
+
+def compare(candidates: Sequence[Cell], references: Sequence[Cell], seeds: Sequence[int]) -> Tested:
+    """Compare the means over cells, each seed's first; a seed that one cell lacks is left out.
+
+    A generator of its own each: no p depends on what else is in the folder.
+    """
+    sides = candidates, references
+    a, b = (np.mean([cell.sample("test_acc", seeds) for cell in side], axis=0) for side in sides)
+    mean = stats.compare_means(a, b, np.random.default_rng(0))
+    failed = tuple(sum(len(cell.failed & set(seeds)) for cell in side) for side in sides)
+    if failed[0] == failed[1]:
+        return Tested(mean, (failed[0], failed[1]))
+    a, b = (np.mean([cell.sample_at_chance(seeds) for cell in side], axis=0) for side in sides)
+    return Tested(mean, (failed[0], failed[1]), stats.compare_means(a, b, np.random.default_rng(0)))
+
+
+def compare_cells(
+    cells: Sequence[Cell],
+    reference: str,
+    delta: float,
+    primary: Mapping[Key, Judgement] | None = None,
+    primary_spreads: Mapping[Key, "SpreadJudgement"] | None = None,
+    withheld: Collection[Key] = (),
+) -> list[Comparison]:
+    """Compare each norm with the reference norm of its group, where the group has one.
+
+    The means are one family and the spreads another, each without those that were judged as primary; ``withheld`` are
+    cells that are not to be compared yet.
+    """
+    primary, primary_spreads = dict(primary or {}), dict(primary_spreads or {})
+    pairs = [(cell, base) for cell, base in pairs_of(cells, None, reference) if cell.key not in withheld]
+    others = [(cell, base) for cell, base in pairs if cell.key not in primary]
+    judged = judge([compare([cell], [base], _seeds_of(cells, cell)) for cell, base in others], delta)
+    means = primary | {cell.key: j for (cell, _), j in zip(others, judged, strict=True)}
+    others = [(cell, base) for cell, base in pairs if cell.key not in primary_spreads]
+    found = judge_spreads([compare_spread(cell, base) for cell, base in others])
+    spreads = primary_spreads | {cell.key: s for (cell, _), s in zip(others, found, strict=True)}
+    return [Comparison(cell, reference, means[cell.key], spreads[cell.key], cell.key in primary) for cell, _ in pairs]
+
+
+def _seeds_of(cells: Iterable[Cell], cell: Cell) -> list[int]:
+    return started_seeds(other for other in cells if other.group == cell.group)
+
+
+def compare_spread(cell: Cell, base: Cell) -> SpreadComparison:
+    seeds = started_seeds([cell, base])
+    pair = cell.sample("test_acc", seeds), base.sample("test_acc", seeds)
+    return compare_spreads(*pair, np.random.default_rng(0))
+
+
+def judge_spreads(found: Sequence[SpreadComparison]) -> list[SpreadJudgement]:
+    adjusted = stats.holm([s.p for s in found])
+    family = max(1, sum(not math.isnan(p) for p in adjusted))
+    return [SpreadJudgement(s, p, family) for s, p in zip(found, adjusted, strict=True)]
+
+
+def pool(cells: Sequence[Cell], reference: str, delta: float) -> list[Pooled]:
+    """Compare each norm with the reference over all groups that have both, where there are two or more.
+
+    All of these are one family: none is a part of another.
+    """
+    norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
+    found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _scored(pair)] for norm in norms}
+    found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
+    judged = judge([pooled_difference(pairs) for pairs in found.values()], delta)
     return [
-        replace(c, mean_p_holm=p, spread_p_holm=q, family=family)
-        for c, p, q in zip(found, means, spreads, strict=True)
+        Pooled(norm, reference, tuple(cell for cell, _ in pairs), j, cells_effect(pairs))
+        for (norm, pairs), j in zip(found.items(), judged, strict=True)
     ]
 
 
-def verdict_mean(comparison: Comparison, place: str | None = None) -> tuple[Decision, str]:
-    """Judge the claim that the norm's mean test accuracy is above the reference's; ``place`` is where, in words."""
-    c, m = comparison, comparison.mean
-    head = f"On {place if place is not None else f'{c.cell.dataset} with {c.cell.model}'}, {c.cell.norm}"
-    n = f"n = {count_text(m)}"
-    if math.isnan(m.difference):
-        return "not decided", f"{head} cannot be compared with {c.reference} ({n}): not decided."
-    differs = f"differs from {c.reference} by {signed_text(m.difference)} points"
-    if math.isnan(m.p):
-        why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
-        return "not decided", f"{head} {differs} ({n}): not decided, {why}."
-    numbers = f"95 % interval {interval_text(m.interval)}, {n}, {p_equation(m.p)}, Holm {p_text(c.mean_p_holm)}"
-    if c.mean_p_holm < stats.ALPHA:
-        if m.difference > 0:
-            return "confirmed", f"{head} is {signed_text(m.difference)} points above {c.reference} ({numbers})."
-        return "refuted", f"{head} is {-m.difference:.2f} points below {c.reference} ({numbers})."
-    why = "the interval holds a loss as well as a gain"
-    if m.p < stats.ALPHA:
-        why = f"the interval leaves out zero, but not after Holm's correction over {c.family} comparisons"
-    return "not decided", f"{head} {differs} ({numbers}): not decided at this n, {why}."
+def _scored(pair: tuple[Cell, Cell]) -> bool:
+    return all(cell.scores["test_acc"] for cell in pair)
 
 
-def verdict_spread(comparison: Comparison, place: str | None = None) -> tuple[Decision, str]:
-    """Judge the claim that the norm's std between seeds is below the reference's; ``place`` is where, in words."""
-    c, s = comparison, comparison.spread
-    head = f"On {place if place is not None else f'{c.cell.dataset} with {c.cell.model}'}, {c.cell.norm}"
-    n = f"n = {s.n[0]}" if s.n[0] == s.n[1] else f"n = {s.n[0]} and {s.n[1]}"
+def pooled_difference(pairs: Sequence[tuple[Cell, Cell]], seeds: Sequence[int] | None = None) -> Tested:
+    """Compare candidates with references over cells, each seed averaged over them first; all seeds where none are
+    given."""
+    candidates, references = zip(*pairs, strict=True)
+    return compare(candidates, references, started_seeds([*candidates, *references]) if seeds is None else seeds)
+
+
+def cells_effect(pairs: Sequence[tuple[Cell, Cell]]) -> RandomEffects | None:
+    """Return the random-effects mean of the cells' own differences."""
+    means = [compare([cell], [base], started_seeds([cell, base])).mean for cell, base in pairs]
+    return random_effects([m.difference for m in means], [m.standard_error for m in means])
+
+
+def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) -> str:
+    """Return the verdict on a ratio of stds; ``what`` is where, in words."""
+    s, n = j.found, f"n = {j.found.n} paired seeds"
     if math.isnan(s.ratio):
         why = "that takes two seeds of each, with different scores"
-        return "not decided", f"{head}'s spread cannot be compared with {c.reference}'s ({n}): not decided, {why}."
-    numbers = (
-        f"{s.std[0]:.2f} against {s.std[1]:.2f} points, 95 % interval of the ratio "
-        f"{interval_text(s.ratio_interval)}, {n}, Brown-Forsythe {p_equation(s.p)}, Holm {p_text(c.spread_p_holm)}"
+        return f"{what}, {norm}'s spread cannot be compared with {reference}'s ({n}): undecided, {why}."
+    text = (
+        f"{what}, {norm} has {s.ratio:.2f} times the std of {reference} between seeds ({s.std[0]:.2f} against "
+        f"{s.std[1]:.2f} points"
     )
-    text = f"{head} has {s.ratio:.2f} times the std of {c.reference} between seeds ({numbers})"
-    if c.spread_p_holm < stats.ALPHA:
-        return ("confirmed" if s.ratio < 1 else "refuted"), f"{text}."
-    power = f"the test would notice a ratio of 2 in {'only ' if s.power < 0.8 else ''}{100 * s.power:.0f} % of cases"
-    needed = f" (80 % takes {stats.seeds_needed()} seeds a norm)" if s.power < 0.8 else ""
-    return "not decided", f"{text}: not decided, at {n} {power}{needed}."
+    needed = pairs_needed(stats.ALPHA / j.family)
+    takes = f"80 % takes {needed} pairs" if needed is not None else "80 % takes more than 200 pairs"
+    if s.n < MIN_PAIRS:
+        return f"{text}, {n}): undecided, the test needs {MIN_PAIRS} pairs; to notice a ratio of 2 in {takes}."
+    holm = f", Holm {p_text(j.p_holm)} over {j.family}" if j.family > 1 else ""
+    text += f", 95 % interval of the ratio {interval_text(s.ratio_interval)}, {n}, swaps within seeds "
+    normal, t3 = spread_level(s.n)
+    text += (
+        f"{p_equation(s.p)}{holm}; at 5 % this test errs in {normal} % of cases with normal scores, in {t3} % with "
+    )
+    text += f"t (3 df)): {j.verdict}"
+    if j.verdict != "undecided":
+        return f"{text}, {'less' if s.ratio < 1 else 'more'} spread."
+    if s.p < stats.ALPHA:
+        text += ", the interval leaves out 1, but is not corrected"
+    only = "only " if j.power < 0.8 else ""
+    return f"{text}, the test would notice a ratio of 2 in {only}{percent_text(j.power)} of cases ({takes})."
 
 
-def overall(comparisons: Sequence[Comparison], claim: Claim) -> str:
-    """Return one sentence for the claim as a whole: in how many places it is confirmed, refuted or not decided.
-
-    Norms with the same account share their words.
-    """
-    by_norm: dict[str, list[Comparison]] = {}
-    for c in comparisons:
-        by_norm.setdefault(c.cell.norm, []).append(c)
-    accounts: dict[str, list[str]] = {}
-    for norm, group in by_norm.items():
-        judge = verdict_mean if claim == "mean" else verdict_spread
-        decisions = [judge(c)[0] for c in group]
-        counts = {d: decisions.count(d) for d in get_args(Decision) if d in decisions}
-        first, *rest = counts.items()
-        if rest:
-            places = f"{first[0]} in {first[1]} of {len(group)}, " + ", ".join(f"{d} in {k}" for d, k in rest)
-        else:
-            places = first[0] + (f" in all {first[1]}" if len(group) > 1 else "")
-        n = sorted({size for c in group for size in (c.mean.n if claim == "mean" else c.spread.n)})
-        seeds = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
-        accounts.setdefault(f"{places} ({seeds})", []).append(norm)
-    what = "above {}" if claim == "mean" else "with less spread than {}"
-    reference = what.format(comparisons[0].reference)
-    return "; ".join(f"{', '.join(norms)} {reference}: {account}" for account, norms in accounts.items()) + "."
-
-
-def count_text(mean: stats.MeanComparison) -> str:
-    """Return how many seeds a comparison of means has."""
-    n = mean.n
-    return f"{n[0]} paired seeds" if mean.method == "paired" else f"{n[0]} and {n[1]} unpaired seeds"
-
-
-def number_text(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def signed_text(value: float) -> str:
-    """Return a difference with its sign; one that rounds to zero has a plus."""
-    return "-" if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
-
-
-def interval_text(interval: tuple[float, float]) -> str:
-    return "-" if math.isnan(interval[0]) else f"{number_text(interval[0])} to {number_text(interval[1])}"
-
-
-def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else number_text(p, 4 if p < 0.1 else 3)
-
-
-def p_equation(p: float) -> str:
-    return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"
+def spread_level(n: int) -> tuple[str, str]:
+    """Return in percent how often the spread test at 5 % errs, with normal scores and with t scores (3 df)."""
+    normal, t3 = (100 * rejection_rate(n, 1.0, shape=shape, draws=8_000) for shape in SHAPES)
+    return number_text(normal, 1), number_text(t3, 1)

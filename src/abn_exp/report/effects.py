@@ -1,26 +1,20 @@
-"""Differences that are not norm against reference: named contrasts of norms, and the effects of other factors.
+"""Differences that are not norm against reference: contrasts of norms, the 2 x 2 of the gate, effects of other
+factors.
 
-All of them are percentage points, paired by seed where the seeds match, with Holm's correction over the rows of
-their own table.
+All of them are percentage points, paired by seed where the seeds match, and exploratory. Holm's correction is over
+the rows of a table; its averages are a family of their own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from abn_exp.report import stats
-from abn_exp.report.comparisons import (
-    Cell,
-    count_text,
-    group_cells,
-    interval_text,
-    p_equation,
-    p_text,
-    signed_text,
-    started_seeds,
-)
+from abn_exp.report.comparisons import Cell, compare, group_cells, started_seeds
 from abn_exp.report.factors import Factor, describe_group
+from abn_exp.report.formatting import signed_text
+from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge, sentence
 
 # (the part of the norm that makes the difference, the norm with it, the norm without it)
 CONTRASTS = (
@@ -35,21 +29,28 @@ CONTRASTS = (
 )
 
 
+# The gate's 2 x 2: (neither, its forward shape alone, the shape of its gradient alone, both)
+FACTORIAL = ("bn_noscale", "abn_forward", "abn_backward", "abn")
+# What was published: this norm with this momentum of the running statistics against that one with that
+PUBLISHED = (("abn", "0.9"), ("bn", "0.1"))
+
+
 @dataclass(frozen=True)
 class Effect:
     """One row: what stands at its head, in words, and the difference. ``average`` is over ``contexts`` rows."""
 
     labels: tuple[str, ...]
     what: str  # the difference in words
-    mean: stats.MeanComparison
-    p_holm: float = stats.NAN
+    judgement: Judgement
     contexts: int = 1
 
     @property
-    def decision(self) -> str:
-        if self.p_holm < stats.ALPHA:
-            return "gain" if self.mean.difference > 0 else "loss"
-        return "not decided"
+    def verdict(self) -> Verdict:
+        return self.judgement.verdict
+
+    @property
+    def sentence(self) -> str:
+        return sentence(self.judgement, self.what)
 
 
 @dataclass(frozen=True)
@@ -65,76 +66,139 @@ class EffectTable:
 
     def summary(self) -> list[str]:
         """Return a sentence for each average, or for each row where nothing was averaged."""
-        return [_sentence(effect) for effect in self.averages or self.effects]
+        return [effect.sentence for effect in self.averages or self.effects]
 
 
-def _sentence(effect: Effect) -> str:
-    m = effect.mean
-    where = f"averaged over {effect.contexts} rows" if effect.contexts > 1 else ""
-    numbers = [f"95 % interval {interval_text(m.interval)}"] if not np.isnan(m.p) else []
-    numbers += [f"n = {count_text(m)}"]
-    numbers += [p_equation(m.p), f"Holm {p_text(effect.p_holm)}"] if not np.isnan(m.p) else []
-    numbers += [where] if where else []
-    size = "no common seeds" if np.isnan(m.difference) else f"{signed_text(m.difference)} points"
-    return f"{effect.what} {size} ({', '.join(numbers)}): {effect.decision}."
+Row = tuple[tuple[str, ...], str, Tested, int]  # labels, what, the difference, contexts
 
 
-def effect_tables(cells: Sequence[Cell], factors: Sequence[Factor], reference: str = "bn") -> list[EffectTable]:
-    """Return the contrasts, then for each factor its effect and how the norms' differences change with it."""
-    tables = [contrasts(cells, factors)]
+def effect_tables(
+    cells: Sequence[Cell], factors: Sequence[Factor], reference: str, delta: float
+) -> list[EffectTable]:
+    """Return the contrasts and the 2 x 2 of norms, then for each factor its effect and how the norms' differences
+    change with it; and the published pairing where the factors hold it."""
+    scored = [cell for cell in cells if cell.scores["test_acc"]]
+    tables = [contrasts(scored, factors), factorial(scored, factors)]
     for factor in factors:
-        tables += [factor_effects(cells, factors, factor), norm_interactions(cells, factors, factor, reference)]
-    return [_corrected(table) for table in tables if table.effects]
+        tables += [factor_effects(scored, factors, factor), norm_interactions(scored, factors, factor, reference)]
+        tables += [published_pairing(scored, factors, factor)]
+    return [_judged(title, header, rows, delta) for title, header, rows in tables if rows]
 
 
-def _corrected(table: EffectTable) -> EffectTable:
-    adjusted = stats.holm([effect.mean.p for effect in table.effects])
-    effects = (replace(effect, p_holm=p) for effect, p in zip(table.effects, adjusted, strict=True))
-    return replace(table, effects=tuple(effects))
+def _judged(title: str, header: tuple[str, ...], rows: Sequence[Row], delta: float) -> EffectTable:
+    judged: dict[int, Judgement] = {}
+    for average in (False, True):
+        family = [i for i, row in enumerate(rows) if (row[3] > 1) == average]
+        judged |= dict(zip(family, judge([rows[i][2] for i in family], delta), strict=True))
+    effects = (Effect(labels, what, judged[i], n) for i, (labels, what, _, n) in enumerate(rows))
+    return EffectTable(title, header, tuple(effects))
 
 
-def contrasts(cells: Sequence[Cell], factors: Sequence[Factor] = ()) -> EffectTable:
+Rows = tuple[str, tuple[str, ...], list[Row]]  # title, header, rows
+
+
+def contrasts(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
     """Compare the pairs of norms of CONTRASTS, in each group that has both."""
-    seeds, effects = started_seeds(cells), []
+    rows: list[Row] = []
     for group in group_cells(cells).values():
-        by_norm = {cell.norm: cell for cell in group if cell.scores["test_acc"]}
+        by_norm = {cell.norm: cell for cell in group}
         head = (group[0].dataset, group[0].model, *_levels(group[0], factors))
         for what, norm, without in CONTRASTS:
             if norm in by_norm and without in by_norm:
-                mean = _compare([by_norm[norm]], [by_norm[without]], seeds)
+                pair = [by_norm[norm]], [by_norm[without]]
                 difference = f"{norm} - {without}"
-                sentence = f"On {describe_group(group[0], factors)}, {what} ({difference}):"
-                effects.append(Effect((*head, what, difference), sentence, mean))
+                text = f"On {describe_group(group[0], factors)}, {what} ({difference})"
+                rows.append(((*head, what, difference), text, compare(*pair, started_seeds(cells)), 1))
     header = ("dataset", "model", *(f.name for f in factors), "part", "difference")
-    return EffectTable("What each part of the norm does", header, tuple(effects))
+    return "What each part of the norm does", header, rows
 
 
-def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> EffectTable:
+def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
+    """Compute the main effects of the gate's forward shape and of its gradient's shape, and their interaction, from
+    the four norms of FACTORIAL: with f and g for the two, (f + fg - 0 - g) / 2, (g + fg - 0 - f) / 2, fg - g - f +
+    0."""
+    rows: list[Row] = []
+    seeds = started_seeds(cells)
+    for group in group_cells(cells).values():
+        by_norm = {cell.norm: cell for cell in group}
+        if not set(FACTORIAL) <= by_norm.keys():
+            continue
+        none, forward, backward, both = (by_norm[norm] for norm in FACTORIAL)
+        score = {cell.norm: cell.sample("test_acc", seeds) for cell in (none, forward, backward, both)}
+        change = stats.compare_means(
+            score[both.norm] - score[backward.norm],
+            score[forward.norm] - score[none.norm],
+            np.random.default_rng(0),
+            scale=100,
+        )
+        found = {
+            "the gate's forward shape": compare([forward, both], [none, backward], seeds),
+            "the shape of the gate's gradient": compare([backward, both], [none, forward], seeds),
+            "interaction": Tested(change),
+        }
+        head = (group[0].dataset, group[0].model, *_levels(group[0], factors))
+        where = f"On {describe_group(group[0], factors)}"
+        for what, tested in found.items():
+            text = f"{where}, the interaction of both" if what == "interaction" else f"{where}, {what}, main effect,"
+            rows.append(((*head, what), text, tested, 1))
+    header = ("dataset", "model", *(f.name for f in factors), "effect")
+    return "The gate's forward pass and its gradient, as a 2 x 2", header, rows
+
+
+def published_pairing(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Rows:
+    """Compare the norms of PUBLISHED, each with its own momentum, in cells that are otherwise the same, and on
+    average.
+
+    Of use where momentum is crossed with the norms: the published comparison is then between two groups.
+    """
+    rows: list[Row] = []
+    (norm, momentum), (other, other_momentum) = PUBLISHED
+    others = _others(factors, factor)
+    title = f"The published pairing: {norm} at momentum {momentum} against {other} at {other_momentum}"
+    header = ("dataset", "model", *(f.name for f in others))
+    if factor.name != "norm.momentum":
+        return title, header, rows
+    contexts: dict[tuple[str, ...], dict[tuple[str, str], Cell]] = {}
+    for cell in cells:
+        context = (cell.dataset, cell.model, *_levels(cell, others))
+        contexts.setdefault(context, {})[cell.norm, factor.level(cell)] = cell
+    matched = {c: (at[PUBLISHED[0]], at[PUBLISHED[1]]) for c, at in contexts.items() if set(PUBLISHED) <= at.keys()}
+    what = f"{norm} at momentum {momentum} - {other} at {other_momentum}"
+    for context, (cell, base) in matched.items():
+        rows.append((context, f"With {', '.join(context)}, {what}", compare([cell], [base], started_seeds(cells)), 1))
+    if len(matched) > 1:
+        candidates, references = zip(*matched.values(), strict=True)
+        mean = compare(candidates, references, started_seeds(cells))
+        rows.append(
+            (_average(len(matched), 2 + len(others)), f"{what}, over {len(matched)} rows", mean, len(matched))
+        )
+    return title, header, rows
+
+
+def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Rows:
     """Compare each level of a factor with its reference level in cells that are otherwise the same; and the mean
     over these, each seed's first."""
     others, seeds = _others(factors, factor), started_seeds(cells)
     contexts: dict[tuple[str, ...], dict[str, Cell]] = {}
     for cell in cells:
-        if cell.scores["test_acc"]:
-            context = (cell.dataset, cell.model, cell.norm, *_levels(cell, others))
-            contexts.setdefault(context, {})[factor.level(cell)] = cell
-    effects = []
+        context = (cell.dataset, cell.model, cell.norm, *_levels(cell, others))
+        contexts.setdefault(context, {})[factor.level(cell)] = cell
+    rows: list[Row] = []
     for level in factor.levels[1:]:
-        what = f"{factor.name} {level} instead of {factor.reference}:"
+        what = f"{factor.name} {level} instead of {factor.reference}"
         matched = {c: at for c, at in contexts.items() if level in at and factor.reference in at}
         pairs = [(at[level], at[factor.reference]) for at in matched.values()]
         for context, (cell, base) in zip(matched, pairs, strict=True):
-            effects.append(Effect((*context, level), f"With {context[2]}, {what}", _compare([cell], [base], seeds)))
+            rows.append(((*context, level), f"With {context[2]}, {what}", compare([cell], [base], seeds), 1))
         if len(pairs) > 1:
-            mean = _compare([cell for cell, _ in pairs], [base for _, base in pairs], seeds)
-            effects.append(Effect(_average(len(pairs), 3 + len(others), level), what, mean, contexts=len(pairs)))
+            mean = compare([cell for cell, _ in pairs], [base for _, base in pairs], seeds)
+            labels = _average(len(pairs), 3 + len(others), level)
+            rows.append((labels, f"{what}, over {len(pairs)} rows,", mean, len(pairs)))
     header = ("dataset", "model", "norm", *(f.name for f in others), factor.name)
-    return EffectTable(f"Effect of {factor.name}, against {factor.reference}", header, tuple(effects))
+    return f"Effect of {factor.name}, against {factor.reference}", header, rows
 
 
-def norm_interactions(
-    cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str
-) -> EffectTable:
+def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str) -> Rows:
     """Compare the difference norm - reference at each level of a factor with that at its reference level: a
     difference of differences, each seed's first.
 
@@ -143,9 +207,8 @@ def norm_interactions(
     others, seeds = _others(factors, factor), started_seeds(cells)
     contexts: dict[tuple[str, ...], dict[str, dict[str, Cell]]] = {}
     for cell in cells:
-        if cell.scores["test_acc"]:
-            at = contexts.setdefault((cell.dataset, cell.model, *_levels(cell, others)), {})
-            at.setdefault(factor.level(cell), {})[cell.norm] = cell
+        at = contexts.setdefault((cell.dataset, cell.model, *_levels(cell, others)), {})
+        at.setdefault(factor.level(cell), {})[cell.norm] = cell
     found: dict[tuple[str, str, str], dict[tuple[str, ...], list[Cell]]] = {}
     for level in factor.levels[1:]:
         for context, at in contexts.items():
@@ -154,40 +217,39 @@ def norm_interactions(
                 for norm, other in _matching_norms(here, base, reference):
                     four = [here[norm], here[reference], base[other], base[reference]]
                     found.setdefault((level, norm, other), {})[context] = four
-    effects = []
-    for (level, norm, other), rows in found.items():
+    rows: list[Row] = []
+    for (level, norm, other), matched in found.items():
         now = "" if norm == other else f"{norm} - {reference} "
         what = f"{other} - {reference} is {{}} points at {factor.name} {factor.reference}, {now}{{}} at {level}"
         last = (" or ".join(f"{name} - {reference}" for name in dict.fromkeys((other, norm))), level)
-        for context, four in rows.items():
-            effects.append(_change((*context, *last), what, [four], seeds))
-        if len(rows) > 1:
-            effects.append(_change(_average(len(rows), 2 + len(others), *last), what, list(rows.values()), seeds))
+        for context, four in matched.items():
+            rows.append(_change((*context, *last), what, [four], seeds))
+        if len(matched) > 1:
+            labels = _average(len(matched), 2 + len(others), *last)
+            rows.append(_change(labels, what, list(matched.values()), seeds))
     header = ("dataset", "model", *(f.name for f in others), "difference", factor.name)
     header += (f"at {factor.reference}", "there")
-    return EffectTable(f"How the difference to {reference} changes with {factor.name}", header, tuple(effects))
+    return f"How the difference to {reference} changes with {factor.name}", header, rows
 
 
-def _change(head: tuple[str, ...], what: str, rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Effect:
+def _change(head: tuple[str, ...], what: str, rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Row:
     here, base = (
         np.mean([row[i].sample("test_acc", seeds) - row[i + 1].sample("test_acc", seeds) for row in rows], axis=0)
         for i in (0, 2)
     )
     sizes = [signed_text(float(stats.present(d).mean())) if stats.present(d).size else "-" for d in (base, here)]
     mean = stats.compare_means(here, base, np.random.default_rng(0), scale=100)
-    return Effect((*head, *sizes), f"{what.format(*sizes)}, a change of", mean, contexts=len(rows))
+    return (*head, *sizes), f"{what.format(*sizes)}; the change", Tested(mean), len(rows)
+
+
+def _seeds(cells: Sequence[Cell]) -> list[int]:
+    return started_seeds(cells)
 
 
 def _matching_norms(here: Mapping[str, Cell], base: Mapping[str, Cell], reference: str) -> list[tuple[str, str]]:
     pairs = [(norm, norm) for norm in here if norm in base and norm != reference]
     alone = [norm for norm in here if norm not in base], [norm for norm in base if norm not in here]
     return pairs + ([(alone[0][0], alone[1][0])] if len(alone[0]) == len(alone[1]) == 1 else [])
-
-
-def _compare(cells: Sequence[Cell], bases: Sequence[Cell], seeds: Sequence[int]) -> stats.MeanComparison:
-    """Compare the means over cells, each seed's first; a seed that one cell lacks is left out."""
-    pair = [np.mean([cell.sample("test_acc", seeds) for cell in side], axis=0) for side in (cells, bases)]
-    return stats.compare_means(pair[0], pair[1], np.random.default_rng(0))
 
 
 def _others(factors: Iterable[Factor], factor: Factor) -> list[Factor]:

@@ -4,7 +4,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from abn_exp.records import COMMAND, RECORDS, RUN_FILES, read_command, read_records, read_run_file, write_records
+from abn_exp.records import (
+    COMMAND,
+    RECORDS,
+    RUN_FILES,
+    STUDY_FILES,
+    read_command,
+    read_records,
+    read_run_file,
+    read_study_file,
+    write_records,
+)
 from abn_exp.report.build import write_report
 from abn_exp.results import find_runs
 
@@ -60,6 +70,9 @@ def pack(folder: Path) -> Packed:
         raise ValueError(f"There are no finished runs below {folder}; give a folder that train.py wrote.")
     commands = dict.fromkeys((read_command(target) + read_command(folder)).splitlines())
     files[COMMAND] = "".join(f"{line}\n" for line in commands).encode()
+    for name in STUDY_FILES:
+        if name != COMMAND and (content := read_study_file(folder, name)) is not None:
+            files[name] = content
     target.mkdir(parents=True, exist_ok=True)
     if not archive.is_file() or read_records(archive) != files:
         write_records(archive, files)

@@ -108,6 +108,7 @@ def _ratio_interval(x: Array, y: Array, ratio: float, signs: Array) -> Interval:
 
 
 Shape = Literal["normal", "t3"]
+SHAPES: tuple[Shape, ...] = ("normal", "t3")
 
 
 @lru_cache

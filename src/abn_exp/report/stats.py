@@ -1,15 +1,13 @@
-"""Means, spreads and comparisons of scores over seeds.
+"""Means of scores over seeds, and the difference of two.
 
 Pure functions on a sample (num_seeds,) or on scores (num_seeds, num_cells), where row i of every column is
 the same seed. NaN marks a seed without a score: it is left out, never filled in. What cannot be computed (too few
 seeds, no spread) is NaN. Where chance is used, the generator is an argument.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +22,6 @@ NAN = float("nan")
 CONFIDENCE = 0.95
 ALPHA = 0.05
 EXACT_SIGN_FLIPS = 20  # 2^20 sums are 8 MB; above this, flips are drawn at random
-EXACT_SPLITS = 20_000  # all ways to split two samples of up to 8 seeds each
 RESAMPLES = 9_999
 
 
@@ -49,24 +46,13 @@ class MeanComparison:
     n: tuple[int, int]  # seeds used of the candidate, of the reference; equal where paired
     differences: tuple[float, ...]  # one a common seed; empty where not paired
     difference: float
+    standard_error: float
+    df: float  # degrees of freedom of the standard error
     interval: Interval
     p: float
     p_sign_flip: float
     effect: float
     effect_name: str
-
-
-@dataclass(frozen=True)
-class SpreadComparison:
-    """Candidate's std over the reference's; ``power`` is Brown-Forsythe's for a ratio of 2 at these n."""
-
-    n: tuple[int, int]
-    std: tuple[float, float]
-    ratio: float
-    ratio_interval: Interval
-    p: float
-    p_permutation: float
-    power: float
 
 
 def present(sample: ArrayLike) -> Array:
@@ -176,29 +162,31 @@ def _paired(x: Array, y: Array, rng: np.random.Generator, scale: float) -> MeanC
     differences = x - y
     n = len(differences)
     difference = float(differences.mean()) if n else NAN
-    p = effect = NAN
+    p = effect = error = df = NAN
     interval: Interval = (NAN, NAN)
     if has_spread(differences, scale):
         test: Any = st.ttest_rel(x, y)
-        p, ci = float(test.pvalue), test.confidence_interval(CONFIDENCE)
+        p, df, ci = float(test.pvalue), float(test.df), test.confidence_interval(CONFIDENCE)
         interval = float(ci.low), float(ci.high)
-        effect = hedges_correction(n - 1) * difference / float(differences.std(ddof=1))
+        std = float(differences.std(ddof=1))
+        error, effect = std / math.sqrt(n), hedges_correction(n - 1) * difference / std
     flips = sign_flip_p(differences, rng)
     values = tuple(map(float, differences))
-    return MeanComparison("paired", (n, n), values, difference, interval, p, flips, effect, "dz")
+    return MeanComparison("paired", (n, n), values, difference, error, df, interval, p, flips, effect, "dz")
 
 
 def _welch(x: Array, y: Array) -> MeanComparison:
     difference = float(x.mean() - y.mean())
-    p = effect = NAN
+    p = effect = error = df = NAN
     interval: Interval = (NAN, NAN)
     if has_spread(x) and has_spread(y):
         test: Any = st.ttest_ind(x, y, equal_var=False)
-        p, ci = float(test.pvalue), test.confidence_interval(CONFIDENCE)
+        p, df, ci = float(test.pvalue), float(test.df), test.confidence_interval(CONFIDENCE)
         interval = float(ci.low), float(ci.high)
-        pooled = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
-        effect = hedges_correction(float(test.df)) * difference / pooled
-    return MeanComparison("welch", (len(x), len(y)), (), difference, interval, p, NAN, effect, "g")
+        variances = x.var(ddof=1), y.var(ddof=1)
+        error = math.sqrt(variances[0] / len(x) + variances[1] / len(y))
+        effect = hedges_correction(df) * difference / math.sqrt(sum(variances) / 2)
+    return MeanComparison("welch", (len(x), len(y)), (), difference, error, df, interval, p, NAN, effect, "g")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -210,84 +198,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, float(p[i]) * (len(order) - rank)))
         adjusted[i] = largest
     return adjusted
-
-
-def brown_forsythe(x: Array, y: Array) -> tuple[Array, Array]:
-    """Return Brown and Forsythe's F, the analysis of variance of |x - median|, and its p, along the last axis.
-
-    x is (..., n), y is (..., m); the results (...). NaN where |x - median| varies in neither sample, as with two
-    seeds each.
-    """
-    z = [np.abs(v - np.median(v, axis=-1, keepdims=True)) for v in (x, y)]
-    varies = sum(np.ptp(v, axis=-1) for v in z) > 1e-9 * sum(v.max(axis=-1) for v in z)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found: Any = st.levene(x, y, center="median", axis=-1)
-    return np.where(varies, found.statistic, np.nan), np.where(varies, found.pvalue, np.nan)
-
-
-def log_variance_ratio_p(x: Array, y: Array, rng: np.random.Generator) -> float:
-    """Return the two-sided permutation p of log(var x / var y), both samples centred on their mean.
-
-    Over all splits where there are at most 20,000 of them, over random ones above. Centring makes it
-    approximate: for normal scores it keeps its level from n = 5 on (centred on the median it would stay far
-    below).
-    """
-    if min(len(x), len(y)) < 2 or not (has_spread(x) or has_spread(y)):
-        return NAN
-    pool, n = np.concatenate([x - x.mean(), y - y.mean()]), len(x)
-
-    def statistic(rows: Array) -> Array:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.abs(np.log(rows[..., :n].var(axis=-1, ddof=1) / rows[..., n:].var(axis=-1, ddof=1)))
-
-    observed = statistic(pool) * (1 - 1e-12)
-    if math.comb(len(pool), n) <= EXACT_SPLITS:
-        return float(np.mean(statistic(pool[_splits(n, len(y))]) >= observed))
-    drawn = statistic(rng.permuted(np.tile(pool, (RESAMPLES, 1)), axis=1))
-    return float((1 + np.sum(drawn >= observed)) / (1 + RESAMPLES))
-
-
-@lru_cache(maxsize=8)
-def _splits(n: int, m: int) -> NDArray[np.intp]:
-    """Return all ways to choose n of n + m, (num_splits, n + m): the chosen first, then the rest."""
-    everything = range(n + m)
-    first = itertools.combinations(everything, n)
-    return np.array([[*chosen, *sorted(set(everything).difference(chosen))] for chosen in first])
-
-
-def compare_spreads(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> SpreadComparison:
-    """Compare two stds as independent samples: ratio with its F interval (normality), Brown-Forsythe,
-    permutation of the log variance ratio, and the power to notice a ratio of 2."""
-    x, y = present(candidate), present(reference)
-    n, m = len(x), len(y)
-    std = (summarize(x).std, summarize(y).std)
-    power = power_at(n, m)
-    if not (has_spread(x) and has_spread(y)):
-        return SpreadComparison((n, m), std, NAN, (NAN, NAN), NAN, NAN, power)
-    ratio = std[0] / std[1]
-    tails = st.f.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], n - 1, m - 1)
-    low, high = ratio / np.sqrt(tails)
-    p = float(brown_forsythe(x, y)[1])
-    interval = float(low), float(high)
-    return SpreadComparison((n, m), std, ratio, interval, p, log_variance_ratio_p(x, y, rng), power)
-
-
-def brown_forsythe_power(n: int, m: int, ratio: float, rng: np.random.Generator, simulations: int = 4_000) -> float:
-    """Return the share of simulated normal samples, of n and m seeds with stds 1 and ``ratio``, in which
-    Brown-Forsythe finds p < 0.05."""
-    x, y = rng.standard_normal((simulations, n)), ratio * rng.standard_normal((simulations, m))
-    return float(np.mean(brown_forsythe(x, y)[1] < ALPHA))
-
-
-@lru_cache
-def power_at(n: int, m: int, ratio: float = 2.0) -> float:
-    """Return :func:`brown_forsythe_power` from a fixed generator, always the same number; NaN below n = 2."""
-    if min(n, m) < 2:
-        return NAN
-    return brown_forsythe_power(n, m, ratio, np.random.default_rng([n, m]))
-
-
-@lru_cache
-def seeds_needed(ratio: float = 2.0, power: float = 0.8) -> int:
-    """Return the smallest n a cell at which Brown-Forsythe notices ``ratio`` with ``power``."""
-    return next(n for n in itertools.count(3) if power_at(n, n, ratio) >= power)

@@ -20,14 +20,17 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from scipy import special
 from scipy import stats as st
 from scipy.optimize import brentq
 
-from abn_exp.report.stats import ALPHA, NAN, Interval, holm
+from abn_exp.report.formatting import interval_text, number_text, p_equation, p_text, signed_text
+from abn_exp.report.stats import ALPHA, NAN, Interval, MeanComparison, holm
 
 Verdict = Literal["better", "worse", "equivalent", "not better by delta", "not worse by delta", "undecided"]
 POWER = 0.8
 MOST_SEEDS = 10_000  # no answer to "how many seeds" is searched beyond it
+_GAUSS = np.polynomial.legendre.leggauss(100)
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,158 @@ def decide(p: PValues, level: float = ALPHA, level_delta: float = ALPHA) -> Verd
     return "undecided"
 
 
-def interval(difference: float, standard_error: float, df: float, level: float = ALPHA) -> Interval:
-    """Return the 1 - ``level`` interval of a difference."""
-    half = st.t.isf(level / 2, df) * standard_error
-    return float(difference - half), float(difference + half)
+@dataclass(frozen=True)
+class Tested:
+    """A difference before its family is known: ``at_chance`` is the same with failures scored at chance, where one
+    side has more of them."""
+
+    mean: MeanComparison
+    failed: tuple[int, int] = (0, 0)  # runs of the candidate and of the reference without a score
+    at_chance: MeanComparison | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A difference with the p values that decide on it, and the verdict."""
+
+    mean: MeanComparison
+    failed: tuple[int, int]
+    delta: float
+    uncorrected: PValues  # failures are counted in
+    corrected: PValues
+    family: int  # over how many differences the correction is
+    without_failures: Verdict  # what the verdict would be if failures did not count
+    level: float = ALPHA  # of the test of no difference; a look's where the seeds follow a plan
+    level_delta: float = ALPHA  # of each of the two tests against delta
+
+    @property
+    def verdict(self) -> Verdict:
+        return decide(self.corrected, self.level, self.level_delta)
+
+    @property
+    def interval(self) -> Interval:
+        """The interval that belongs to the test of no difference, without correction for the family: 95 %, or that of
+        a look, which covers at all looks together in 95 %."""
+        return self._interval(self.level / 2)
+
+    @property
+    def interval_delta(self) -> Interval:
+        """The interval that belongs to the two tests against delta: 90 %."""
+        return self._interval(self.level_delta)
+
+    def _interval(self, tail: float) -> Interval:
+        half = float(st.t.isf(tail, self.mean.df)) * self.mean.standard_error
+        return self.mean.difference - half, self.mean.difference + half
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the differences between the scores of a seed; NaN where seeds are not paired."""
+        return self.mean.standard_error * math.sqrt(self.mean.n[0]) if self.mean.method == "paired" else NAN
+
+    @property
+    def detectable(self) -> float:
+        """The difference that would be detected with 80 % power at this n and std, at the corrected level."""
+        return detectable_difference(self.std, self.mean.n[0], self.level / self.family)
+
+    @property
+    def seeds_for_delta(self) -> int | None:
+        """How many seeds detect a difference of delta with 80 % power; None where it cannot be told."""
+        return seeds_for_difference(self.delta, self.std, ALPHA / self.family) if self.std > 0 else None
+
+    @property
+    def seeds_for_equivalence(self) -> int | None:
+        """How many seeds show equivalence with 80 % power where there is no difference."""
+        return seeds_for_equivalence(self.delta, self.std, ALPHA / self.family) if self.std > 0 else None
+
+
+def judge(
+    family: Sequence[Tested], delta: float, level: float = ALPHA, level_delta: float = ALPHA
+) -> list[Judgement]:
+    """Judge the differences of one family; Holm's correction of each kind of test is over all of them."""
+    plain = [_tests(tested.mean, delta) for tested in family]
+    guarded = [
+        p if tested.at_chance is None else guard_against_failures(p, _tests(tested.at_chance, delta), tested.failed)
+        for p, tested in zip(plain, family, strict=True)
+    ]
+    size = max(1, sum(not math.isnan(p.difference) for p in plain))
+    return [
+        Judgement(t.mean, t.failed, delta, p, q, size, decide(r, level, level_delta), level, level_delta)
+        for t, p, q, r in zip(family, guarded, correct(guarded), correct(plain), strict=True)
+    ]
+
+
+def _tests(mean: MeanComparison, delta: float) -> PValues:
+    return t_tests(mean.difference, mean.standard_error, mean.df, delta)
+
+
+def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> str:
+    """Return the verdict on a difference in words that say what was tested; ``what`` is "On cifar10, abn - bn".
+
+    ``sides`` are the names of what failed, where failures can count.
+    """
+    m, p, q = j.mean, j.uncorrected, j.corrected
+    if math.isnan(m.difference):
+        return f"{what} cannot be compared ({count_text(m)}): undecided."
+    size = f"{what} is {signed_text(m.difference)} points"
+    if math.isnan(m.standard_error):
+        why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
+        return f"{size} ({count_text(m)}): undecided, {why}."
+    planned = j.level < ALPHA
+    kind = "sequential " if planned else "uncorrected " if j.family > 1 else ""
+    text = f"{size} ({kind}95 % interval {interval_text(j.interval)}, {count_text(m)}): {j.verdict}, "
+    delta, inside = f"{j.delta:g} points", f"90 % interval {interval_text(j.interval_delta)}"
+
+    def tested(name: str, level: float) -> str:
+        if planned:
+            return f"{p_equation(getattr(p, name))}, at this look to be below {p_text(level)}"
+        holm = f", Holm {p_text(getattr(q, name))} over {j.family}" if j.family > 1 else ""
+        return f"{p_equation(getattr(p, name))}{holm}"
+
+    if j.verdict == "equivalent":
+        text += f"by two one-sided tests inside ±{delta} ({inside}, {tested('equivalent', j.level_delta)})"
+        if q.difference < j.level:
+            text += f"; {'higher' if p.higher else 'lower'}, by less than {delta} ({tested('difference', j.level)})"
+    elif j.verdict in ("better", "worse"):
+        text += f"by the two-sided test of no difference ({tested('difference', j.level)})"
+    elif j.verdict == "undecided":
+        text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
+        text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"
+        text += _what_it_would_take(j)
+    else:
+        name = "not_better" if j.verdict == "not better by delta" else "not_worse"
+        side = "+" if name == "not_better" else "-"
+        text += (
+            f"{delta}, by the one-sided test against {side}{j.delta:g} ({inside}, {tested(name, j.level_delta)}); "
+        )
+        text += "whether there is a difference at all is undecided"
+    return f"{text}{_failures(j, sides)}."
+
+
+def _what_it_would_take(j: Judgement) -> str:
+    if not j.std > 0:
+        return ""
+    delta, many = j.seeds_for_delta, f"more than {MOST_SEEDS:,}"
+    equivalence = j.seeds_for_equivalence
+    return (
+        f"; with 80 % power {number_text(j.detectable)} points would be detected at this n, {j.delta:g} points take "
+        f"{many if delta is None else delta} seeds, and equivalence, where there is no difference, "
+        f"{many if equivalence is None else equivalence}"
+    )
+
+
+def _failures(j: Judgement, sides: tuple[str, str] | None) -> str:
+    if sides is None or j.failed == (0, 0):
+        return ""
+    text = f"; {sides[0]} failed in {j.failed[0]} seeds, {sides[1]} in {j.failed[1]}"
+    if j.verdict != j.without_failures:
+        text += f": without them the verdict would be {j.without_failures}, which does not hold with them at chance"
+    return text
+
+
+def count_text(mean: MeanComparison) -> str:
+    """Return how many seeds a comparison of means has."""
+    n = mean.n
+    return f"n = {n[0]} paired seeds" if mean.method == "paired" else f"n = {n[0]} and {n[1]} unpaired seeds"
 
 
 def power_of_difference(effect: float, n: int, level: float = ALPHA) -> float:
@@ -129,10 +280,10 @@ def power_of_equivalence(margin: float, n: int, level: float = ALPHA) -> float:
 
     The share of |mean| < margin - t s / sqrt(n), integrated over the distribution of s.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    s = np.sqrt(st.chi2.ppf((nodes + 1) / 2, n - 1) / (n - 1))
-    reach = np.maximum(0, margin * math.sqrt(n) - st.t.isf(level, n - 1) * s)
-    return float((2 * st.norm.cdf(reach) - 1) @ weights / 2)
+    nodes, weights = _GAUSS
+    s = np.sqrt(2 * special.gammaincinv((n - 1) / 2, (nodes + 1) / 2) / (n - 1))
+    reach = np.maximum(0, margin * math.sqrt(n) - special.stdtrit(n - 1, 1 - level) * s)
+    return float((2 * special.ndtr(reach) - 1) @ weights / 2)
 
 
 def seeds_for_difference(delta: float, std: float, level: float = ALPHA, power: float = POWER) -> int | None:

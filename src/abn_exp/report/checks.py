@@ -1,0 +1,73 @@
+"""What the runs of a report share, so that its intervals are conditional on it, and where compared runs differ."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from abn_exp.report.comparisons import Cell, group_cells
+from abn_exp.results import RunResult
+
+
+def conditional_on(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on what all seeds share, so that no interval over seeds covers it."""
+    shared = ["this test set"]
+    subsets = {config.get("dataset", {}).get("train_images") for config in configs}
+    if subsets - {None}:
+        sizes = ", ".join(f"{size:,}" for size in sorted(size for size in subsets if size is not None))
+        shared.append(f"this subset of {sizes} training images")
+    else:
+        shared.append("these training images")
+    fractions = {config.get("recipe", {}).get("val_fraction") for config in configs}
+    if fractions - {None, 0}:
+        shared.append("this split into training and validation images")
+    return f"All of them are conditional on what the seeds share: {', '.join(shared[:-1])} and {shared[-1]}."
+
+
+def differences_in_the_making(cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence for each group whose runs were not all made alike: in code, device, threads or versions."""
+    lines = []
+    if devices := sorted({cell.device for cell in cells if cell.device is not None}):
+        lines.append(
+            f"Trained on several kinds of device ({', '.join(devices)}), whose arithmetic is not the same: each kind "
+            "has its own cells, and norms are compared on the same kind alone."
+        )
+    for (dataset, model, variant), group in group_cells(cells).items():
+        made = [(cell.norm, _made_with(run.result)) for cell in group for run in cell.runs if run.result is not None]
+        # Commits tell versions of the code apart where a run has no digest of it.
+        if all(how["code"] is not None for _, how in made):
+            made = [(norm, {k: v for k, v in how.items() if k != "git commit"}) for norm, how in made]
+        else:
+            made = [(norm, {k: v for k, v in how.items() if k != "code"}) for norm, how in made]
+        different = []
+        for name in dict.fromkeys(name for _, how in made for name in how):
+            counts = Counter((how.get(name), norm) for norm, how in made)
+            values = dict.fromkeys(value for value, _ in counts)
+            if len(values) > 1:
+                told = (f"{_short(value)} ({_norms(counts, value)})" for value in values)
+                different.append(f"{name}: {', '.join(told)}")
+        if different:
+            where = f"{dataset} with {model} ({variant})"
+            lines.append(f"Runs that are compared were not all made alike. {where}: {'; '.join(different)}.")
+    return lines
+
+
+def _made_with(result: RunResult) -> dict[str, str | None]:
+    """Return what can change a number, apart from the configuration."""
+    versions = {name: version for name, version in result.versions.items() if name != "abn_exp"}
+    how = {
+        "code": getattr(result, "code", None),
+        "git commit": result.git_commit,
+        "device": result.device.removesuffix(", exact16"),
+    }
+    return how | versions
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "unknown"
+    return value[:7] if len(value) == 40 else str(value)
+
+
+def _norms(counts: Mapping[tuple[str | None, str], int], value: str | None) -> str:
+    found: Iterable[tuple[str, int]] = ((norm, n) for (v, norm), n in counts.items() if v == value)
+    return ", ".join(f"{norm} {n}" for norm, n in found)

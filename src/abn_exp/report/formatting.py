@@ -1,0 +1,74 @@
+"""Numbers, tables and lists as text: one form for the report of a study, of an analysis and of a benchmark."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+
+def number_text(value: float, digits: int = 2) -> str:
+    """Return a number with ``digits`` decimals; "-" where there is none, and zero never has a sign.
+
+    Of what three decimals or more would show as zero, the magnitude is returned: 6e-07.
+    """
+    return _fixed(value, digits, "")
+
+
+def signed_text(value: float, digits: int = 2) -> str:
+    """Return a difference with its sign; one that rounds to zero has a plus."""
+    return _fixed(value, digits, "+")
+
+
+def _fixed(value: float, digits: int, sign: str) -> str:
+    if math.isnan(value):
+        return "-"
+    if digits >= 3 and 0 < abs(value) < 0.5 * 10**-digits:
+        return f"{value:{sign}.0e}"
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
+
+
+def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
+    if math.isnan(interval[0]):
+        return "-"
+    return f"{number_text(interval[0], digits)} to {number_text(interval[1], digits)}"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else number_text(p, 4 if p < 0.1 else 3)
+
+
+def p_equation(p: float) -> str:
+    return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"
+
+
+def percent_text(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def markdown_table(table: Table) -> str:
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown_list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a Markdown document: its title and its parts, without the empty ones."""
+    return "\n\n".join([f"# {title}", *filter(None, parts)]) + "\n"
+
+
+def csv_text(rows: list[dict[str, object]]) -> str:
+    """Return rows as CSV, floats with eight digits; what there is not, is empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
+        writer.writerow({k: "" if v in ("nan", None) else v for k, v in values.items()})
+    return text.getvalue()

@@ -1,0 +1,257 @@
+"""What a study fixed before its runs: its primary comparison, delta and, where seeds are added, the looks at them.
+
+Every run's `config.yaml` holds `primary` and `delta`. A study whose seeds are added until it is decided has, besides,
+a `plan.json` beside its report, written before its first run, which gets an entry a look. Where reports were written
+at several numbers of seeds without a plan, `looks.json` has these numbers.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from abn_exp.errors import DamagedFile
+from abn_exp.files import write_text_atomic
+from abn_exp.records import RECORDS, read_study_file
+from abn_exp.report.comparisons import (
+    Cell,
+    Comparison,
+    Group,
+    Key,
+    SpreadJudgement,
+    compare,
+    compare_spread,
+    judge_spreads,
+    pairs_of,
+    pooled_difference,
+    started_seeds,
+)
+from abn_exp.report.sequential import Spending, nominal_levels
+from abn_exp.report.stats import ALPHA
+from abn_exp.report.verdicts import Judgement, judge
+
+Statistic = Literal["mean", "pooled", "spread"]
+
+PLAN, LOOKS = "plan.json", "looks.json"
+DELTA = 0.5  # points, where none was fixed before the runs
+
+
+@dataclass(frozen=True)
+class Question:
+    """The primary comparison of a study: ``mean`` and ``spread`` ask in each cell, ``pooled`` once over all cells."""
+
+    norm: str
+    reference: str = "bn"
+    datasets: tuple[str, ...] | None = None  # None: all of the study
+    models: tuple[str, ...] | None = None
+    statistic: Statistic = "mean"
+
+    @classmethod
+    def of(cls, primary: Mapping[str, Any]) -> "Question":
+        """Read the key `primary` of a configuration."""
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in primary.items()}
+        return cls(**lists)
+
+    def pairs(self, cells: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
+        """Return the cells that are compared, each with its reference."""
+        return [
+            (cell, base)
+            for cell, base in pairs_of(cells, self.norm, self.reference)
+            if (self.datasets is None or cell.dataset in self.datasets)
+            and (self.models is None or cell.model in self.models)
+        ]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the runs' configurations say was fixed before them."""
+
+    delta: float
+    question: Question | None
+    note: str  # in words, what was fixed and what was not
+
+
+def fixed_before(configs: Sequence[Mapping[str, Any]]) -> Fixed:
+    """Return what all runs agree on; ``configs`` is one configuration a run."""
+    deltas = {config.get("delta") for config in configs}
+    questions = {json.dumps(config.get("primary"), sort_keys=True) for config in configs}
+    applied = f"delta = {DELTA:g} points was applied afterwards"
+    if None in deltas:
+        which = "these runs" if deltas == {None} else "some of these runs"
+        return Fixed(DELTA, None, f"Neither a primary comparison nor delta was fixed before {which}; {applied}.")
+    if len(deltas) > 1:
+        return Fixed(DELTA, None, f"The runs were started with different values of delta; {applied}.")
+    (delta,) = deltas
+    assert delta is not None
+    if len(questions) > 1:
+        return Fixed(delta, None, "The runs were started with different primary comparisons, so there is none.")
+    primary = json.loads(questions.pop())
+    if primary is None:
+        return Fixed(delta, None, f"No primary comparison was fixed before these runs; delta = {delta:g} points was.")
+    note = f"The primary comparison and delta = {delta:g} points were fixed before the runs."
+    return Fixed(delta, Question.of(primary), note)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`plan.json`: one primary comparison with one number, and the looks at it."""
+
+    norm: str
+    reference: str
+    groups: tuple[Group, ...]  # (dataset, model, variant); several are pooled
+    delta: float
+    looks: tuple[int, ...]  # numbers of seeds
+    seeds: tuple[int, ...]  # in the order in which they are added
+    spending: Spending
+    alpha: float = ALPHA
+    commit: str | None = None
+    written: str = ""  # when
+    entries: list[dict[str, Any]] = field(default_factory=list)  # one a look
+
+    def levels(self, look: int) -> tuple[float, float]:
+        """Return the level of the two-sided test of no difference and of each test against delta at a look."""
+        two_sided = 2 * nominal_levels(self.looks, self.alpha / 2, self.spending)[look]
+        return two_sided, nominal_levels(self.looks, self.alpha, self.spending)[look]
+
+    def seeds_at(self, look: int) -> tuple[int, ...]:
+        return self.seeds[: self.looks[look]]
+
+    def pairs(self, cells: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
+        return [(a, b) for a, b in pairs_of(cells, self.norm, self.reference) if a.group in self.groups]
+
+    def judge(self, cells: Iterable[Cell], look: int) -> Judgement:
+        """Judge the primary comparison by the seeds of a look. Raises ValueError where a cell is missing."""
+        pairs = self.pairs(cells)
+        if {cell.group for cell, _ in pairs} != set(self.groups):
+            raise ValueError(f"The runs of the comparison in {PLAN} are not all there.")
+        (found,) = judge([pooled_difference(pairs, self.seeds_at(look))], self.delta, *self.levels(look))
+        return found
+
+    @property
+    def decided(self) -> bool:
+        """Is there nothing more to run: a verdict, or no look left?"""
+        return bool(self.entries) and (self.entries[-1]["verdict"] != "undecided" or self.looks_left == 0)
+
+    @property
+    def looks_left(self) -> int:
+        return len(self.looks) - len(self.entries)
+
+    def contradictions(self, other: "Plan") -> list[str]:
+        """Say what another plan for the same folder would change."""
+        names = ("norm", "reference", "groups", "delta", "alpha", "looks", "seeds", "spending")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [f"{name} {_words(ours)}, not {_words(theirs)}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join("/".join(part) if isinstance(part, tuple) else str(part) for part in value)
+    return str(value)
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return the plan of a study; None where it has none. Raises DamagedFile where it cannot be read."""
+    if (content := read_study_file(folder, PLAN)) is None:
+        return None
+    try:
+        found = json.loads(content)
+        found |= {key: tuple(found[key]) for key in ("looks", "seeds")}
+        found["groups"] = tuple(tuple(group) for group in found["groups"])
+        plan = Plan(**found)
+        nominal_levels(plan.looks, plan.alpha, plan.spending)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedFile(folder / PLAN, error) from error
+    return plan
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def look(folder: Path, plan: Plan, cells: Iterable[Cell], when: str) -> Plan:
+    """Judge by the seeds of the next look, write that into `plan.json`, and return the plan with its new entry."""
+    number = len(plan.entries)
+    found = plan.judge(cells, number)
+    entry = {
+        "look": number + 1,
+        "date": when,
+        "seeds": plan.looks[number],
+        "pairs": found.mean.n[0],
+        "failed": list(found.failed),
+        "difference": _number(found.mean.difference),
+        "interval": [_number(end) for end in found.interval],
+        "p_difference": _number(found.uncorrected.difference),
+        "p_not_better": _number(found.uncorrected.not_better),
+        "p_not_worse": _number(found.uncorrected.not_worse),
+        "boundary_difference": found.level,
+        "boundary_delta": found.level_delta,
+        "verdict": found.verdict,
+    }
+    plan.entries.append(entry)
+    write_plan(folder, plan)
+    return plan
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
+    """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
+
+    It is the number of seeds that were started: runs that come to their end later are no further look. A quoted
+    study's records do not change, so that nothing is added to them.
+    """
+    content = read_study_file(folder, LOOKS)
+    earlier: dict[str, list[int]] = json.loads(content) if content is not None else {}
+    now = {"/".join(c.cell.key): len(c.cell.runs) for c in comparisons}
+    seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
+    updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
+    if earlier | updated != earlier and not (folder / RECORDS).is_file():
+        write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
+    return seen
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The primary comparison as far as it may be judged. Keys are those of the candidate's cells."""
+
+    question: Question
+    pairs: list[tuple[Cell, Cell]]
+    means: dict[Key, Judgement] = field(default_factory=dict)  # statistic mean: one family
+    pooled: Judgement | None = None  # statistic pooled, and a plan's
+    spreads: dict[Key, SpreadJudgement] = field(default_factory=dict)  # statistic spread
+    withheld: str = ""  # why it is not judged yet
+    look: str = ""  # which of a plan's looks this is
+
+
+def judge_primary(cells: Sequence[Cell], question: Question, delta: float, interim: bool) -> Primary:
+    """Judge a primary comparison whose number of seeds is fixed; not while its runs are still under way."""
+    pairs = question.pairs(cells)
+    if not pairs:
+        return Primary(question, pairs, withheld="It has no runs in this folder.")
+    if interim:
+        return Primary(question, pairs, withheld="It is judged when all runs of the sweep have come to their end.")
+    if question.statistic == "spread":
+        spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
+        return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})
+    if question.statistic == "pooled":
+        return Primary(question, pairs, pooled=judge([pooled_difference(pairs)], delta)[0])
+    family = [compare([a], [b], started_seeds([a, b])) for a, b in pairs]
+    return Primary(question, pairs, {a.key: j for (a, _), j in zip(pairs, judge(family, delta), strict=True)})
+
+
+def judge_planned(cells: Sequence[Cell], plan: Plan) -> Primary:
+    """Judge the primary comparison of a plan by its latest look; between looks it is withheld."""
+    question = Question(plan.norm, plan.reference, statistic="pooled" if len(plan.groups) > 1 else "mean")
+    pairs, done = plan.pairs(cells), len(plan.entries)
+    under_way = {seed for cell in (c for pair in pairs for c in pair) for seed in cell.scores["test_acc"]}
+    if not done or (not plan.decided and under_way - set(plan.seeds_at(done - 1))):
+        n = plan.looks[done]
+        return Primary(question, pairs, withheld=f"It is judged at {n} seeds, look {done + 1} of {len(plan.looks)}.")
+    look = f"look {done} of {len(plan.looks)}, at {plan.looks[done - 1]} seeds"
+    if outside := sorted(under_way - set(plan.seeds_at(done - 1))):
+        look += f"; seeds that no look asked for are left out: {', '.join(map(str, outside))}"
+    return Primary(question, pairs, pooled=plan.judge(cells, done - 1), look=look)

@@ -1,0 +1,104 @@
+"""Evidence from the predictions of single test images, for the cells and comparisons of a report."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abn_exp.report.comparisons import Cell, pairs_of
+from abn_exp.report.images import (
+    CrossedMean,
+    McNemar,
+    SpreadSplit,
+    agreement_between,
+    agreement_within,
+    crossed_mean,
+    mcnemar,
+    split_spread,
+)
+from abn_exp.results import Run
+
+
+@dataclass(frozen=True)
+class TestPredictions:
+    """What the last epoch's weights of a run predict for each test image, and whether that is right."""
+
+    __test__ = False  # not a test, whatever pytest thinks of its name
+
+    classes: NDArray[np.integer]
+    correct: NDArray[np.bool_]
+    labels_digest: str
+
+
+@dataclass(frozen=True)
+class CellImages:
+    cell: Cell
+    seeds: tuple[int, ...]  # those with predictions
+    accuracy: CrossedMean
+    split: SpreadSplit
+    agreement: float  # between runs of different seeds
+
+
+@dataclass(frozen=True)
+class PairImages:
+    cell: Cell
+    reference: str
+    seeds: tuple[int, ...]  # those of which both runs have predictions
+    difference: CrossedMean
+    mcnemar: tuple[McNemar, ...]  # one a seed
+    agreement: float  # between the two norms' runs of a seed
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    cells: list[CellImages]
+    pairs: list[PairImages]
+    left_out: list[str]  # a sentence each: finished runs without predictions, or of other test images
+
+
+def image_evidence(
+    cells: Sequence[Cell], reference: str, read: Callable[[Run], TestPredictions | None]
+) -> ImageEvidence:
+    """Gather what the runs' predictions tell; ``read`` returns those of a run, None where it has none."""
+    found = {cell.key: {r.seed: p for r in cell.runs if r.result and (p := read(r)) is not None} for cell in cells}
+    digests = {cell.key: _same_images(found[cell.key]) for cell in cells}
+    of_cells, of_pairs, left_out = [], [], []
+    for cell in cells:
+        by_seed = found[cell.key]
+        where = f"{cell.dataset} with {cell.model}, {cell.norm} ({cell.variant})"
+        if missing := sorted(set(cell.scores["test_acc"]) - by_seed.keys()):
+            left_out.append(f"{where}: no predictions of seeds {', '.join(map(str, missing))}.")
+        if not digests[cell.key]:
+            left_out.append(f"{where}: its runs were tested on different images.")
+        elif by_seed:
+            correct = np.array([p.correct for p in by_seed.values()])
+            agreement = agreement_within([p.classes for p in by_seed.values()])
+            evidence = crossed_mean(correct), split_spread(correct), agreement
+            of_cells.append(CellImages(cell, tuple(by_seed), *evidence))
+    for cell, base in pairs_of(cells, None, reference):
+        ours, theirs = found[cell.key], found[base.key]
+        seeds = tuple(sorted(ours.keys() & theirs.keys()))
+        if not seeds or not _same_images({**ours, **{-1 - k: p for k, p in theirs.items()}}):
+            continue
+        a, b = (np.array([side[seed].correct for seed in seeds]) for side in (ours, theirs))
+        agreement = agreement_between([ours[s].classes for s in seeds], [theirs[s].classes for s in seeds])
+        difference = crossed_mean(a.astype(np.float64) - b)
+        of_pairs.append(PairImages(cell, reference, seeds, difference, tuple(mcnemar(a, b)), agreement))
+    return ImageEvidence(of_cells, of_pairs, left_out if of_cells else _none(cells))
+
+
+def _same_images(predictions: dict[int, TestPredictions]) -> bool:
+    return len({(p.labels_digest, len(p.correct)) for p in predictions.values()}) <= 1
+
+
+def _none(cells: Iterable[Cell]) -> list[str]:
+    """Say, where no run at all has predictions, that there is nothing to say; nothing where there are no runs."""
+    if not any(cell.scores["test_acc"] for cell in cells):
+        return []
+    return ["None of these runs has kept its predictions, so there are no numbers on single test images."]
+
+
+def read_test_predictions(run: Run) -> TestPredictions | None:
+    """Return what a finished run predicted; None where it has kept nothing."""
+    return None
