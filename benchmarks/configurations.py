@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from abn_exp.config import Config, read
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 BASE = "conventional"
 
 
