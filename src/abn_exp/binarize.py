@@ -80,9 +80,7 @@ def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}.")
 
 
-def sign_ste(
-    x: Tensor, estimator: str = "clipped", clip_value: float = 1.0, sign_zero: SignZero = "plus"
-) -> Tensor:
+def sign_ste(x: Tensor, estimator: str = "clipped", clip_value: float = 1.0, sign_zero: SignZero = "plus") -> Tensor:
     r"""Binarize x, with a straight-through estimator as its gradient.
 
     .. math:: y = \mathrm{sign}(x), \qquad \frac{\partial L}{\partial x} = \frac{\partial L}{\partial y}\, s(x)
