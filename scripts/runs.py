@@ -1,31 +1,51 @@
-"""Look after runs: python scripts/runs.py --pack results/NAME writes results/quoted/NAME, to be committed."""
+"""Look after runs: python scripts/runs.py results/NAME lists them with state, progress and time to go."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from abn_exp.report.pack import pack
+from abn_exp.report.progress import clean, list_runs
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
-    action = parser.add_mutually_exclusive_group(required=True)
+    parser = argparse.ArgumentParser(description="List runs with state, progress and time to go, or look after them.")
+    parser.add_argument("folder", type=Path, help="a folder that train.py wrote: results, or results/NAME")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--clean",
+        action="store_true",
+        help="list what may go: what failed, is damaged, was stopped or has not begun; with --yes remove it",
+    )
     action.add_argument(
         "--pack",
-        type=Path,
-        metavar="results/NAME",
+        action="store_true",
         help="write or extend results/quoted/NAME: the report, the figures, and the records of all runs in one file",
     )
+    parser.add_argument("--yes", action="store_true", help="with --clean: remove what it lists")
     arguments = parser.parse_args()
+    if arguments.yes and not arguments.clean:
+        parser.error("--yes is for --clean")
     try:
-        done = pack(arguments.pack)
+        lines = _act(arguments)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    for line in done.left_out:
-        print(line)
-    print(f"{done.folder}: {done.added} runs added, {done.present} were there.")
+    print(*lines, sep="\n")
     return 0
+
+
+def _act(arguments: argparse.Namespace) -> list[str]:
+    if arguments.clean:
+        lines = clean(arguments.folder, remove=arguments.yes)
+        if not lines:
+            return [f"Every run below {arguments.folder} is finished or being trained."]
+        return lines if arguments.yes else [*lines, "Nothing was removed; --yes removes them."]
+    if arguments.pack:
+        from abn_exp.report.pack import pack
+
+        done = pack(arguments.folder)
+        return [*done.left_out, f"{done.folder}: {done.added} runs added, {done.present} were there."]
+    return list_runs(arguments.folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -238,6 +240,25 @@ def _precision_of_auto(directory: Path) -> str:
         found = re.search(r" seed \d+ on (.+)", printed.decode(errors="replace"))
         device = found[1] if found is not None else ""
     return "exact16" if str(device).endswith(", exact16") else "fp32"
+
+
+def write_config(directory: Path, config: dict[str, Any], command: str) -> None:
+    """Write a run's resolved configuration, with the command above it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config))
+
+
+def has_begun(directory: Path) -> bool:
+    """Return whether a run was ever started: a sweep writes the configurations of all its runs beforehand."""
+    return not directory.is_dir() or any(path.name not in ("config.yaml", ".lock") for path in directory.iterdir())
+
+
+def remove_run(directory: Path) -> None:
+    """Remove a run, and the folders above it that then are empty. Hold its lock."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        for folder in list(directory.parents)[:5]:
+            folder.rmdir()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

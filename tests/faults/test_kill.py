@@ -94,10 +94,11 @@ def test_sweep_killed_between_its_runs(cli: Cli, tmp_path: Path, account: Accoun
     for seed in (0, 1):
         done = cli.run(f"seed={seed}", *SMALL, f"results_dir={tmp_path / 'whole'}", cwd=tmp_path)
         assert done.code == 0, done.err
-    moments = ["seed-1", ".runs.csv", ".report.md", "learning_curves.png"] if FULL else ["seed-1"]
+    begun = "seed-1/train.log"
+    moments = [begun, ".runs.csv", ".report.md", "learning_curves.png"] if FULL else [begun]
     lost = []
     for moment in moments:
-        folder = tmp_path / f"killed-{moment}"
+        folder = tmp_path / f"killed-{Path(moment).name}"
         words = ["-m", "seed=0,1", *SMALL, f"results_dir={folder}", "hydra/launcher=basic"]
         done = cli.run(*words, watch=folder, kill_at=moment, cwd=tmp_path)
         assert done.code == -signal.SIGKILL, done.err
@@ -129,7 +130,11 @@ def test_asked_to_stop(cli: Cli, tmp_path: Path, account: Account, sweep: bool) 
             lost.append(f"{name}: exit code {done.code}: {done.err}")
         if "the same command goes on from the end of epoch" not in done.out or "Traceback" in done.out + done.err:
             lost.append(f"{name}: does not say how it goes on: {done.out[-300:]} {done.err}")
-        if list(folder.rglob("FAILED")) or list(folder.rglob("result.json")) or list(folder.rglob("seed-1")):
+        if (
+            list(folder.rglob("FAILED"))
+            or list(folder.rglob("result.json"))
+            or list(folder.rglob("seed-1/train.log"))
+        ):
             lost.append(f"{name}: something else was done")
         resumed = cli.start(*words, cwd=tmp_path)
         log = next(folder.rglob("train.log"))

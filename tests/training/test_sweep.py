@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from abn_exp.results import Run, find_runs, read_metrics
+from abn_exp.results import Run, find_runs, has_begun, read_metrics
 from abn_exp.training.sweep import SweepCallback, expand
 from tests.helpers.runs import REPOSITORY, TINY
 
@@ -96,8 +96,8 @@ def test_a_killed_sweep_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) 
     """Killed in its third run, without -m; gone on with two at a time."""
 
     def third_has_begun() -> bool:
-        third = [run for run in find_runs(tmp_path / "results") if run.result is None]
-        return len(scores(tmp_path)) == 2 and any(len(read_metrics(run.directory)) == 1 for run in third)
+        others = [run for run in find_runs(tmp_path / "results") if run.result is None]
+        return len(scores(tmp_path)) == 2 and any(len(read_metrics(run.directory)) == 1 for run in others)
 
     process = sweep(tmp_path, *SIX)
     wait_for(third_has_begun)
@@ -169,8 +169,9 @@ def test_ctrl_c_stops_a_sweep_of_several_runs_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
     assert "0 of 3 runs are finished; stopped by SIGINT; the same command goes on" in done.stderr
     assert len(re.findall(r"^\[s\d\] stopped by SIGTERM in epoch", done.stdout, re.MULTILINE)) == 2
-    assert [run.status for run in find_runs(tmp_path)] == ["unfinished"] * 2  # the third has not begun
-    for run in find_runs(tmp_path):
+    assert [run.status for run in find_runs(tmp_path)] == ["unfinished"] * 3
+    assert [has_begun(run.directory) for run in find_runs(tmp_path)] == [True, True, False]
+    for run in find_runs(tmp_path)[:2]:
         torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
         read_metrics(run.directory)
         assert not (run.directory / "RUNNING").exists()

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -33,7 +32,16 @@ from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_lin
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan
 from abn_exp.models.cost import NetworkSummary, summarize
-from abn_exp.results import RunResult, read_checkpoint, read_config, read_metrics, read_result, write_result
+from abn_exp.results import (
+    RunResult,
+    read_checkpoint,
+    read_config,
+    read_metrics,
+    read_result,
+    remove_run,
+    write_config,
+    write_result,
+)
 from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
 from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
@@ -65,11 +73,13 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
 
     `steps` counts the run's steps for somebody who watches it; without it, this process watches the run itself.
 
-    Raises ConfigError for what the user can mend; whatever ends a run without a result is left in `FAILED`.
+    Raises ConfigError for what the user can mend: where training had not begun, nothing is left. What else ends a
+    run without a result is left in `FAILED`.
     """
     config, directory = plan.config, plan.directory
     if process_rank(config) > 0:
         return _run_worker_rank(plan)
+    select_device(config)  # before `force` clears anything
     directory.mkdir(parents=True, exist_ok=True)
     with _lock_run_dir(directory), _log_to(directory / "train.log"):
         remove_parts(directory)
@@ -84,7 +94,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
             show(finished)
             return finished
         _tell_last_attempt(plan)
-        write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config.model_dump()))
+        write_config(directory, config.model_dump(), command)
         for name in ("result.json", "SHA256SUMS", "FAILED"):
             (directory / name).unlink(missing_ok=True)
         write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
@@ -92,8 +102,14 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
             if not (directory / "checkpoints" / "last.ckpt").exists():
                 begin_with_shorter_run(plan)
             result = _train_and_test(plan, steps)
+        except ConfigError as error:
+            if _has_trained(directory):
+                write_text_atomic(directory / "FAILED", f"{error}\n")
+            else:
+                remove_run(directory)
+            raise
         except Exception as error:
-            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
         except (Stopped, SIGTERMException) as error:
@@ -109,6 +125,11 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
         log.info("%s", directory)
         show(result)
         return result
+
+
+def _has_trained(directory: Path) -> bool:
+    metrics = directory / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (directory / "checkpoints" / "last.ckpt").exists()
 
 
 def _tell_last_attempt(plan: RunPlan) -> None:

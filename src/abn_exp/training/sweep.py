@@ -27,7 +27,8 @@ from abn_exp.config import config_hash
 from abn_exp.errors import STOPPED, ConfigError, Stopped
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import GROUPS, RunPlan, plan_run
-from abn_exp.results import Run, RunResult, find_runs, read_result
+from abn_exp.records import read_run_file
+from abn_exp.results import Run, RunResult, find_runs, has_begun, read_result, write_config
 from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
@@ -53,8 +54,14 @@ class SweepCallback(Callback):
             raise SystemExit(f"error: {hydra_sentence(error)}") from None
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not self.plans[0].config.force
-        for folder in {plan.directory.parents[4] for plan in self.plans}:
-            record_command(folder, command(config))
+        try:
+            for folder in {plan.directory.parents[4] for plan in self.plans}:
+                record_command(folder, command(config))
+            for overrides, plan in self._planned.items():
+                if read_run_file(plan.directory, "config.yaml") is None:  # so that a report knows what is missing
+                    write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
+        except OSError as error:
+            raise SystemExit(f"error: {error}") from None
         log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
 
     def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
@@ -68,9 +75,8 @@ class SweepCallback(Callback):
         jobs: dict[Path, Job] = {}
         for plan, overrides in zip(plans, job_overrides, strict=True):
             if results[plan.directory] is None:
-                command = shlex.join(["python", "train.py", *filter_overrides(overrides)])
                 label = _label([override for override in overrides if override not in common])
-                jobs.setdefault(plan.directory, Job(plan, label, command))
+                jobs.setdefault(plan.directory, Job(plan, label, _single_command(overrides)))
         if jobs:
             try:
                 count = _number_at_once(list(jobs.values()))
@@ -126,7 +132,7 @@ class SweepCallback(Callback):
         for plan in self.plans:
             run = found.get(plan.directory)
             error = self.errors.get(plan.directory) or "no reason recorded"
-            if run is None:
+            if run is None or not has_begun(plan.directory):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
@@ -188,6 +194,11 @@ def command(config: DictConfig) -> str:
     overrides = config.hydra.overrides
     words = [word for word in overrides.hydra if word != "hydra.mode=MULTIRUN"]
     return shlex.join(["python", "train.py", "-m", *overrides.task, *words])
+
+
+def _single_command(overrides: Sequence[str]) -> str:
+    """Return what would be typed to start one run of a multirun."""
+    return shlex.join(["python", "train.py", *filter_overrides(overrides)])
 
 
 def record_command(folder: Path, typed: str) -> None:

@@ -1,0 +1,122 @@
+"""State and progress of the runs below a folder, and which of them may be removed."""
+
+import statistics
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from abn_exp.results import Run, find_runs, has_begun, read_config, read_metrics, remove_run
+
+WIDTH = 80
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a run, as the process that trains it does; yield whether it was free."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def is_running(directory: Path) -> bool:
+    """Return whether a process holds the run's lock."""
+    if not (directory / ".lock").is_file():
+        return False
+    try:
+        with run_lock(directory) as free:
+            return not free
+    except OSError:  # a folder that cannot be written: nobody trains there
+        return False
+
+
+def list_runs(folder: Path) -> list[str]:
+    """Return lines of at most 80 characters: the runs by cell with state, epochs and time to go, and their number.
+
+    Raises ValueError where there are none.
+    """
+    runs = find_runs(folder)
+    if not runs:
+        raise ValueError(
+            f"There are no runs below {folder}; give a folder that train.py wrote, results or results/NAME."
+        )
+    lines, states = [], []
+    for cell, group in groupby(runs, lambda run: run.directory.parent):
+        lines += wrap(str(cell.relative_to(folder) if cell.is_relative_to(folder) else cell))
+        for run in group:
+            state, rest = describe(run)
+            states.append(state)
+            lines += wrap(f"{run.directory.name:<9} {state:<10} {rest}", indent=2, more=21)
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return [*lines, *wrap(f"{len(runs)} runs: {counts}")]
+
+
+def wrap(text: str, indent: int = 0, more: int = 2) -> list[str]:
+    """Return a text in lines of at most 80 characters; the first is indented by `indent`, the others by more."""
+    first, others = " " * indent, " " * (indent + more)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def describe(run: Run) -> tuple[str, str]:
+    """Return a run's state, and what there is to say: epochs, accuracy or time to go, the reason of a failure."""
+    if run.result is not None:
+        epochs = run.result.epochs
+        return "finished", f"{epochs}/{epochs}  test {100 * run.result.test_acc:.2f} %"
+    if run.status == "damaged":
+        return "damaged", run.reason or ""
+    if not has_begun(run.directory):
+        return "not begun", ""
+    done, total, seconds = progress(run.directory)
+    rest = f"{done}/{total}"
+    if run.status != "unfinished":
+        return run.status, f"{rest}  {run.reason}"
+    if seconds is not None:
+        rest += f"  {clock(seconds)} to go"
+    marker = run.directory / "RUNNING"
+    if is_running(run.directory):
+        return "running", f"{rest}  {marker.read_text(encoding='utf-8').strip() if marker.is_file() else ''}".rstrip()
+    return ("killed" if marker.is_file() else "stopped"), rest
+
+
+def progress(directory: Path) -> tuple[int, int, float | None]:
+    """Return a run's epochs, those that it should have, and the seconds that the others take at its usual speed."""
+    metrics, total = read_metrics(directory), read_config(directory)["recipe"]["epochs"]
+    times = [line["seconds"] for line in metrics if "seconds" in line]
+    left = total - len(metrics)
+    return len(metrics), total, statistics.median(times) * left if times else None
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def clean(folder: Path, *, remove: bool) -> list[str]:
+    """Remove, or only list, the runs that failed, are damaged, were stopped or have not begun.
+
+    A run that a process is training stays, and so does what an archive holds.
+    """
+    lines = []
+    for run in find_runs(folder):
+        if run.result is not None or not run.directory.is_dir() or is_running(run.directory):
+            continue
+        state, _ = describe(run)
+        with run_lock(run.directory) as free:
+            if not free:
+                continue
+            size = sum(path.stat().st_size for path in run.directory.rglob("*") if path.is_file())
+            if remove:
+                remove_run(run.directory)
+        lines += wrap(f"{'removed' if remove else 'would remove'} {run.directory} ({state}, {size / 1e6:.1f} MB)")
+    return lines
