@@ -1,7 +1,6 @@
 """Run the benchmark: steps, epochs, evaluation, loader, memory, and growth with size."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from abn_exp import models
 from abn_exp.binarize import sign_ste
 from abn_exp.data.prepare import ImageDataset
+from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.models.cost import summarize
 from abn_exp.norm import AttentionBatchNorm2d
@@ -285,4 +285,4 @@ def _pass(loader: Any) -> None:
 
 def default_workers() -> int:
     """Return how many processes load the conventional loop's images: up to eight."""
-    return min(8, os.cpu_count() or 1)
+    return min(8, cpu_count())

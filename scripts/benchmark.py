@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from abn_exp import provenance
+from abn_exp.machine import cpu_count
 from benchmarks import budget_report, report
 from benchmarks.configurations import CPU, GPU, HEADLINE, QUICK
 from benchmarks.run import Benchmark, default_workers
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--quick", action="store_true", help="small batches, few repetitions: minutes on two CPU cores")
     main.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     main.add_argument("--repetitions", type=count, help="of everything timed (default: 3 quick, 7 GPU, 9 CPU)")
-    main.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads of a step (default: all)")
+    main.add_argument("--threads", type=count, default=cpu_count(), help="CPU threads of a step (default: all)")
     main.add_argument(
         "--workers",
         type=count,

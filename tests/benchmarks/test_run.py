@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import runpy
 from functools import partial
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from abn_exp import models
 from abn_exp.binarize import Binarization
+from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training.parallel import random_data
@@ -121,7 +121,7 @@ def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
     text = (folder / "benchmark.md").read_text()
     assert "extrapolated from 1 steps" in text
     assert found.ratios["resnet18_paper", BASE].median == 1
-    assert ("seeds", EAGER) in found.growth or os.cpu_count() == 1
+    assert ("seeds", EAGER) in found.growth or cpu_count() == 1
 
 
 @pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--threads", "x"], ["--device", "tpu"]])

@@ -29,13 +29,13 @@ def test_the_least_number_that_is_nearly_the_best_is_chosen(rates: dict[int, flo
 
 
 def test_no_more_are_tried_than_there_are_runs_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.setattr(at_once, "cpu_count", lambda: 12)
     assert candidates(100, CPU, 1) == [1, 2, 4, 8, 12]
     assert candidates(100, CPU, 4) == [1, 2, 3]
     assert candidates(5, CPU, 1) == [1, 2, 4]
     assert candidates(1, CPU, 1) == [1]
     assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 12]
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(at_once, "cpu_count", lambda: 64)
     assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 16]
 
 
@@ -44,7 +44,7 @@ def test_one_run_or_one_core_is_not_measured(
 ) -> None:
     monkeypatch.setattr(at_once, "measure", None)
     assert measure_best_count(make_plan(), 1) == 1
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr(at_once, "cpu_count", lambda: 1)
     assert measure_best_count(make_plan(), 10) == 1
 
 

@@ -20,6 +20,7 @@ from abn_exp.config import Config
 from abn_exp.data.catalog import CATALOG
 from abn_exp.data.prepare import ImageDataset, Split
 from abn_exp.identity import RunPlan
+from abn_exp.machine import available_memory, cpu_count
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.setup import configure_process, make_loaders, make_network, select_device
 
@@ -68,9 +69,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def memory(key: str, file: str = "/proc/self/status") -> int:
-    """Return a size in bytes that Linux says: of this process VmRSS or VmHWM. Raises OSError elsewhere."""
-    lines = Path(file).read_text(encoding="ascii").splitlines()
+def memory(key: str) -> int:
+    """Return a size in bytes that Linux says of this process: VmRSS or VmHWM. Raises OSError elsewhere."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
@@ -105,7 +106,7 @@ def measure_best_count(plan: RunPlan, pending: int) -> int:
 
 def candidates(pending: int, device: torch.device, threads: int) -> list[int]:
     """Return the numbers to try: powers of two and as many as there are cores for, never more than are pending."""
-    cores = max(1, (os.cpu_count() or 1) // threads)
+    cores = max(1, cpu_count() // threads)
     most = min(pending, cores if device.type == "cpu" else min(16, cores))
     return sorted({count for count in (1, 2, 4, 8, 16, 32, 64, cores) if count <= most})
 
@@ -207,10 +208,7 @@ def _free_bytes(device: torch.device) -> float:
     """Return the memory that processes may share: nine tenths of what is free, or no bound where that is unknown."""
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
-    try:
-        return 0.9 * memory("MemAvailable", "/proc/meminfo")
-    except OSError:
-        return float("inf")
+    return 0.9 * available_memory()
 
 
 def _data_bytes(config: Config) -> float:

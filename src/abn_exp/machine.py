@@ -1,0 +1,86 @@
+"""CPUs and memory that this process may use, which in a container or a cluster's job is less than the machine has."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path("/")  # where /proc and /sys are
+
+
+def cpu_count() -> int:
+    """Return the number of CPUs: those of the process's affinity, or fewer where a cgroup has a quota of CPU time."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    quotas = [*_limits("cpu", "cpu.max", _quota), *_limits("cpu", "cpu.cfs_quota_us", _quota_v1)]
+    return max(1, math.ceil(min([count, *quotas])))
+
+
+def available_memory() -> float:
+    """Return the bytes of memory that are still to be had: what the machine has, or what a cgroup leaves of its limit.
+
+    Infinity where neither is known.
+    """
+    left = [*_limits("memory", "memory.max", _memory), *_limits("memory", "memory.limit_in_bytes", _memory_v1)]
+    return max(0.0, min([_table(ROOT / "proc/meminfo").get("MemAvailable:", math.inf) * 1024, *left]))
+
+
+def _limits(controller: str, name: str, read: Callable[[Path], float]) -> Iterator[float]:
+    """Yield what `read` makes of the file of every cgroup that this process is in, up to the outermost one.
+
+    Version 2 has one tree of cgroups, version 1 one for each controller. Inside a container, the path that
+    /proc/self/cgroup tells may be that outside; then what is there begins at the root.
+    """
+    try:
+        lines = (ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    mount = ROOT / "sys/fs/cgroup"
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        tree = mount if number == "0" else mount / controller if controller in controllers.split(",") else None
+        if tree is not None:
+            own = tree / path.lstrip("/")
+            for folder in (own, *own.parents[: len(own.parts) - len(tree.parts)]):
+                try:
+                    yield read(folder / name)
+                except (OSError, ValueError):  # no such file, or no limit
+                    continue
+
+
+def _quota(path: Path) -> float:
+    """Read "200000 100000": microseconds of CPU time in each period of so many; "max" is no limit."""
+    quota, period = path.read_text(encoding="ascii").split()
+    return int(quota) / int(period)
+
+
+def _quota_v1(path: Path) -> float:
+    quota = int(path.read_text(encoding="ascii"))
+    if quota <= 0:
+        raise ValueError("no limit")
+    return quota / int(path.with_name("cpu.cfs_period_us").read_text(encoding="ascii"))
+
+
+def _memory(path: Path) -> float:
+    return _left(path, "memory.current", "inactive_file")
+
+
+def _memory_v1(path: Path) -> float:
+    return _left(path, "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _left(path: Path, usage: str, cache: str) -> float:
+    """Return what a limit leaves: pages of files that nobody used of late count as used, but are given back."""
+    used = int(path.with_name(usage).read_text(encoding="ascii"))
+    return int(path.read_text(encoding="ascii")) - used + _table(path.with_name("memory.stat")).get(cache, 0)
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Read lines of a name, a number, and perhaps a unit."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for line in lines if len(words := line.split()) > 1 and words[1].isdecimal()}
