@@ -19,7 +19,7 @@ def cpu_count() -> int:
 
 
 def available_memory() -> float:
-    """Return the bytes of memory that are still to be had: what the machine has, or what a cgroup leaves of its limit.
+    """Return the bytes of memory that are still to be had: the machine's, or what a cgroup leaves of its limit.
 
     Infinity where neither is known.
     """
