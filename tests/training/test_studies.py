@@ -25,10 +25,10 @@ ABLATED = {
 }
 PLAIN = {"fixed"}
 CROSSED = {
-    "fixed_test_every_epoch-true",
-    "fixed_norm.momentum-0.9_test_every_epoch-true",
-    "fixed_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
-    "fixed_norm.momentum-0.9_optimizer.rebuild_each_epoch-true_test_every_epoch-true",
+    f"fixed{momentum}{init}{rebuilt}_test_every_epoch-true"
+    for momentum in ("", "_norm.momentum-0.9")
+    for init in ("", "_init-authors")
+    for rebuilt in ("", "_optimizer.rebuild_each_epoch-true")
 }
 PRECISIONS = {"fixed", "fixed_precision-exact16", "fixed_precision-bf16"}
 # study: results' folder, seeds, data sets, models, norms, variants
@@ -54,7 +54,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def plans(*overrides: str) -> list[RunPlan]:
-    return sweep.expand(composed(*overrides))
+    return list(sweep.expand(composed(*overrides)).values())
 
 
 def cells(found: list[RunPlan]) -> set[tuple[str, ...]]:
@@ -119,7 +119,13 @@ def test_one_command_runs_a_study_and_reports_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "train.py", "study=confound", "dataset=digits", "seed=0", "dataset.train_images=100"),
-            *("model.width=0.0625", "recipe.epochs=1", "recipe.batch_size=32", "norm.momentum=0.9"),
+            *(
+                "model.width=0.0625",
+                "recipe.epochs=1",
+                "recipe.batch_size=32",
+                "norm.momentum=0.9",
+                "recipe.init=torch",
+            ),
             *(f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}/hydra"),
         ],
         cwd=REPOSITORY,

@@ -213,6 +213,16 @@ def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list
 
 
 @pytest.mark.usefixtures("hydra")
+def test_two_commands_that_are_one_run_count_once(tmp_path: Path) -> None:
+    """The published start is that of one network; for any other the option has no effect."""
+    callback, overrides = SweepCallback(), [f"results_dir={tmp_path}", "seed=0,1", "recipe.init=torch,authors"]
+    callback.on_multirun_start(composed(*overrides, "model=binarynet"))
+    assert len(callback.plans) == 2
+    callback.on_multirun_start(composed(*overrides, "model=resnet18_paper"))
+    assert len(callback.plans) == 4
+
+
+@pytest.mark.usefixtures("hydra")
 def test_the_seeds_are_those_named_last() -> None:
     def expanded(*overrides: str) -> list[tuple[str, int]]:
         return [(plan.choices["norm"], plan.config.seed) for plan in expand(composed(*overrides)).values()]

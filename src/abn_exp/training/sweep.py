@@ -45,7 +45,9 @@ class SweepCallback(Callback):
         try:
             _check_sweeper(config)
             self._planned = expand(config)
-            self.plans, self.errors = list(self._planned.values()), dict[Path, str]()
+            # Two commands may be one run, where an option has no effect on what the other one chooses.
+            self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
+            self.errors = dict[Path, str]()
             _check_devices(self.plans)
             _check_launcher(self.plans, config)
         except ConfigError as error:
