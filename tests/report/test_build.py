@@ -28,6 +28,7 @@ def folder(tmp_path):
 def no_figures(monkeypatch):
     """Leave out what takes most of a report's time, where a test is about its text."""
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 def only(report):

@@ -22,6 +22,7 @@ from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, study,
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 def p_of(t):

@@ -20,6 +20,7 @@ REPORTS = ("report.md", "report.csv", "runs.csv", "report.tex")
 @pytest.fixture
 def no_figures(monkeypatch):
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ A report is a function of the records below its folder and of nothing else: writ
 same.
 """
 
+import logging
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
@@ -33,12 +36,16 @@ from abn_exp.report.comparisons import (
 )
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors
+from abn_exp.report.html import page_of, render
 from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
 from abn_exp.report.per_image import image_evidence, read_test_predictions
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
 from abn_exp.results import find_runs, read_config, read_metrics
+
+log = logging.getLogger(__name__)
+PAGE_SECONDS = 60  # between two pages that are written while runs are under way
 
 
 def build_report(folder: Path, *, reference: str = "bn", interim: bool = False) -> Report:
@@ -128,7 +135,7 @@ def _command(folder: Path, cells: list[Cell]) -> str:
 
 
 def write_report(folder: Path, *, reference: str = "bn", interim: bool = False, out: Path | None = None) -> Report:
-    """Write report.md, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
+    """Write report.md, report.html, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
     :func:`build_report`."""
     folder = Path(folder)
     report = build_report(folder, reference=reference, interim=interim)
@@ -145,6 +152,7 @@ def write_report(folder: Path, *, reference: str = "bn", interim: bool = False, 
             for suffix in ("png", "pdf"):
                 (out / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
     write_text_atomic(out / "report.md", markdown(report, drawn))
+    write_text_atomic(out / "report.html", html_page(report))
     write_text_atomic(out / "report.tex", latex(report))
     write_text_atomic(out / "report.csv", cells_csv(report))
     if effects := effects_csv(report):
@@ -153,6 +161,31 @@ def write_report(folder: Path, *, reference: str = "bn", interim: bool = False, 
         (out / "effects.csv").unlink(missing_ok=True)
     write_text_atomic(out / "runs.csv", runs_csv(report))
     return report
+
+
+def html_page(report: Report) -> str:
+    """Return report.html."""
+    return render(page_of(report))
+
+
+def update_page(folder: Path, *, reference: str = "bn") -> None:
+    """Write report.html of a folder whose runs are under way: by one process at a time, at most once a minute.
+
+    There is no verdict on the primary comparison, and no interval of it, before its runs are complete. A page that
+    cannot be written is a warning: it is made again from the records.
+    """
+    page = folder / "report.html"
+    try:
+        with FileLock(folder / ".report.lock", timeout=0):
+            earlier = next(path for path in (page, folder / "command.txt", folder) if path.exists())
+            if time.time() - earlier.stat().st_mtime < PAGE_SECONDS:
+                return
+            report = build_report(folder, reference=reference, interim=True)
+            write_text_atomic(page, html_page(report))
+    except Timeout:
+        return
+    except (ValueError, OSError) as error:
+        log.warning("%s is not up to date: %s", page, error)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

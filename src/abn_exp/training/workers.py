@@ -194,11 +194,14 @@ def train_one(job: Job, steps: Counter | None = None) -> Outcome:
 
     `steps` is what somebody else watches; without it, this process watches the run itself.
     """
+    from abn_exp.report.build import update_page
     from abn_exp.training.run import run
 
     _prefix_log_lines(job.label)
     try:
-        return Outcome(run(job.plan, job.command, steps))
+        result = run(job.plan, job.command, steps)
+        update_page(job.plan.directory.parents[4])
+        return Outcome(result)
     except (ConfigError, Diverged, OSError) as error:
         log.error("error: %s", error)
         return Outcome(error=str(error))

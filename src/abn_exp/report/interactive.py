@@ -1,0 +1,326 @@
+"""Interactive figures of a report, drawn by Plotly for report.html. Accuracies are percent, differences points.
+
+Each trace carries its norm as `meta`, by which the page switches norms on and off. Functions return None where there
+is nothing to draw.
+"""
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from abn_exp.report.figures import MOST_BANDS, norm_styles
+from abn_exp.report.stats import Array, summarize
+
+INK = "#1a1a1a"  # text and BN; the page's script swaps it for a light grey in the dark theme
+FAINT = "rgba(128,128,128,0.35)"
+ROW, PANEL = 34, 300  # pixels: a row of a forest plot, the height of a panel
+MAX_COLUMNS = 2
+TITLE_WIDTH = 50  # characters of a line above a panel
+RATIOS = [0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10]  # ticks of a logarithmic axis
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """One interval of a forest plot, in points. `pooled` rows are diamonds."""
+
+    label: str
+    norm: str
+    estimate: float
+    interval: tuple[float, float]
+    note: str = ""  # shown when the pointer is over it: n, p, verdict
+    pooled: bool = False
+
+
+def colour(norm: str, norms: Iterable[str]) -> str:
+    """Return a norm's colour as in the other figures; black is INK, which follows the theme."""
+    found = str(norm_styles({norm, *norms})[norm].color)
+    if found == "black":
+        return INK
+    if found[0] == "#":
+        return found
+    grey = round(255 * float(found))  # matplotlib's "0.5"
+    return f"#{grey:02x}{grey:02x}{grey:02x}"
+
+
+def translucent(value: str, alpha: float) -> str:
+    """Return a #rrggbb colour with an opacity, for bands."""
+    red, green, blue = (int(value[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go.Figure | None:
+    """Draw differences to the reference with their intervals, and the zone of +-delta behind them."""
+    rows = [row for row in rows if math.isfinite(row.estimate)]
+    if not rows:
+        return None
+    figure = go.Figure()
+    names = [row.norm for row in rows]
+    if delta is not None:
+        figure.add_vrect(-delta, delta, fillcolor="rgba(0,158,115,0.13)", line_width=0)
+        figure.add_annotation(
+            x=0,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
+            text=f"equivalent: within ±{delta:g} points",
+        )
+    figure.add_vline(0, line_width=1, line_color=INK)
+    labels = [f"<b>{_wrapped(row.label)}</b>" if row.pooled else _wrapped(row.label) for row in rows]
+    for i, row in enumerate(rows):
+        known = all(map(math.isfinite, row.interval))
+        low, high = row.interval if known else (row.estimate, row.estimate)
+        hover = f"{row.estimate:+.2f} ({low:+.2f} to {high:+.2f})" if known else f"{row.estimate:+.2f}, no interval"
+        style = colour(row.norm, names)
+        error = {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - row.estimate],
+            "arrayminus": [row.estimate - low],
+        }
+        figure.add_scatter(
+            x=[row.estimate],
+            y=[i],
+            error_x=None if row.pooled or not known else {**error, "color": style, "thickness": 2, "width": 0},
+            mode="markers",
+            marker={"color": style, "size": 10, "symbol": "square"},
+            name=row.norm,
+            meta=row.norm,
+            opacity=0 if row.pooled and known else 1,
+            hovertemplate=f"{html.escape(row.label)}<br>{hover}<br>{html.escape(row.note)}<extra></extra>",
+            showlegend=False,
+        )
+        if row.pooled and known:
+            figure.add_scatter(
+                x=[low, row.estimate, high, row.estimate, low],
+                y=[i, i - 0.28, i, i + 0.28, i],
+                fill="toself",
+                mode="lines",
+                line={"color": style},
+                fillcolor=style,
+                name=row.norm,
+                meta=row.norm,
+                hoverinfo="skip",
+                showlegend=False,
+            )
+    figure.update_yaxes(
+        tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - 0.4, -0.6], automargin=True
+    )
+    figure.update_xaxes(title=f"Test accuracy minus {reference}, points", zeroline=False)
+    lines = max(label.count("<br>") for label in labels)
+    figure.update_layout(height=110 + (ROW + 10 * lines) * len(rows))
+    return figure
+
+
+def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> go.Figure | None:
+    """Draw each seed's accuracy in percent by epoch, the mean over seeds and, from two seeds on, a band of +-1 std.
+
+    More than three norms in a panel are drawn without bands, which would hide each other.
+
+    `panels`: title -> norm -> seed -> accuracy of epochs 1, 2, ...
+    """
+    drawn = {title: {norm: seeds for norm, seeds in norms.items() if seeds} for title, norms in panels.items()}
+    drawn = {title: norms for title, norms in drawn.items() if norms}
+    if not drawn:
+        return None
+    figure, cells = _panels(list(drawn))
+    names = {norm for norms in drawn.values() for norm in norms}
+    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+        for norm, seeds in norms.items():
+            style = colour(norm, names)
+            length = min(len(curve) for curve in seeds.values())
+            epochs = np.arange(1, length + 1)
+            curves = np.stack([curve[:length] for curve in seeds.values()])
+            common = {"meta": norm, "showlegend": False, "row": row, "col": column}
+            if len(curves) > 1 and len(norms) <= MOST_BANDS:
+                mean, std = curves.mean(0), curves.std(0, ddof=1)
+                figure.add_scatter(
+                    x=[*epochs, *epochs[::-1]],
+                    y=[*(mean + std), *(mean - std)[::-1]],
+                    fill="toself",
+                    mode="lines",
+                    fillcolor=translucent(style, 0.18),
+                    line={"width": 0},
+                    hoverinfo="skip",
+                    **common,
+                )
+            for seed, curve in seeds.items():
+                figure.add_scatter(
+                    x=np.arange(1, len(curve) + 1),
+                    y=np.round(curve, 3),
+                    mode="lines+markers" if len(curve) == 1 else "lines",
+                    line={"color": style, "width": 0.8},
+                    opacity=0.5 if len(norms) <= MOST_BANDS else 0.25,
+                    hovertemplate=f"{norm}, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+                    **common,
+                )
+            figure.add_scatter(
+                x=epochs,
+                y=np.round(curves.mean(0), 3),
+                mode="lines",
+                line={"color": style, "width": 2.5},
+                hovertemplate=f"{norm}, mean of {len(curves)} seeds<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+                **common,
+            )
+    figure.update_xaxes(title="Epoch")
+    figure.update_yaxes(title="Accuracy (%)")
+    return figure
+
+
+def every_seed(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> go.Figure | None:
+    """Draw each seed's test accuracy in percent, and each norm's mean with its 95 % interval over seeds."""
+    drawn = {title: {n: s for n, s in norms.items() if s} for title, norms in panels.items()}
+    drawn = {title: norms for title, norms in drawn.items() if norms}
+    if not drawn:
+        return None
+    figure, cells = _panels(list(drawn), height=110 + 40 * max(map(len, drawn.values())))
+    names = {norm for norms in drawn.values() for norm in norms}
+    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+        for i, (norm, seeds) in enumerate(norms.items()):
+            style, summary = colour(norm, names), summarize(np.array(list(seeds.values())))
+            common = {"meta": norm, "showlegend": False, "row": row, "col": column}
+            heights = i + 0.22 + (np.linspace(-0.1, 0.1, len(seeds)) if len(seeds) > 1 else np.zeros(1))
+            figure.add_scatter(
+                x=list(seeds.values()),
+                y=heights,
+                mode="markers",
+                marker={"color": style, "size": 7, "opacity": 0.6},
+                customdata=list(seeds),
+                hovertemplate=f"{norm}, seed %{{customdata}}: %{{x:.2f}} %<extra></extra>",
+                **common,
+            )
+            low, high = summary.mean_interval
+            known = math.isfinite(low)
+            figure.add_scatter(
+                x=[summary.mean],
+                y=[i - 0.15],
+                mode="markers",
+                marker={"color": style, "size": 9, "symbol": "square"},
+                error_x={"type": "data", "array": [high - summary.mean if known else 0], "color": style, "width": 0},
+                hovertemplate=f"{norm}: {summary.mean:.2f} %"
+                + (f" ({low:.2f} to {high:.2f})" if known else "")
+                + f", n = {summary.n}<extra></extra>",
+                **common,
+            )
+        figure.update_yaxes(
+            tickvals=list(range(len(norms))),
+            ticktext=list(norms),
+            range=[len(norms) - 0.5, -0.6],
+            row=row,
+            col=column,
+        )
+    figure.update_xaxes(title="Test accuracy (%)")
+    return figure
+
+
+def paired_slopes(panels: Mapping[str, Mapping[str, Mapping[int, float]]], reference: str) -> go.Figure | None:
+    """Draw a line a seed from the reference's test accuracy to each other norm's, in percent."""
+    drawn = {t: norms for t, norms in panels.items() if reference in norms and len(norms) > 1}
+    if not drawn:
+        return None
+    figure, cells = _panels(list(drawn))
+    names = {norm for norms in drawn.values() for norm in norms}
+    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+        base = norms[reference]
+        others = [norm for norm in norms if norm != reference]
+        for i, norm in enumerate(others):
+            shared = sorted(base.keys() & norms[norm].keys())
+            x = [value for _ in shared for value in (2 * i, 2 * i + 1, None)]
+            y = [value for seed in shared for value in (base[seed], norms[norm][seed], None)]
+            figure.add_scatter(
+                x=x,
+                y=y,
+                mode="lines+markers",
+                line={"color": colour(norm, names), "width": 1.2},
+                customdata=[seed for seed in shared for _ in range(3)],
+                hovertemplate="seed %{customdata}: %{y:.2f} %<extra></extra>",
+                meta=norm,
+                showlegend=False,
+                row=row,
+                col=column,
+            )
+        ticks = [name for norm in others for name in (reference, norm)]
+        figure.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, row=row, col=column)
+    figure.update_yaxes(title="Test accuracy (%)")
+    return figure
+
+
+def spread_ratios(rows: Sequence[ForestRow], reference: str) -> go.Figure | None:
+    """Draw ratios of standard deviations between seeds with their intervals, on a logarithmic axis."""
+    rows = [
+        row for row in rows if math.isfinite(row.estimate) and row.estimate > 0 and math.isfinite(row.interval[0])
+    ]
+    figure = forest(rows, None, reference)
+    if figure is None:
+        return None
+    figure.layout.shapes = ()
+    figure.add_vline(1, line_width=1, line_color=INK)
+    figure.update_xaxes(type="log", title=f"Standard deviation between seeds, ratio to {reference}", tickvals=RATIOS)
+    return figure
+
+
+def power_curves(curves: Mapping[str, tuple[str, Array, Array, int]], delta: float) -> go.Figure | None:
+    """Draw the power to find a difference of delta against the number of seeds; the present n is marked.
+
+    `curves`: label -> (norm, n, power in [0, 1], present n).
+    """
+    if not curves:
+        return None
+    figure = go.Figure()
+    names = {norm for norm, *_ in curves.values()}
+    for label, (norm, n, power, present) in curves.items():
+        style = colour(norm, names)
+        figure.add_scatter(
+            x=n,
+            y=np.round(100 * power, 2),
+            mode="lines",
+            line={"color": style},
+            meta=norm,
+            showlegend=False,
+            hovertemplate=f"{html.escape(label)}<br>%{{x}} seeds: %{{y:.0f}} %<extra></extra>",
+        )
+        if present in n:
+            at = int(np.flatnonzero(n == present)[0])
+            figure.add_scatter(
+                x=[present],
+                y=[100 * power[at]],
+                mode="markers",
+                marker={"color": style, "size": 9},
+                meta=norm,
+                showlegend=False,
+                hovertemplate=f"{html.escape(label)}<br>now: %{{x}} seeds, %{{y:.0f}} %<extra></extra>",
+            )
+    figure.add_hline(80, line_width=1, line_dash="dot", line_color=INK)
+    figure.update_xaxes(title="Seeds")
+    figure.update_yaxes(title=f"Power to find {delta:g} points (%)", range=[0, 102])
+    figure.update_layout(height=PANEL + 60)
+    return figure
+
+
+def _wrapped(text: str) -> str:
+    return "<br>".join(map(html.escape, textwrap.wrap(text, TITLE_WIDTH)))
+
+
+def _panels(titles: Sequence[str], height: int = PANEL) -> tuple[go.Figure, list[tuple[int, int]]]:
+    """Return a figure of one panel a title, and each panel's (row, column)."""
+    columns = min(MAX_COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    lines = max(_wrapped(title).count("<br>") for title in titles)
+    height += 16 * lines
+    gap = min(0.3, (100 + 16 * lines) / (rows * height)) if rows > 1 else 0.0
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[_wrapped(title) for title in titles],
+        vertical_spacing=gap,
+        horizontal_spacing=0.12,
+    )
+    figure.update_annotations(font_size=13)
+    figure.update_layout(height=rows * (height + 60) + 40)
+    return figure, [(i // columns + 1, i % columns + 1) for i in range(len(titles))]

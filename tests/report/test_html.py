@@ -1,0 +1,146 @@
+"""report.html: what it says and draws, that it needs no network, and how it is kept up to date while runs go on."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from abn_exp.report import build
+from abn_exp.report.build import build_report, update_page
+from abn_exp.report.html import page_of, render
+from abn_exp.report.watch import serve
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, study
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study(tmp_path_factory.mktemp("study") / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return render(page_of(build_report(folder)))
+
+
+def figures(page: str) -> list[dict]:
+    (text,) = re.findall(r"^const FIGURES = (.*);$", page, re.MULTILINE)
+    return json.loads(text)
+
+
+def test_the_answer_stands_on_top(page: str, folder: Path) -> None:
+    body = page[page.index("<main>") :]
+    answer = re.findall(r'<p class="answer">(.*?)</p>', body)
+    assert answer == [build_report(folder).answer()[0]]
+    assert body.index('class="answer"') < body.index("<section>")
+
+
+def test_figures_hold_every_seed_and_the_zone_of_delta(page: str) -> None:
+    forest, curves, seeds, slopes, *_ = figures(page)
+    zone = next(shape for shape in forest["layout"]["shapes"] if shape["type"] == "rect")
+    assert (zone["x0"], zone["x1"]) == (-0.5, 0.5)
+    abn = next(trace for trace in seeds["data"] if trace["meta"] == "abn" and "customdata" in trace)
+    assert abn["x"] == pytest.approx([100 * score for score in CLEARLY_ABOVE])
+    assert abn["customdata"] == [0, 1, 2, 3, 4]
+    hover = [trace["hovertemplate"] for trace in curves["data"] if "hovertemplate" in trace]
+    assert {f"abn, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>" for seed in range(5)} <= set(hover)
+    (pairs,) = slopes["data"]
+    assert pairs["y"][:2] == pytest.approx([70.0, 70.8])
+    assert pairs["y"][2] is None
+
+
+def test_text_of_a_record_is_never_markup(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, model="<script>alert(1)</script>"[:8])
+    assert "<script>alert" not in render(page_of(build_report(tmp_path)))
+
+
+def test_one_seed_of_one_norm_is_a_page(tmp_path: Path) -> None:
+    finish_run(tmp_path, "abn", 0, 0.7)
+    text = render(page_of(build_report(tmp_path)))
+    assert "was not run" in text
+    assert len(figures(text)) == 2  # a learning curve and a dot
+
+
+ASKED = """<script>addEventListener('load', () => setTimeout(() => {
+  document.title = 'asked: ' + JSON.stringify(performance.getEntriesByType('resource').map(entry => entry.name));
+}, 5000));</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_draws_every_figure_and_asks_nobody(page: str, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("</body>", ASKED), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    drawn = figures(page)
+    assert len(re.findall(r'class="figure js-plotly-plot"', done.stdout)) == len(drawn)
+    assert done.stdout.count('class="scatterlayer') >= len(drawn)
+    assert "<title>asked: []</title>" in done.stdout
+
+
+def test_the_page_forbids_itself_the_network(page: str) -> None:
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.startswith("default-src 'none';")
+    assert "http" not in policy
+    assert "*" not in policy
+
+
+def test_while_runs_go_on_the_page_is_written_at_most_once_a_minute(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "claims"
+    shutil.copytree(folder, own)
+    update_page(own)
+    assert not (own / "report.html").exists()  # the study began just now
+    os.utime(own, (0, 0))
+    update_page(own)
+    first = (own / "report.html").stat().st_mtime_ns
+    finish_run(own, "abn", 5, 0.9)
+    update_page(own)
+    assert (own / "report.html").stat().st_mtime_ns == first
+    os.utime(own / "report.html", (0, 0))
+    update_page(own)
+    assert "90.00" in (own / "report.html").read_text(encoding="utf-8")
+
+
+def test_two_processes_do_not_write_it_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise build.Timeout("")
+
+    monkeypatch.setattr(build.FileLock, "acquire", locked)
+    os.utime(folder, (0, 0))
+    update_page(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_server_shows_the_page_and_says_when_it_changes(tmp_path: Path) -> None:
+    page, refreshed = tmp_path / "report.html", []
+    server = serve(page, lambda: refreshed.append(1))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def get(path: str) -> bytes:
+        return urllib.request.urlopen(address + path, timeout=10).read()
+
+    try:
+        assert b"No run has ended yet" in get("/")
+        page.write_text("<body><p>four seeds</p></body>")
+        before = get("/version")
+        assert b"four seeds" in get("/")
+        assert b"fetch('/version'" in get("/")
+        os.utime(page, (1, 1))
+        assert get("/version") != before
+        with pytest.raises(urllib.error.HTTPError):
+            get("/../report.html")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert refreshed
