@@ -74,6 +74,8 @@ def test_the_weights_and_not_their_place_identify_a_run(make_plan: Make, first_s
     before = (here.directory / "result.json").stat().st_mtime_ns
     run(there, "python train.py")
     assert (here.directory / "result.json").stat().st_mtime_ns == before
+    by_seed = make_plan(f"init_from={first_stage.parent}/seed-${{seed}}", "seed=3")  # as in a sweep
+    assert by_seed.config.init_digest == here.config.init_digest
     plain, two_stages = make_plan(), plan_in(tmp_path, f"init_from={here.directory}")
     assert len({config_hash(plan.config) for plan in (plain, here, two_stages)}) == 3
     assert make_plan("+init_digest=0123").config.init_digest is None
