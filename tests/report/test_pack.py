@@ -36,7 +36,7 @@ def test_a_packed_study_has_the_same_runs_and_the_same_report(folder, no_figures
     write_report(folder)
     done = pack(folder)
     assert (done.folder, done.added, done.present, done.left_out) == (folder.parent / "quoted" / "claims", 11, 0, [])
-    assert {path.name for path in done.folder.iterdir()} == {*REPORTS, RECORDS, "figures"}
+    assert {path.name for path in done.folder.iterdir()} == {*REPORTS, "report.html", RECORDS, "figures"}
     for name in REPORTS:
         assert (done.folder / name).read_bytes() == (folder / name).read_bytes(), name
     assert load_runs(done.folder) == load_runs(folder)
