@@ -32,6 +32,7 @@ from abn_exp.report.comparisons import (
     collect_cells,
     compare_cells,
     group_cells,
+    learning_curves,
     pool,
 )
 from abn_exp.report.effects import effect_tables
@@ -42,7 +43,7 @@ from abn_exp.report.per_image import image_evidence, read_test_predictions
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
-from abn_exp.results import find_runs, read_config, read_metrics
+from abn_exp.results import find_runs, read_config
 
 log = logging.getLogger(__name__)
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way
@@ -227,20 +228,20 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
     differences: dict[str, dict[str, stats.MeanComparison]] = {}
     for c in report.comparisons:
         differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean.mean
-    validated = any(result.val_acc_last is not None for result in report.results)
-    key, label = ("val/acc", "Validation") if validated else ("test/acc", "Test")
-    curves = {titles[group]: {c.norm: _curves(c, key) for c in cells} for group, cells in groups.items()}
+    curves = {}
+    for group, cells in groups.items():
+        whole = [replace(c, runs=tuple(run for run in c.runs if run.status == "finished")) for c in cells]
+        images, found = learning_curves(whole)
+        curves[f"{titles[group]}: {images}"] = {norm: _stacked(series) for norm, series in found.items()}
     return {
-        "learning_curves": figures.learning_curves(curves, f"{label} accuracy (%)"),
+        "learning_curves": figures.learning_curves(curves),
         "seeds": figures.seeds_and_means(samples),
         "differences": figures.paired_differences(differences, report.reference),
         "spreads": figures.spreads(samples),
     }
 
 
-def _curves(cell: Cell, key: str) -> stats.Array:
-    """Return ``key`` in percent over the epochs that all finished runs have, (num_seeds, num_epochs)."""
-    runs = [read_metrics(run.directory) for run in cell.runs if run.status == "finished"]
-    series = [{line["epoch"]: line[key] for line in lines if key in line} for lines in runs]
-    epochs = sorted(set.intersection(*(set(one) for one in series))) if series else []
-    return 100 * np.array([[one[epoch] for epoch in epochs] for one in series]).reshape(len(series), len(epochs))
+def _stacked(series: Mapping[int, stats.Array]) -> stats.Array:
+    """Return the epochs that all seeds have, (num_seeds, num_epochs)."""
+    epochs = min(map(len, series.values()), default=0)
+    return np.array([curve[:epochs] for curve in series.values()]).reshape(len(series), epochs)

@@ -176,6 +176,24 @@ def group_cells(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
     return groups
 
 
+def learning_curves(cells: Iterable[Cell]) -> tuple[str, dict[str, dict[int, stats.Array]]]:
+    """Return of which images the accuracy is, and norm -> seed -> its value in percent at every epoch.
+
+    "validation", or "test" where a group has no validation split and was tested after every epoch.
+    """
+    lines = {cell.norm: {run.seed: read_metrics(run.directory) for run in cell.runs} for cell in cells}
+
+    def curves(key: str) -> dict[str, dict[int, stats.Array]]:
+        every = {
+            norm: {s: [100 * line[key] for line in r if key in line] for s, r in runs.items()}
+            for norm, runs in lines.items()
+        }
+        return {norm: {s: np.array(curve) for s, curve in runs.items() if curve} for norm, runs in every.items()}
+
+    validated = curves("val/acc")
+    return ("validation", validated) if any(validated.values()) else ("test", curves("test/acc"))
+
+
 def started_seeds(cells: Iterable[Cell]) -> list[int]:
     """Return every seed that was started in any of these cells."""
     return sorted({run.seed for cell in cells for run in cell.runs})

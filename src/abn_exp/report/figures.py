@@ -116,11 +116,12 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
 
-def learning_curves(panels: Panels, ylabel: str) -> Figure | None:
+def learning_curves(panels: Panels) -> Figure | None:
     """Draw the mean accuracy over epochs; data: (num_seeds, num_epochs) in percent.
 
-    Up to three norms: half a page wide, with +-1 std as a band. More: a full page wide, without bands and
-    without the first quarter of the epochs, or they could not be told apart.
+    Up to three norms: half a page wide, with +-1 std as a band where there are two seeds or more. More: a full page
+    wide, without bands and without the first quarter of the epochs, or they could not be told apart; the title says
+    so.
     """
     drawn = {title: {k: v for k, v in norms.items() if v.size} for title, norms in panels.items()}
     drawn = {title: norms for title, norms in drawn.items() if norms}
@@ -144,11 +145,15 @@ def learning_curves(panels: Panels, ylabel: str) -> Figure | None:
                     ax.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             if not few:
                 skipped = max(curves.shape[1] for curves in norms.values()) // 4
+                title += f", from epoch {skipped + 1} on" if skipped else ""
                 shown = [curves.mean(axis=0)[skipped:] for curves in norms.values() if curves.shape[1] > skipped]
                 ax.set(xlim=(skipped + 0.5, None), ylim=(min(map(np.min, shown)) - 0.5, None))
-            ax.set(title=textwrap.fill(title, TITLE_WIDTH), ylabel=ylabel, xlabel="Epoch")
+            ax.set(title=textwrap.fill(title, TITLE_WIDTH), ylabel="Accuracy (%)", xlabel="Epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, **TICKS))
-        figure.suptitle("Learning curves: mean over seeds" + (", band ±1 std" if few else ""), fontsize=8.5)
+        banded = few and any(len(curves) > 1 for norms in drawn.values() for curves in norms.values())
+        several = max(len(curves) for norms in drawn.values() for curves in norms.values()) > 1
+        title = "Learning curves" + (": mean over seeds" if several else "") + (", band ±1 std" if banded else "")
+        figure.suptitle(title, fontsize=8.5)
         where = {"loc": "outside lower center", "ncols": len(handles)} if few else {"loc": "outside right upper"}
         figure.legend(handles.values(), handles.keys(), **where)
         _label_outside(figure)
@@ -182,7 +187,7 @@ def paired_differences(panels: Panels, reference: str) -> Figure | None:
         panels,
         draw,
         f"Test accuracy, difference to {reference} (points)",
-        f"Difference to {reference}: mean and its 95 % interval",
+        f"Difference to {reference}: mean and its 95 % interval, uncorrected",
     )
     if figure is not None:
         for ax in figure.axes:

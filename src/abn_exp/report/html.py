@@ -6,15 +6,15 @@ dark theme; check boxes switch norms on and off in all figures at once.
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from abn_exp.report import tables
-from abn_exp.report.comparisons import Cell, group_cells
+from abn_exp.report import comparisons, tables
+from abn_exp.report.comparisons import group_cells
 from abn_exp.report.formatting import Table, number_text, p_text
 from abn_exp.report.interactive import (
     FAINT,
@@ -31,7 +31,6 @@ from abn_exp.report.interactive import (
 from abn_exp.report.stats import Array
 from abn_exp.report.tables import Report
 from abn_exp.report.verdicts import Judgement, power_of_difference, sentence
-from abn_exp.results import read_metrics
 
 MOST_SEEDS = 40  # the power curves end here
 
@@ -58,7 +57,10 @@ def page_of(report: Report) -> Page:
     for cell in report.cells:
         found = {seed: 100 * score for seed, score in cell.scores["test_acc"].items()}
         scores.setdefault(titles[cell.group], {})[cell.norm] = found
-    label, curves = _curves(report, titles)
+    curves = {}
+    for group, cells in groups.items():
+        images, series = comparisons.learning_curves(cells)
+        curves[f"{titles[group]}: {images}"] = series
     reference = report.reference
     labels = {c.cell.key: f"{c.cell.norm}, {titles[c.cell.group]}" for c in report.comparisons}
     rows = [_row(labels[c.cell.key], c.cell.norm, c.mean) for c in report.comparisons]
@@ -85,7 +87,7 @@ def page_of(report: Report) -> Page:
         notes=_notes(report, more),
         figures=[
             (f"Differences to {reference}, with uncorrected 95 % intervals", forest(rows, report.delta, reference)),
-            (f"Learning curves ({label}): every seed, mean and ±1 standard deviation", learning_curves(curves)),
+            ("Learning curves: every seed, mean and ±1 standard deviation", learning_curves(curves)),
             ("Test accuracy of every seed, mean and its 95 % interval", every_seed(scores)),
             (f"Seeds in pairs: {reference} and each other norm", paired_slopes(scores, reference)),
             (f"Spread between seeds, as a ratio to {reference}'s", spread_ratios(ratios, reference)),
@@ -118,28 +120,6 @@ def _row(label: str, norm: str, judgement: Judgement, pooled: bool = False) -> F
 def _power(judgement: Judgement, n: Array) -> Array:
     level = judgement.level / judgement.family
     return np.array([power_of_difference(judgement.delta / judgement.std, int(count), level) for count in n])
-
-
-def _curves(
-    report: Report, titles: Mapping[tuple[str, str, str], str]
-) -> tuple[str, dict[str, dict[str, dict[int, Array]]]]:
-    """Return what the learning curves show, and panel -> norm -> seed -> accuracy of each epoch.
-
-    A group without a validation split is shown by its accuracy on the test set, where that was recorded.
-    """
-    curves: dict[str, dict[str, dict[int, Array]]] = {}
-    kinds = set()
-    for group, cells in group_cells(report.cells).items():
-        found = {key: {cell.norm: _series(cell, key) for cell in cells} for key in ("val/acc", "test/acc")}
-        key = "val/acc" if any(found["val/acc"].values()) else "test/acc"
-        kinds.add(key)
-        curves[f"{titles[group]}: {'validation' if key == 'val/acc' else 'test'}"] = found[key]
-    return " and ".join("validation" if key == "val/acc" else "test" for key in sorted(kinds, reverse=True)), curves
-
-
-def _series(cell: Cell, key: str) -> dict[int, Array]:
-    runs = {run.seed: [100 * line[key] for line in read_metrics(run.directory) if key in line] for run in cell.runs}
-    return {seed: np.array(values) for seed, values in runs.items() if values}
 
 
 def _tables(report: Report) -> list[tuple[str, Table]]:
