@@ -9,8 +9,11 @@ Needs pip install "abn_exp[dashboard]", and to save it `wandb login`.
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
+
+from abn_exp.errors import in_a_line
 
 NORM = "config.norm"
 
@@ -26,6 +29,7 @@ def main() -> None:
         from wandb_workspaces import workspaces
     except ImportError:
         sys.exit('error: a dashboard needs wandb-workspaces: pip install "abn_exp[dashboard]".')
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     entity = arguments.entity
@@ -49,8 +53,8 @@ def main() -> None:
             print(json.dumps(json.loads(workspace._to_model().model_dump_json()), indent=2))
         else:
             print(workspace.save().url)
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        sys.exit(f"error: W&B: {next(iter(str(error).splitlines()), type(error).__name__)}")
+    except Exception as error:  # wandb's own errors have no class in common
+        sys.exit(f"error: W&B: {in_a_line(error) or type(error).__name__}")
 
 
 def sections() -> list[Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from abn_exp.report.progress import clean, list_runs
@@ -21,20 +22,25 @@ def main() -> int:
         action="store_true",
         help="write or extend results/quoted/NAME: the report, the figures, and the records of all runs in one file",
     )
+    action.add_argument(
+        "--upload",
+        action="store_true",
+        help="log to W&B what it lacks of runs that were offline, killed or cut off; as often as you like",
+    )
     parser.add_argument("--yes", action="store_true", help="with --clean: remove what it lists")
     arguments = parser.parse_args()
     if arguments.yes and not arguments.clean:
         parser.error("--yes is for --clean")
     try:
-        lines = _act(arguments)
+        for line in _act(arguments):
+            print(line, flush=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(*lines, sep="\n")
     return 0
 
 
-def _act(arguments: argparse.Namespace) -> list[str]:
+def _act(arguments: argparse.Namespace) -> Iterable[str]:
     if arguments.clean:
         lines = clean(arguments.folder, remove=arguments.yes)
         if not lines:
@@ -45,6 +51,10 @@ def _act(arguments: argparse.Namespace) -> list[str]:
 
         done = pack(arguments.folder)
         return [*done.left_out, f"{done.folder}: {done.added} runs added, {done.present} were there."]
+    if arguments.upload:
+        from abn_exp.training.wandb_run import upload
+
+        return upload(arguments.folder)
     return list_runs(arguments.folder)
 
 

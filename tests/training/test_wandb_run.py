@@ -1,25 +1,32 @@
 """W&B from outside: what an offline run holds, read back with W&B's own reader, and that nothing there ends a run."""
 
+import base64
 import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from abn_exp.config import WandbConfig, config_hash
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
+from abn_exp.results import read_metrics
 from abn_exp.training import wandb_run as tracking
 from abn_exp.training.wandb_run import Tracker
+from tests.helpers.records import finish_run, start_run
 from tests.helpers.runs import REPOSITORY, TINY
 
 SECRET = "0123456789abcdef" * 2 + "76543210"  # as long as a key is
@@ -169,7 +176,7 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def open_run(tmp_path: Path, mode: str = "auto", **more: Any) -> Tracker:
     names: dict[str, Any] = {"group": "cell", "name": "cell-s0", "tags": ["abn"], **more}
-    return Tracker(settings(tmp_path, mode), **names)
+    return Tracker(settings(tmp_path, mode), tmp_path / "results" / "study", **names)
 
 
 @pytest.mark.usefixtures("own")
@@ -248,7 +255,7 @@ def test_wandbs_variables_are_defaults_of_the_keys(
 @pytest.mark.usefixtures("own")
 def test_group_tags_and_notes_of_the_settings(tmp_path: Path) -> None:
     chosen = settings(tmp_path).model_copy(update={"group": "mine", "tags": ["abn", "pilot"], "notes": "a note"})
-    with Tracker(chosen, group="cell", name="cell-s0", tags=["digits", "abn"]) as tracker:
+    with Tracker(chosen, tmp_path, group="cell", name="cell-s0", tags=["digits", "abn"]) as tracker:
         assert (tracker.run.group, tracker.run.notes) == ("mine", "a note")
         assert sorted(tracker.run.tags) == ["abn", "digits", "pilot"]
 
@@ -275,7 +282,7 @@ def test_what_fails_inside_wandb_is_one_warning(
         for method in ("log", "finish"):
             monkeypatch.setattr(tracker.run, method, broken)
         for epoch in range(3):
-            tracker.log({"epoch": epoch})
+            tracker.log_epoch({"epoch": epoch})
     assert caplog.text.count("the service is gone") == 1
 
 
@@ -283,19 +290,129 @@ def test_what_fails_inside_wandb_is_one_warning(
 def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING), open_run(tmp_path / "file" / "below", "offline") as tracker:
-        tracker.log({"epoch": 0})
+        tracker.log_epoch({"epoch": 0})
     assert tracker.run_id is None
     assert "going on without it" in caplog.text
 
 
 @pytest.mark.usefixtures("own")
-def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
-    with open_run(tmp_path, "offline") as first:
-        first.log({"epoch": 0})
-    with open_run(tmp_path, "offline", id=first.run_id, resume="allow") as second:
-        second.log({"epoch": 1})
-    assert second.run_id == first.run_id
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}"))) >= 1
+def test_a_run_that_goes_on_keeps_its_id_and_logs_all_its_epochs_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), open_run(tmp_path, "offline", directory=tmp_path) as first:
+        first.log_epoch({"epoch": 1, "val/acc": 0.5})
+    assert f"`python scripts/runs.py --upload {tmp_path}/results/study` uploads it" in caplog.text
+    with open_run(tmp_path, "offline", directory=tmp_path) as second:
+        for epoch in (1, 2, 2, 3):
+            second.log_epoch({"epoch": epoch, "val/acc": 0.5})
+    assert second.run_id == first.run_id == (tmp_path / "wandb-run-id").read_text()
+    (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}")  # the first is removed
+    history = [line["item"] for line in records(folder)["history"]]
+    assert [(line["_step"], line["epoch"]) for line in history] == [(1, 1), (2, 2), (3, 3)]
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers a GraphQL query with `answers[run id]`, a bucket or None; anything else with an empty object."""
+
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Authorization"] == "Basic " + base64.b64encode(f"api:{SECRET}".encode()).decode()
+        name = body["variables"]["name"]
+        found = {"data": {"model": {"bucket": self.answers[name]}}} if name in self.answers else {"errors": ["no"]}
+        content = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_a_server_has_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"_step": 4, "epoch": 4}), json.dumps({"_step": 5, "epoch": 5})]
+    summary = {"epoch": 6, "final/test_acc": 0.5}
+    Server.answers = {
+        "tail": {"state": "crashed", "historyTail": json.dumps(lines), "summaryMetrics": json.dumps({"epoch": 4})},
+        "summary": {"state": "finished", "historyTail": None, "summaryMetrics": json.dumps(summary)},
+        "empty": {"state": "running", "historyTail": "[]", "summaryMetrics": "{}"},
+        "none": None,
+    }
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(tracking, "_server", lambda: (f"http://127.0.0.1:{server.server_port}", SECRET))
+    try:
+        found = {name: tuple(tracking._ask(settings(tmp_path), name)) for name in Server.answers}
+        with pytest.raises(ValueError, match="no"):
+            tracking._ask(settings(tmp_path), "something else")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert found == {
+        "tail": (5, True, False),
+        "summary": (6, True, True),
+        "empty": (-1, False, False),
+        "none": (-1, True, False),
+    }
+    with pytest.raises(OSError, match="refused"):
+        tracking._ask(settings(tmp_path), "tail")
+
+
+class Recorder:
+    """Stands for the Tracker: notes what is logged."""
+
+    logged: ClassVar[list[tuple[Path, Any]]] = []
+    failed = False
+
+    def __init__(self, _: WandbConfig, study: Path, *, directory: Path | None = None, **arguments: Any) -> None:
+        self.directory = directory if directory is not None else study
+        self.run = SimpleNamespace(offline=False)
+        self.logged.append((self.directory, arguments["job_type"]))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values, **more: self.logged.append((self.directory, name))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logged.append((self.directory, "finish"))
+
+
+def test_upload_brings_what_is_missing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_dump({"name": "study", "seed": 0, "wandb": {"mode": "disabled"}})
+    study = tmp_path / "study"
+    whole, cut, offline = (finish_run(study, norm, 0, 0.5, config=config) for norm in ("a", "b", "c"))
+    killed = start_run(study, "d", 0, config=config)
+    trained = start_run(study, "e", 0, config=config)
+    for directory in (whole, cut, killed):
+        (directory / "wandb-run-id").write_text(directory.parts[-3])
+    _, second, _, last = (line["epoch"] for line in read_metrics(whole))
+    there = {"a": tracking.Uploaded(last, True, True), "b": tracking.Uploaded(second, False, False)}
+    there["d"] = tracking.Uploaded(last, False, False)
+    monkeypatch.setattr(tracking, "_ask", lambda _, run_id: there[run_id])
+    monkeypatch.setattr(tracking, "_resolve_mode", lambda _: "online")
+    monkeypatch.setattr(tracking, "Tracker", Recorder)
+    Recorder.logged = []
+    with FileLock(trained / ".lock"):
+        lines = list(tracking.upload(study))
+    assert lines == [
+        f"{cut}: 2 epochs, result",
+        f"{offline}: 4 epochs, result",
+        f"{killed}: 0 epochs",
+        f"{trained}: being trained, it logs its epochs itself",
+        "5 runs, 3 of them lacked something in W&B",
+    ]
+    per_run = ["train", "log_epoch", "log_epoch", "log_epoch", "log_epoch"]
+    assert [what for directory, what in Recorder.logged if directory == cut] == [*per_run, "log_result", "finish"]
+    assert [what for directory, what in Recorder.logged if directory == killed] == [*per_run, "finish"]
+    assert {directory for directory, _ in Recorder.logged} == {cut, offline, killed}
+    with pytest.raises(ValueError, match="There are no runs in"):
+        list(tracking.upload(tmp_path / "nothing"))
 
 
 def dashboard(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -351,4 +468,4 @@ def test_the_file_for_wandb_agents_composes(make_plan: Callable[..., RunPlan]) -
         assert (plan.choices["dataset"], plan.config.name) == ("cifar10", "wandb-sweep")
     assert len(seen) == 10
     assert create_sweep_command(file["command"])[1:4] == ["${interpreter}", "${program}", "${args_no_hyphens}"]
-    assert file["metric"] == {"name": "final/test_acc", "goal": "maximize"}
+    assert file["metric"] == {"name": "final/val_acc", "goal": "maximize"}

@@ -241,9 +241,8 @@ class Report:
     def log(self, run: Run, kind: str) -> None:
         """Log the tables and figures as a W&B run of their own, where `run` has W&B on."""
         settings = Config.model_validate(read_config(run.directory)).wandb
-        with Tracker(
-            settings, group=run.directory.parts[-6], name=self.title, tags=[kind], job_type="analysis"
-        ) as tracker:
+        study = run.directory.parents[4]
+        with Tracker(settings, study, group=study.name, name=self.title, tags=[kind], job_type="analysis") as tracker:
             if tracker.run is None:
                 return
             import wandb

@@ -64,6 +64,8 @@ class EpochLogger(pl.Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
             write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        for line in self.lines:
+            self.tracker.log_epoch(line)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signs = {name: weight > 0 for name, weight in binary_weights(pl_module)}
@@ -87,7 +89,7 @@ class EpochLogger(pl.Callback):
         self.lines.append(metrics)
         if trainer.is_global_zero:
             append_line(self.path, json.dumps(metrics))
-        self.tracker.log(metrics)
+        self.tracker.log_epoch(metrics)
         self._log_epoch(metrics, trainer)
         bad = _not_finite(metrics, pl_module)
         if trainer.strategy.reduce_boolean_decision(

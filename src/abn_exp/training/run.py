@@ -56,7 +56,7 @@ from abn_exp.training.setup import (
     select_device,
     trainer_options,
 )
-from abn_exp.training.wandb_run import Tracker
+from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
 
 log = logging.getLogger(__name__)
@@ -193,9 +193,9 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         classifier.begun = steps
     wandb_config = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
     watched = nullcontext() if steps is not None else watching(plan, classifier.begun)
-    with watched, Tracker(wandb_config, **_wandb_arguments(plan)) as tracker:
-        if tracker.run_id is not None:
-            write_text_atomic(directory / "wandb-run-id", tracker.run_id)
+    arguments = run_arguments(directory, plan.choices["recipe"], config.model_dump())
+    with watched, Tracker(wandb_config, **arguments) as tracker:
+        tracker.log_network(summary)
         trainer = _trainer(config, device, directory, tracker, stages)
         last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
         if last is not None:
@@ -207,23 +207,8 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
             why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
             raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
         result = _test(plan, trainer, classifier, loaders["test"], summary, made_with, tracker.run_id)
-        tracker.summarize(_headline(result))
+        tracker.log_result(result)
     return result
-
-
-def _headline(result: RunResult) -> dict[str, float]:
-    """Return the numbers a W&B run is remembered by; those the recipe does not ask for are left out."""
-    values = {
-        "final/test_acc": result.test_acc,
-        "final/test_acc_top5": result.test_acc_top5,
-        "final/test_loss": result.test_loss,
-        "final/test_acc_best_val": result.test_acc_best_val,
-        "final/test_acc_peak": result.test_acc_peak,
-        "final/val_acc": result.val_acc_last,
-        "best/val_acc": result.val_acc_best,
-        "best/epoch": result.best_epoch,
-    }
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _trainer(
@@ -388,24 +373,3 @@ def _check_same_config(plan: RunPlan) -> RunResult | None:
             "choose another name=, or force=true to replace it."
         )
     return finished
-
-
-def _wandb_arguments(plan: RunPlan) -> dict[str, Any]:
-    config = plan.config
-    earlier = plan.directory / "wandb-run-id"
-    run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else ""
-    return {
-        "id": run_id or None,
-        "resume": "allow" if run_id else None,
-        "group": f"{config.name}-{plan.cell}",
-        "job_type": "train",
-        "name": f"{plan.cell}-s{config.seed}",
-        "tags": [plan.choices["dataset"], plan.choices["model"], plan.choices["norm"]],
-        "config": {
-            **plan.choices,
-            "variant": plan.variant,
-            "study": config.name,
-            "seed": config.seed,
-            "cfg": config.model_dump(),
-        },
-    }

@@ -149,12 +149,11 @@ class SweepCallback(Callback):
         return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
 
     def _log_report(self, report: "Report", folder: Any) -> None:
-        from abn_exp.training.wandb_run import Tracker
+        from abn_exp.training.wandb_run import Tracker, report_arguments
 
         settings = self.plans[0].config.wandb
-        name = f"{report.name}-report"
         try:
-            with Tracker(settings, group=report.name, job_type="report", name=name, tags=["report"]) as tracker:
+            with Tracker(settings, folder, **report_arguments(report.name)) as tracker:
                 tracker.log_report(folder)
         except ConfigError as error:
             log.error("error: %s", error)

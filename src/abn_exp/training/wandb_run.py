@@ -1,26 +1,37 @@
 """Optional W&B logging; a failure inside W&B is a warning, since the record of a run is on disk.
 
-Without a key a run is written offline (`wandb sync` uploads it later); a server that cannot be reached costs one
-wait a process, and then everything goes offline. What fails inside W&B is a warning, not the end of a run. `wandb`
-is imported only where it is used.
+Without a key a run is written offline; a server that cannot be reached costs one wait a process, and then everything
+goes offline. W&B's step is the epoch, and a run that goes on logs all its epochs again, so that W&B has each once.
+`upload` brings there later what records hold and W&B lacks. `wandb` is imported only where it is used.
 """
 
+import base64
 import csv
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+from filelock import FileLock, Timeout
 
 from abn_exp.config import WandbConfig
-from abn_exp.errors import ConfigError
+from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.files import write_text_atomic
+from abn_exp.models.cost import NetworkSummary
+from abn_exp.results import Run, RunResult, find_runs, read_config, read_metrics
 
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30  # seconds that a server which cannot be reached may cost, once a process
-FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads; what is left is on disk for `wandb sync`
+FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads
 MAX_TAG, MAX_NAME = 64, 128  # characters that W&B takes
 
 _unreachable = False  # a server that did not answer is not asked again by this process
@@ -32,30 +43,44 @@ class Tracker:
     Raises ConfigError where `wandb.mode=online` was asked for and there is no key that the server takes.
     """
 
-    def __init__(self, settings: WandbConfig, *, group: str, name: str, tags: list[str], **init: Any) -> None:
-        """`settings.group` wins over `group`; `init` goes to `wandb.init`: job_type, config, id, resume."""
+    def __init__(
+        self, settings: WandbConfig, study: Path, *, directory: Path | None = None, name: str, **init: Any
+    ) -> None:
+        """`study` is the study's folder, results/NAME; `directory` is a training run's, which keeps the id, so that
+        the same W&B run goes on. `init` goes to `wandb.init`: group, job_type, tags, config.
+        """
         self.run: Any = None
-        self._warned = False
+        self.command = f"python scripts/runs.py --upload {study}"  # what brings to W&B what could not be uploaded
+        self.failed = False  # whether something could not be logged or uploaded
+        self._epoch = -1  # the last one that W&B has
         if (mode := _resolve_mode(settings.mode)) == "disabled":
             return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B's own telemetry waits 20 s for a server that is silent
         arguments = {
             "project": settings.project,
             "entity": settings.entity,
             "dir": settings.dir,
-            "group": _fit(settings.group if settings.group is not None else group, MAX_NAME),
-            "name": _fit(name, MAX_NAME),
-            "tags": [_fit(tag, MAX_TAG) for tag in dict.fromkeys([*tags, *settings.tags])],
             "notes": settings.notes,
+            "name": _fit(name, MAX_NAME),
             **init,
+            "group": _fit(settings.group if settings.group is not None else init["group"], MAX_NAME),
+            "tags": [_fit(tag, MAX_TAG) for tag in dict.fromkeys([*init["tags"], *settings.tags])],
         }
+        earlier = _read_id(directory) if directory is not None else None
+        if earlier is not None:
+            arguments |= {"id": earlier, "resume": "allow"}
         self.run = _init(mode, arguments, required=settings.mode == "online")
         if self.run is None:
             return
         self._attempt(_define_axes)
+        if directory is not None:
+            write_text_atomic(directory / "wandb-run-id", self.run.id)
+        if earlier is not None:
+            _remove_earlier_segments(self.run)
+            if not self.run.offline:
+                with suppress(OSError, ValueError):  # else W&B's client leaves out what is there
+                    self._epoch = _ask(settings, earlier).epoch
         if self.run.offline:
-            log.info("W&B: offline, run %s; `wandb sync --yes` uploads it once you are logged in", self.run.id)
+            log.info("W&B: offline, run %s; `%s` uploads it once you are logged in", self.run.id, self.command)
         else:
             log.info("W&B: %s", self.run.url)
 
@@ -63,13 +88,34 @@ class Tracker:
     def run_id(self) -> str | None:
         return self.run.id if self.run is not None else None
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Log one epoch's numbers; `epoch` among them is the x axis."""
-        self._attempt(lambda run: run.log(metrics))
+    def log_network(self, summary: NetworkSummary) -> None:
+        """Log what the network's layers hold and cost as a table, at step 0."""
+        if self._epoch >= 0:
+            return
+        rows = [{**vars(layer), "output_shape": "x".join(map(str, layer.output_shape))} for layer in summary.layers]
 
-    def summarize(self, values: dict[str, Any]) -> None:
-        """Write the numbers that the run is remembered by."""
-        self._attempt(lambda run: run.summary.update(values))
+        def act(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=list[str | int](rows[0]), data=[list(row.values()) for row in rows])
+            run.log({"network": table}, step=0)
+
+        self._attempt(act)
+
+    def log_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Log one epoch's numbers, unless W&B has them already."""
+        epoch = metrics["epoch"]
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self._attempt(lambda run: run.log(dict(metrics), step=epoch, commit=True))
+
+    def log_result(self, result: RunResult) -> None:
+        """Write the numbers that a finished run is remembered by into the W&B run's summary."""
+        self._attempt(lambda run: run.summary.update(_headline(result)))
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log tables and images that belong to no epoch."""
+        self._attempt(lambda run: run.log(dict(values)))
 
     def log_report(self, folder: Path) -> None:
         """Log a report's tables and figures."""
@@ -77,16 +123,17 @@ class Tracker:
 
     def _attempt(self, act: Callable[[Any], object]) -> None:
         """Do something to the W&B run; the first exception is a warning, since the record is on disk."""
+        global _unreachable
         if self.run is None:
             return
         try:
             act(self.run)
         except Exception as error:
-            if not self._warned:
-                log.warning(
-                    "W&B: %s (%s); the run goes on, its record is complete on disk", error, type(error).__name__
-                )
-            self._warned = True
+            _unreachable = _unreachable or isinstance(error, TimeoutError)  # finish() has waited
+            if not self.failed:
+                kind = type(error).__name__
+                log.warning("W&B: %s (%s); `%s` uploads what is missing there", in_a_line(error), kind, self.command)
+            self.failed = True
 
     def __enter__(self) -> Self:
         return self
@@ -94,8 +141,171 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Without finish() the next run of this process would be written into this one.
-        self._attempt(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self.finish(exit_code=0 if kind is None else 1)
+
+    def finish(self, exit_code: int) -> None:
+        """Upload what is left and end the W&B run: else the next one of this process would be written into it."""
+        self._attempt(lambda run: run.finish(exit_code=exit_code))
+
+
+class Uploaded(NamedTuple):
+    """What W&B has of a run."""
+
+    epoch: int  # the last one; -1 where there is none
+    ended: bool  # whether it is not running there any more
+    tested: bool  # whether its test accuracy is there
+
+
+def upload(folder: Path) -> Iterator[str]:
+    """Bring to W&B what the records of the runs below a folder hold and it lacks; yield a line for each such run.
+
+    It can be repeated as often as one likes: what is complete there is asked for and left alone. A study's report
+    follows its runs. Raises ConfigError where there is no key, or no server that takes it, ValueError without runs.
+    """
+    runs = find_runs(folder)
+    if not runs:
+        raise ValueError(f"There are no runs in {folder}; give a folder that train.py wrote, results/NAME.")
+    missing = 0
+    for run in runs:
+        if run.status == "damaged" or not run.directory.is_dir():
+            continue
+        try:
+            with FileLock(run.directory / ".lock", timeout=0):
+                done = _upload(run)
+        except Timeout:
+            yield f"{run.directory}: being trained, it logs its epochs itself"
+            continue
+        if done:
+            missing += 1
+            yield f"{run.directory}: {done}"
+    yield f"{len(runs)} runs, {missing} of them lacked something in W&B"
+    if missing and (folder / "report.csv").is_file():
+        settings = WandbConfig.model_validate(read_config(runs[0].directory)["wandb"] | {"mode": "online"})
+        with Tracker(settings, folder, **report_arguments(folder.name)) as tracker:
+            tracker.log_report(folder)
+
+
+def _upload(run: Run) -> str:
+    """Upload what is missing of one run; return what that was, empty where it was nothing."""
+    config, lines = read_config(run.directory), read_metrics(run.directory)
+    settings = WandbConfig.model_validate(config["wandb"] | {"mode": "online"})
+    if (mode := _resolve_mode(settings.mode)) != "online":  # without a key that is refused there
+        raise ConfigError(f"W&B is {mode} here, so nothing can be uploaded; unset WANDB_MODE.")
+    run_id = _read_id(run.directory)
+    there = Uploaded(-1, False, False)
+    if run_id is not None:
+        try:
+            there = _ask(settings, run_id)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"W&B does not answer: {in_a_line(error)}.") from error
+    complete = bool(lines) and there.epoch >= lines[-1]["epoch"] and (run.result is None or there.tested)
+    if not lines or (complete and there.ended):
+        return ""
+    recipe = run.result.recipe if run.result is not None else run.variant.split("_")[0]
+    tracker = Tracker(settings, **run_arguments(run.directory, recipe, config))
+    for line in lines:
+        tracker.log_epoch(line)
+    if run.result is not None:
+        tracker.log_result(run.result)
+    tracker.finish(exit_code=0 if run.result is not None else 1)
+    if tracker.run is None or tracker.run.offline or tracker.failed:
+        raise ConfigError(f"W&B: {run.directory} is not uploaded whole; try again when the server answers.")
+    return f"{sum(line['epoch'] > there.epoch for line in lines)} epochs" + (", result" if run.result else "")
+
+
+def run_arguments(directory: Path, recipe: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a training run's Tracker; the folder says what the run is one of."""
+    dataset, model, norm, variant, _ = directory.parts[-5:]
+    cell = "-".join([dataset, model, norm, variant])
+    choices = {"dataset": dataset, "model": model, "norm": norm, "recipe": recipe, "variant": variant}
+    scalars = {"study": config["name"], "seed": config["seed"]}
+    return {
+        "study": directory.parents[4],
+        "directory": directory,
+        "group": f"{config['name']}-{cell}",
+        "name": f"{cell}-s{config['seed']}",
+        "job_type": "train",
+        "tags": [dataset, model, norm],
+        "config": {**choices, **scalars, "cfg": dict(config)},
+    }
+
+
+def report_arguments(study: str) -> dict[str, Any]:
+    """Return the arguments of the Tracker of a study's report."""
+    return {"group": study, "name": f"{study}-report", "job_type": "report", "tags": ["report"]}
+
+
+def _headline(result: RunResult) -> dict[str, float]:
+    """Return the numbers that a run is remembered by; those the recipe does not ask for are left out."""
+    values = {
+        "final/test_acc": result.test_acc,
+        "final/test_acc_top5": result.test_acc_top5,
+        "final/test_loss": result.test_loss,
+        "final/test_acc_best_val": result.test_acc_best_val,
+        "final/test_acc_peak": result.test_acc_peak,
+        "final/val_acc": result.val_acc_last,
+        "best/val_acc": result.val_acc_best,
+        "best/epoch": result.best_epoch,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _read_id(directory: Path) -> str | None:
+    """Return the id of the W&B run that a training run's folder has, if it has one."""
+    path = directory / "wandb-run-id"
+    return (path.read_text(encoding="utf-8").strip() or None) if path.is_file() else None
+
+
+def _remove_earlier_segments(run: Any) -> None:
+    """Remove what an earlier process wrote offline of the same run: whatever is logged now begins at its start.
+
+    A process that was killed leaves a file that ends `wandb sync`, even an upload of the other files.
+    """
+    own = Path(run.dir).parent
+    for folder in own.parent.glob(f"offline-run-*-{run.id}"):
+        if folder != own:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+QUERY = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
+  model(name: $project, entityName: $entity) {
+    bucket(name: $name, missingOk: true) { state historyTail summaryMetrics }
+  }
+}"""
+
+
+def _ask(settings: WandbConfig, run_id: str) -> Uploaded:
+    """Ask the server what it has of a run: with the query by which W&B's own client goes on with one.
+
+    Raises OSError where it does not answer, ValueError where the answer is not one to this question.
+    """
+    url, key = _server()
+    variables = {"project": settings.project, "entity": settings.entity, "name": run_id}
+    body = {"query": QUERY, "operationName": "RunResumeStatus", "variables": variables}
+    login = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/graphql", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=INIT_TIMEOUT) as response:
+        answer = json.load(response)
+    if not isinstance(answer.get("data"), dict):
+        raise ValueError(f"{url} answers {answer}")
+    bucket = (answer["data"]["model"] or {}).get("bucket") or {}
+    tail = json.loads(bucket.get("historyTail") or "[]")
+    summary = json.loads(bucket.get("summaryMetrics") or "{}")
+    last = json.loads(tail[-1]) if tail else summary
+    return Uploaded(last.get("epoch", -1), bucket.get("state") != "running", "final/test_acc" in summary)
+
+
+@cache
+def _server() -> tuple[str, str | None]:
+    """Return the server's address and the key. Raises OSError where it does not answer, or does not take the key."""
+    import wandb
+
+    try:
+        api = wandb.Api(timeout=INIT_TIMEOUT)
+    except wandb.errors.Error as error:
+        raise OSError(in_a_line(error)) from error
+    return api.settings["base_url"], api.api_key
 
 
 def _fit(text: str, limit: int) -> str:
@@ -132,6 +342,8 @@ def _resolve_mode(mode: str) -> str:
         if variable not in ("online", "offline"):
             raise ConfigError(f"WANDB_MODE={variable} is not allowed: it should be online, offline or disabled.")
         mode = variable
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B's own telemetry waits 20 s for a server that is silent
     if mode == "offline" or _unreachable:
         return "offline"
     import wandb
@@ -140,7 +352,7 @@ def _resolve_mode(mode: str) -> str:
     try:
         has_key = bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.Error as error:
-        has_key, why = False, f" ({_first_line(error)})"
+        has_key, why = False, f" ({in_a_line(error)})"
     if has_key:
         return "online"
     if mode == "online":
@@ -157,7 +369,15 @@ def _init(mode: Any, arguments: dict[str, Any], *, required: bool) -> Any:
     import wandb
 
     global _unreachable
-    settings = wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, console="off", silent=True)
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+        finish_timeout_raises=True,
+        x_graphql_retry_max=1,  # a table's request would be repeated for hours, and hold up the end for as long
+        x_graphql_timeout_seconds=10,
+        console="off",
+        silent=True,
+    )
     try:
         Path(arguments["dir"]).mkdir(parents=True, exist_ok=True)
         if mode == "online":
@@ -165,16 +385,12 @@ def _init(mode: Any, arguments: dict[str, Any], *, required: bool) -> Any:
                 return wandb.init(mode="online", settings=settings, **arguments)
             except wandb.errors.Error as error:
                 if required and isinstance(error, wandb.errors.AuthenticationError):
-                    raise ConfigError(f"wandb.mode=online, but the key is refused: {_first_line(error)}.") from error
+                    raise ConfigError(f"wandb.mode=online, but the key is refused: {in_a_line(error)}.") from error
                 _unreachable = True
-                log.warning("W&B: no connection (%s); going on offline", _first_line(error))
+                log.warning("W&B: no connection (%s); going on offline", in_a_line(error))
         return wandb.init(mode="offline", settings=settings, **arguments)
     except ConfigError:
         raise
     except Exception as error:
-        log.warning("W&B: %s (%s); going on without it", _first_line(error), type(error).__name__)
+        log.warning("W&B: %s (%s); going on without it", in_a_line(error), type(error).__name__)
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
