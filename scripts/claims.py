@@ -1,0 +1,198 @@
+"""Write the README's table of claims from the quoted reports: python scripts/claims.py
+
+The block between the two marks in README.md is replaced. Every number in it is read from the CSV files of a report in
+results/quoted; a test compares the block with what this command would write.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- written by scripts/claims.py -->", "<!-- end of what scripts/claims.py writes -->"
+SPREAD = ("std_ratio", "std_ratio_low", "std_ratio_high", "spread_verdict", "spread_pairs")
+MEAN = ("difference", "difference_low", "difference_high", "verdict", "n")
+
+
+def _matches(value: str, pattern: str) -> bool:
+    return value.startswith(pattern[:-1]) if pattern.endswith("*") else value == pattern
+
+
+def _number(text: str, form: str) -> str:
+    shown = f"{float(text or 'nan'):{form}}"
+    return shown.removeprefix("-") if float(shown) == 0 else shown
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number of a report: the one row of a CSV file that ``where`` names; "x*" is what begins with x."""
+
+    label: str
+    file: str  # below results/quoted
+    where: dict[str, str]
+    columns: tuple[str, str, str, str, str] = MEAN  # value, low, high, verdict, n
+    form: str = ".2f"
+
+    def text(self) -> str:
+        with open(ROOT / "results/quoted" / self.file, encoding="utf-8", newline="") as file:
+            rows = [r for r in csv.DictReader(file) if all(_matches(r[k], v) for k, v in self.where.items())]
+        if len(rows) != 1:
+            raise ValueError(f"{self.file} has {len(rows)} rows with {self.where}; one is needed.")
+        value, low, high, verdict, n = (rows[0][column] for column in self.columns)
+        shown = [_number(text, self.form) for text in (value, low, high)]
+        sign = "+" if self.columns is MEAN and not shown[0].startswith("-") else ""
+        interval = f" ({shown[1]} to {shown[2]})" if low else ""
+        return f"{self.label}: {sign}{shown[0]}{interval}, n = {n}, **{verdict}**"
+
+
+@dataclass(frozen=True)
+class Claim:
+    claim: str
+    command: str
+    refuted_by: str
+    scale: str  # of what was run so far
+    found: tuple[Finding, ...]
+    link: str
+    remark: str = ""
+
+
+def _cell(study: str, label: str, columns: tuple[str, str, str, str, str] = MEAN, **where: str) -> Finding:
+    return Finding(label, f"{study}/report.csv", where, columns)
+
+
+def _effect(study: str, label: str, what: str, table: str = "") -> Finding:
+    return Finding(label, f"{study}/effects.csv", {"difference_of": f"{what}*", "table": f"{table}*"})
+
+
+def _measure(study: str, kind: str, label: str, measure: str, form: str = ".3f") -> Finding:
+    file = f"{study}/analysis/{kind}/comparison.csv"
+    return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, form)
+
+
+POOLED = "One effect over all cells"
+CLAIMS = (
+    Claim(
+        "**C1** ABN is more accurate than BN",
+        "`python train.py study=accuracy`",
+        "worse, or not better by delta",
+        "SMALL",
+        (
+            _effect("accuracy", "abn - bn over five cells", "abn - bn", POOLED),
+            _cell("accuracy", "CIFAR-10, BinaryNet 0.125", dataset="cifar10", model="binarynet", norm="abn"),
+            _cell("accuracy", "CIFAR-10, ResNet 0.5", dataset="cifar10", model="resnet18_paper", norm="abn"),
+            _cell("accuracy", "CIFAR-100, BinaryNet 0.125", dataset="cifar100", model="binarynet", norm="abn"),
+            _cell("accuracy", "CIFAR-100, ResNet 0.5", dataset="cifar100", model="resnet18_paper", norm="abn"),
+            _cell("accuracy", "part of TinyImageNet, BinaryNet 0.125", dataset="tinyimagenet", norm="abn"),
+            _effect("variance", "abn - bn over two cells, 20 seeds", "abn - bn", POOLED),
+        ),
+        "[report](results/quoted/accuracy/report.md)",
+        "The cells share seeds with those of other rows: they are not new evidence there.",
+    ),
+    Claim(
+        "**C2** ABN varies less between seeds",
+        "`python train.py study=variance`",
+        "ABN's std above BN's, by swaps within seeds",
+        "BinaryNet 0.125, SMALL",
+        (
+            _cell("variance", "std ratio on CIFAR-10", SPREAD, dataset="cifar10", model="binarynet", norm="abn"),
+            _cell("variance", "std ratio on CIFAR-100", SPREAD, dataset="cifar100", model="binarynet", norm="abn"),
+        ),
+        "[report](results/quoted/variance/report.md)",
+    ),
+    Claim(
+        "**C3** what each parameter of ABN is worth",
+        "`python train.py study=ablation`",
+        "a part that changes nothing, or harms",
+        "BinaryNet 0.25 on CIFAR-10, SMALL",
+        tuple(
+            _effect("ablation", label, f"On cifar10 with binarynet, {what}")
+            for label, what in (
+                ("forward shape (main effect)", "the gate's forward shape, "),
+                ("gradient shape (main effect)", "the shape of the gate's gradient, "),
+                ("without the shift", "leaving out the shift"),
+                ("scale behind the gate", "a scale behind the gate"),
+                ("scale inside the gate", "a scale inside the gate"),
+            )
+        ),
+        "[report](results/quoted/ablation/report.md)",
+    ),
+    Claim(
+        "**C4** ABN captures image features",
+        "`python scripts/analyze.py cam results/NAME`",
+        "maps that score below BN's",
+        "the networks of C3, 500 images",
+        (
+            _measure("ablation", "cam", "deletion gain", "deletion gain"),
+            _measure("ablation", "cam", "insertion gain", "insertion gain"),
+        ),
+        "[maps](results/quoted/ablation/analysis/cam/summary.md)",
+    ),
+    Claim(
+        "**C5** its activations are more imbalanced, and it has additional activation functions",
+        "`python scripts/analyze.py activations results/NAME`",
+        "imbalance not above BN's; second thresholds that are not there or not used",
+        "the networks of C3, 10,000 images",
+        (
+            _measure("ablation", "activations", "imbalance", "channel imbalance"),
+            _measure("ablation", "activations", "share of channels with two thresholds", "share of channels"),
+            _measure("ablation", "activations", "share of inputs that the second decides", "share of inputs", ".0e"),
+        ),
+        "[activations](results/quoted/ablation/analysis/activations/summary.md)",
+        "BN cannot have a second threshold, so that its share is 0 by construction.",
+    ),
+    Claim(
+        "is the published comparison like for like?",
+        "`python train.py study=confound`",
+        "each switch changes nothing",
+        "BinaryNet 0.125 on CIFAR-10, SMALL",
+        (
+            _effect(
+                "confound", "Adam rebuilt each epoch", "optimizer.rebuild_each_epoch true instead of false, over"
+            ),
+            _effect("confound", "momentum 0.9", "norm.momentum 0.9 instead of 0.1, over"),
+            _effect("confound", "as published: abn at 0.9 - bn at 0.1", "abn at momentum 0.9 - bn at 0.1, over"),
+        ),
+        "[report](results/quoted/confound/report.md)",
+    ),
+    Claim(
+        "what of it is left, like for like?",
+        "`python train.py study=paper`, then `study=fixed`",
+        "the difference is the same under both",
+        "BinaryNet 0.125 on CIFAR-10, SMALL",
+        (_effect("protocols", "change of the difference from `fixed` to `paper`", "abn - bn is"),),
+        "[report](results/quoted/protocols/report.md)",
+    ),
+)
+
+
+def block() -> str:
+    """Return the table of claims as Markdown."""
+    lines = ["| claim | command | what would refute it | found (exploratory, points unless said) | |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for c in CLAIMS:
+        found = "<br>".join(filter(None, [f"{c.scale}:", *(finding.text() for finding in c.found), c.remark]))
+        lines.append(f"| {c.claim} | {c.command} | {c.refuted_by} | {found} | {c.link} |")
+    return "\n".join(lines)
+
+
+def replaced(text: str) -> str:
+    """Return the README's text with the block written anew. Raises ValueError where it lacks the marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md should hold the lines {BEGIN} and {END} once each.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block()}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    try:
+        readme.write_text(replaced(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
