@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.analysis.evaluate import evaluate
+from abn_exp.commandline import hydra_sentence
 from abn_exp.config import DatasetConfig, read
-from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def main() -> int:
             path = arguments.run / "evaluation" / f"{name}-{arguments.part}-{arguments.weights}.csv"
         found.write(path)
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        print(f"error: {hydra_sentence(error, REPOSITORY / 'conf')}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

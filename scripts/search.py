@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search hyper-parameters with the same budget for each norm, judged by validation accuracy over seeds.
+r"""Search hyper-parameters with the same budget for each norm, judged by validation accuracy over seeds.
 
     python scripts/search.py --trials 20 norm=bn,abn dataset=cifar10 recipe=quick \
         'recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))' 'recipe.batch_size=choice(64,128)' name=my-search
@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.commandline import hydra_sentence
+from abn_exp.errors import ConfigError, Stopped, stop
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -57,14 +59,14 @@ def main() -> int:
             search.run(arguments.trials)
         path = search.write()
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        print(f"error: {hydra_sentence(error, REPOSITORY / 'conf')}", file=sys.stderr)
         return 1
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal}; the same command goes on with this search", file=sys.stderr)
+        raise
     print_table(search.table())
     for norm, values in search.best().items():
         print(f"best with norm={norm}: {shlex.join(values)}")
@@ -86,4 +88,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background
+        signal.signal(signal.SIGINT, stop)
     sys.exit(main())

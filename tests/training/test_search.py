@@ -161,6 +161,7 @@ def test_values_that_diverge_are_a_trial_too(tmp_path: Path) -> None:
         ([LR, "recipe=paper"], "recipe.val_fraction=0, but a search is judged by validation accuracy"),
         (["recipe.optimizer.lr=tag(log,interval(0,1))"], "is not a range to search"),
         ([LR, "recipe.epochs=0"], "recipe.epochs=0 is not allowed"),
+        (["+recipe.lrr=interval(1,2)"], "recipe.lrr is not a key of the configuration"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, words: list[str], sentence: str) -> None:

@@ -103,7 +103,8 @@ class Search:
         """Raises ConfigError where a run of the search cannot be right, or where the folder holds another search."""
         self.space = space
         chosen = [[f"norm={norm}"] for norm in space.norms] or [[]]  # none: the configuration's own
-        plans = [self._plan(self._words(norm, space.seeds[0])) for norm in chosen]
+        first = self.values({key: _first(options) for key, options in space.options.items()})
+        plans = [self._plan(self._words([*norm, *first], space.seeds[0])) for norm in chosen]
         self.norms = [plan.choices["norm"] for plan in plans]
         if any(plan.config.recipe.val_fraction == 0 for plan in plans):
             raise ConfigError("recipe.val_fraction=0, but a search is judged by validation accuracy; use 0.1, say.")
@@ -248,6 +249,11 @@ class Search:
         writer.writerows(rows)
         write_text_atomic(self.folder / "search.csv", text.getvalue())
         return self.folder / "search.csv"
+
+
+def _first(options: BaseDistribution) -> Any:
+    """Return one value of a range."""
+    return options.choices[0] if isinstance(options, CategoricalDistribution) else options.low  # type: ignore[attr-defined]
 
 
 def _begun(study: optuna.Study) -> list[FrozenTrial]:
