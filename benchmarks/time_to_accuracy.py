@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from abn_exp import models
-from abn_exp.config import Config, result_affecting_options
+from abn_exp.config import Config, parse
 from abn_exp.data.catalog import CATALOG
+from abn_exp.identity import all_options
 from abn_exp.models.build import initialize_
 from abn_exp.report.stats import MeanComparison, compare_means
 from abn_exp.results import find_runs, read_config
@@ -78,9 +79,9 @@ def read(folder: Path) -> tuple[Config, tuple[str, str, str], list[Budget]]:
         raise ValueError(
             f"{folder} has finished runs of {len(cells)} cells; name the folder of one data set, model and norm."
         )
-    configs = [Config.model_validate(read_config(run.directory)) for run in runs]
+    configs = [parse(read_config(run.directory)) for run in runs]
     others = [
-        {key: value for key, value in result_affecting_options(config.model_dump()).items() if key not in VARIED}
+        {key: value for key, value in all_options(config.model_dump()).items() if key not in VARIED}
         for config in configs
     ]
     if different := sorted(key for one in others for key in one if one[key] != others[0].get(key)):
@@ -111,7 +112,8 @@ def time_to_accuracy(folder: Path, device: torch.device, workers: int, repetitio
     if model not in NETWORKS:
         raise ValueError(f"{model} is not one of {', '.join(NETWORKS)}; there is no conventional loop for it.")
     options, size = config.dataset, config.recipe.batch_size
-    images = round((options.train_images or CATALOG[dataset].train_count) * (1 - config.recipe.val_fraction))
+    held = CATALOG[dataset].train_count if options.images is None else options.images[0]
+    images = round((options.train_images or held) * (1 - config.recipe.val_fraction))
     data = random_data(12 * size, 500, options.image_size)
     torch.set_num_threads(config.threads)
     blank = config.model_copy(update={"dataset": options.model_copy(update={"train_images": None})})

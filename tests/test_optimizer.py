@@ -1,6 +1,7 @@
 """`recipe.optimizer`: any class of torch.optim with its own arguments, checked before a run starts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from abn_exp.config import Config, config_hash
+from abn_exp.config import Config
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.optimizer import build_optimizer, check_optimizer
@@ -111,7 +112,7 @@ def test_the_record_of_a_short_name_is_what_it_was(make_plan: Make) -> None:
     assert "name" not in plan.config.recipe.optimizer.model_dump()
     assert "optimizer._target_-torch.optim.RMSprop_optimizer.alpha-0.9" in plan.variant
     again = Config.model_validate(yaml.safe_load(yaml.safe_dump(plan.config.model_dump())))
-    assert config_hash(again) == config_hash(plan.config)
+    assert replace(plan, config=again).config_hash == plan.config_hash
 
 
 def test_a_run_with_a_class_of_its_own_that_is_rebuilt_each_epoch(make_plan: Make) -> None:

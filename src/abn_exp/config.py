@@ -4,10 +4,9 @@ Hydra composes the YAML files; the classes below say what they may hold. `model`
 new one needs no change here: their keys are checked against the signature of the class they name.
 """
 
-import hashlib
-import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -53,22 +52,28 @@ def _matching(pattern: str, allowed: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+class NoEffect:
+    """Marks an option that cannot change what a run finds, in `Annotated`: it is in neither name nor hash."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class DatasetConfig(Section):
     name: str
-    root: str
-    path: str | None
-    download: bool
+    root: Annotated[str, NoEffect]
+    path: str | None = None
+    download: Annotated[bool, NoEffect]
     num_classes: int | None = Field(ge=2)
     image_size: int = Field(ge=8, le=1024, multiple_of=8)
     mean: list[float] | None = Field(min_length=3, max_length=3)
     std: list[PositiveFloat] | None = Field(min_length=3, max_length=3)
     flip: bool
     padding: NonNegativeInt
-    train_images: PositiveInt | None
+    train_images: PositiveInt | None = None
+    # Training and test images of the set at hand, found out at a run's start; None: as many as the catalog says.
+    images: list[PositiveInt] | None = Field(None, min_length=2, max_length=2)
 
     @field_validator("name")
     @classmethod
@@ -191,25 +196,25 @@ class Config(Section):
     model: dict[str, Any]
     norm: dict[str, Any]
     recipe: RecipeConfig
-    wandb: WandbConfig
-    seed: Seed
-    precision: Literal["fp32", "bf16", "exact16"]
-    name: Annotated[str, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")] = Field(
-        max_length=80
-    )
-    question: str | None
-    results_dir: str = Field(min_length=1)
-    force: bool
-    device: Literal["auto", "cpu", "cuda"]
-    devices: int = Field(gt=0, le=1024)
-    sync_norm: bool = False
+    wandb: Annotated[WandbConfig, NoEffect]
+    seed: Annotated[Seed, NoEffect]  # counted apart: a cell has several
+    precision: Literal["fp32", "bf16", "exact16"] = "fp32"
+    name: Annotated[
+        str, NoEffect, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")
+    ] = Field(max_length=80)
+    question: Annotated[str | None, NoEffect] = None
+    results_dir: Annotated[str, NoEffect] = Field(min_length=1)
+    force: Annotated[bool, NoEffect]
+    device: Annotated[Literal["auto", "cpu", "cuda"], NoEffect]
+    devices: int = Field(1, gt=0, le=1024)
+    sync_norm: Annotated[bool, NoEffect] = False
     compile: bool = False
-    threads: int = Field(gt=0, le=1024)
-    seeds_at_once: int | str = 1
-    deterministic: bool
-    progress: Literal["auto", "bar", "lines"]
-    keep: Literal["weights", "all"] = "weights"
-    init_from: str | None = Field(None, min_length=1)
+    threads: Annotated[int, NoEffect] = Field(gt=0, le=1024)
+    seeds_at_once: Annotated[int | str, NoEffect] = 1
+    deterministic: Annotated[bool, NoEffect]
+    progress: Annotated[Literal["auto", "bar", "lines"], NoEffect]
+    keep: Annotated[Literal["weights", "all"], NoEffect] = "weights"
+    init_from: Annotated[str | None, NoEffect] = Field(None, min_length=1)  # the weights count, not where they lie
     init_digest: str | None = None  # of the weights in init_from; the plan of a run fills it in
 
     @field_validator("precision", mode="before")
@@ -241,46 +246,20 @@ class Config(Section):
         return self
 
 
-def result_affecting_options(plain: dict[str, Any], *, defaults: bool = False) -> dict[str, Any]:
-    """Return what decides a run's result apart from its seed, as a flat dictionary with dotted keys.
-
-    Where the data lies, the device, W&B and the like are left out; 3 and 3.0 are the same number. The number of
-    devices counts only where each normalises its share of a batch by itself. An option with a default in the schema
-    was added after the first runs and is left out at that default, unless `defaults` asks for it.
-    """
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                walk(part, f"{path}.{key}" if path else key)
-        else:
-            flat[path] = int(value) if isinstance(value, float) and value.is_integer() else value
-
-    walk({key: plain[key] for key in ("dataset", "model", "norm", "recipe", "precision")}, "")
-    for name, field in RecipeConfig.model_fields.items():
-        if not defaults and not field.is_required() and flat.get(f"recipe.{name}") == field.default:
-            flat.pop(f"recipe.{name}", None)
-    if not published_start_differs(plain):
-        flat.pop("recipe.init", None)
-    if plain.get("init_digest") is not None:  # the same weights elsewhere are the same start
-        flat["init_from"] = plain["init_digest"]
-    if plain.get("devices", 1) > 1 and not plain.get("sync_norm", False):
-        flat["devices"] = plain["devices"]
-    if plain.get("compile", False):
-        flat["compile"] = True
-    return {key: value for key, value in flat.items() if key not in ("dataset.root", "dataset.download")}
-
-
-def published_start_differs(plain: dict[str, Any]) -> bool:
+def published_start_differs(plain: Mapping[str, Any]) -> bool:
     """Return whether `recipe.init` matters: only the published start of `resnet18_paper` is not torch's."""
-    return plain["model"].get("_target_") in ("abn_exp.models.resnet18_paper", "abn_exp.models.resnet.resnet18_paper")
+    model = plain.get("model")
+    target = model.get("_target_") if isinstance(model, Mapping) else None
+    return target in ("abn_exp.models.resnet18_paper", "abn_exp.models.resnet.resnet18_paper")
 
 
-def config_hash(config: Config) -> str:
-    """Return twelve hexadecimal digits that differ where the result_affecting_options or the seed does."""
-    text = json.dumps({**result_affecting_options(config.model_dump()), "seed": config.seed}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def options_without_effect(plain: Mapping[str, Any]) -> set[str]:
+    """Return the options that cannot change a result of this configuration, whatever their values.
+
+    Devices count only where each normalises its share of a batch by itself.
+    """
+    unused = {"devices"} if plain.get("sync_norm", False) else set()
+    return unused if published_start_differs(plain) else unused | {"recipe.init"}
 
 
 def read(cfg: DictConfig) -> Config:
@@ -313,8 +292,20 @@ def _checked(cfg: DictConfig, schema: type[S], keys: list[str]) -> tuple[S, Any]
         plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{str(error).splitlines()[0]}; give every key a value of its own.") from error
+    return _validated(plain, schema), plain
+
+
+def parse(plain: Any) -> Config:
+    """Return the checked form of a plain configuration, e.g. a recorded one; its network is not built.
+
+    Raises ConfigError with one sentence for each mistake.
+    """
+    return _validated(plain, Config)
+
+
+def _validated(plain: Any, schema: type[S]) -> S:
     try:
-        return schema.model_validate(plain), plain
+        return schema.model_validate(plain)
     except ValidationError as error:
         sentences = [validation_sentence(dict(item), flat_keys(plain)) for item in error.errors()]
         more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []

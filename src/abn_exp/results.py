@@ -112,23 +112,6 @@ class Run:
         return self.dataset, self.model, self.norm, self.variant
 
 
-def variant_name(recipe: str, changes: dict[str, Any]) -> str:
-    """Return the folder name of a recipe with overrides: ``fixed_epochs-3_model.width-1``.
-
-    ``changes`` maps dotted keys to the values in which a configuration differs from its groups' own. A name
-    that had to lose something (a character, its end) carries a digest of all changes, so that no two are equal.
-    """
-    parts = [recipe]
-    for key, value in sorted(changes.items()):
-        text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f"{key.removeprefix('recipe.')}-{text}")
-    full = "_".join(parts)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", full)[:160]
-    if name != full:
-        name = f"{name}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"
-    return name
-
-
 def write_result(directory: Path, result: RunResult) -> None:
     """Write the record, and before it the checksums of all that it stands on: with it, the run is finished."""
     text = json.dumps(asdict(result), indent=2, allow_nan=False) + "\n"
@@ -226,9 +209,20 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError("it is not a configuration")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise DamagedFile(path, error) from error
+    dataset = config.get("dataset")
+    if isinstance(dataset, dict) and "images" not in dataset:
+        dataset["images"] = _images_held(directory)
     if config.get("precision") == "auto":
         config["precision"] = _precision_of_auto(directory)
     return config
+
+
+def _images_held(directory: Path) -> list[int] | None:
+    """Return how many training and test images a run's data set held, which older runs only printed: where fewer than
+    the catalog says."""
+    printed = (read_run_file(directory, "train.log") or b"").decode(errors="replace")
+    found = re.search(r"has (\d+) \+ (\d+) images here; the full set has", printed)
+    return [int(found[1]), int(found[2])] if found is not None else None
 
 
 def _precision_of_auto(directory: Path) -> str:

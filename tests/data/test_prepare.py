@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 from abn_exp.data import prepare as prepare_module
 from abn_exp.data import readers
 from abn_exp.data.catalog import CATALOG
-from abn_exp.data.prepare import channel_statistics, load, prepare
+from abn_exp.data.prepare import channel_statistics, count_images, load, prepare
 from abn_exp.data.splits import stratified_split, stratified_subset
 from tests.helpers.datasets import (
     CIFAR10_NAMES,
@@ -292,6 +292,20 @@ def test_catalog_set_from_an_image_folder(
     assert torch.equal(data.train.images, torch.from_numpy(written["train"]))
     assert torch.equal(data.test.images, torch.from_numpy(written["test"]))
     assert "cifar10 has 20 + 20 images here" in caplog.text
+
+
+def test_images_are_counted_without_loading_them_and_nothing_is_made_where_nothing_lies(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert count_images("cifar10", root, 32, 10) is None
+    assert count_images("folder", root, 32, None) is count_images("digits", root, 32, 10) is None
+    assert not root.exists()
+    write_folder(root / "cifar10", [name.decode() for name in CIFAR10_NAMES], per_class=3)
+    assert count_images("cifar10", root, 32, 10) == (30, 30)  # converts it
+    assert (root / "cifar10.npz").is_file()
+    (root / "cifar100").mkdir()
+    assert count_images("cifar100", root, 32, 100) is None  # whoever loads it says what is wrong
+    (root / "cifar10.npz").write_bytes(b"PK")
+    assert count_images("cifar10", root, 32, 10) is None
 
 
 def test_the_archive_goes_before_the_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

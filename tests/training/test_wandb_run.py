@@ -20,7 +20,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from abn_exp.config import WandbConfig, config_hash
+from abn_exp.config import WandbConfig
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.results import read_metrics
@@ -245,7 +245,7 @@ def test_wandbs_variables_are_defaults_of_the_keys(
     typed = make_plan("wandb.project=q", "wandb.tags=[e]", "wandb.notes=n", "wandb.group=h", "wandb.dir=.")
     assert (typed.config.wandb.project, typed.config.wandb.tags, typed.config.wandb.notes) == ("q", ["e"], "n")
     assert (typed.config.wandb.group, typed.config.wandb.dir, typed.config.wandb.entity) == ("h", ".", "team")
-    assert config_hash(typed.config) == config_hash(make_plan().config)
+    assert typed.config_hash == make_plan().config_hash
     assert typed.directory == make_plan().directory
     for name in (*values, "NOTES"):
         monkeypatch.setenv(f"WANDB_{name}", "")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from abn_exp.analysis.trained import common_folder
-from abn_exp.config import Config
+from abn_exp.config import parse
 from abn_exp.report import figures, stats
 from abn_exp.report.comparisons import Cell, Group, group_cells
 from abn_exp.report.formatting import (
@@ -240,7 +240,7 @@ class Report:
 
     def log(self, run: Run, kind: str) -> None:
         """Log the tables and figures as a W&B run of their own, where `run` has W&B on."""
-        settings = Config.model_validate(read_config(run.directory)).wandb
+        settings = parse(read_config(run.directory)).wandb
         study = run.directory.parents[4]
         with Tracker(settings, study, group=study.name, name=self.title, tags=[kind], job_type="analysis") as tracker:
             if tracker.run is None:

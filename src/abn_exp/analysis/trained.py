@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from abn_exp.config import Config
+from abn_exp.config import parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.results import Run, find_runs, load_network, read_config
 from abn_exp.training.setup import make_loaders
@@ -68,7 +68,7 @@ class Opener:
 
     def images(self, run: Run) -> TestImages:
         """Return the same images for every run on one data set: the first of each class, in equal shares."""
-        config = Config.model_validate(read_config(run.directory))
+        config = parse(read_config(run.directory))
         changes = {"padding": 0, "flip": False} | ({} if self.root is None else {"root": self.root})
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update=changes)})
         options = config.dataset

@@ -135,6 +135,33 @@ def prepare(
     return target
 
 
+def count_images(name: str, root: str | Path, image_size: int, num_classes: int | None) -> tuple[int, int] | None:
+    """Return how many training and test images a set of the catalog holds in `root`; what lies there is converted.
+
+    None where nothing lies there or it cannot be read, and for sets that have no file and so no other count.
+    """
+    info, root = CATALOG.get(name), Path(root).expanduser()
+    if info is None or not info.archive:
+        return None
+    if not any(path.exists() for path in (root / f"{name}.npz", _archive(info, root), root / name)):
+        return None
+    try:
+        file = prepare(name, root, image_size=image_size, num_classes=num_classes, download=False)
+        assert file is not None
+        with zipfile.ZipFile(file) as archive:
+            train, test = (_length(archive, f"{split}_labels.npy") for split in ("train", "test"))
+        return train, test
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile):
+        return None  # whoever needs the images says why
+
+
+def _length(archive: zipfile.ZipFile, member: str) -> int:
+    with archive.open(member) as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+    return int(shape[0])
+
+
 def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None) -> Path:
     if path is None or image_size is None:
         raise ValueError("name='folder' needs path= (a folder with train and test) and image_size= (in pixels)")
@@ -151,11 +178,7 @@ def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None)
 
 
 def _read_source(name: str, info: DatasetInfo, root: Path, image_size: int | None, download: bool) -> Arrays:
-    archive = root / info.archive
-    if info.parts and not archive.exists():
-        suffix = archive.suffix
-        archive = next(iter(sorted(root.glob(f"{info.archive.removesuffix(suffix)}*{suffix}"))), archive)
-    folder = root / name
+    archive, folder = _archive(info, root), root / name
     if not archive.exists() and folder.is_dir():
         if image_size is None:
             raise ValueError(f"{folder} is an image folder: give image_size=, the pixels a side of its images")
@@ -170,6 +193,14 @@ def _read_source(name: str, info: DatasetInfo, root: Path, image_size: int | Non
             raise ValueError(f"{found}; delete it and get it again from {info.url}")
         log.warning("%s; what it holds of the set is used", found)
     return info.read(archive)
+
+
+def _archive(info: DatasetInfo, root: Path) -> Path:
+    """Return where the original archive is, or has to be; a part of the set may have a longer name."""
+    archive = root / info.archive
+    if not info.parts or archive.exists():
+        return archive
+    return next(iter(sorted(root.glob(f"{archive.stem}*{archive.suffix}"))), archive)
 
 
 def _how_to_get(name: str, info: DatasetInfo, root: Path, why: str) -> str:

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abn_exp.config import result_affecting_options
 from abn_exp.files import write_text_atomic
+from abn_exp.identity import all_options
 from abn_exp.records import read_command
 from abn_exp.report import figures, stats
 from abn_exp.report.checks import conditional_on, differences_in_the_making
@@ -62,7 +62,7 @@ def build_report(folder: Path, *, reference: str = "bn", interim: bool = False) 
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
     configs = [read_config(run.directory) for cell in cells for run in cell.runs if run.status != "damaged"]
     devices = {cell.key: cell.device for cell in cells if cell.device is not None}
-    factors = find_factors({cell.key: _settings(cell) for cell in cells}, devices)
+    factors = find_factors(_settings(cells), devices)
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
     plan, fixed = read_plan(folder), fixed_before(configs)
     delta = fixed.delta if plan is None else plan.delta
@@ -106,12 +106,23 @@ def _of_the_reference(
     return (means, primary.spreads), set()
 
 
-def _settings(cell: Cell) -> dict[str, Any]:
-    """Return the flat configuration of a cell, with its recipe's name."""
-    sections: dict[str, Any] = {key: {} for key in ("dataset", "model", "norm", "recipe", "precision")}
-    recipes = (run.result.recipe for run in cell.runs if run.result is not None)
-    recipe = next(recipes, cell.runs[0].variant.split("_")[0])
-    return {"recipe": recipe, **result_affecting_options(sections | _config(cell))}
+def _settings(cells: list[Cell]) -> dict[Key, dict[str, Any]]:
+    """Return the options of each cell that can change a result, flat, with its recipe's name.
+
+    An option of a network or a norm that only some cells have, because it was added later, is at its default in the
+    others. What that is says its signature, which takes seconds to import and is read only then.
+    """
+    configs = {cell.key: _config(cell) for cell in cells}
+    settings = {key: all_options(config, signatures=False) for key, config in configs.items()}
+    by_norm: dict[tuple[str, ...], set[frozenset[str]]] = {}
+    for key, options in settings.items():
+        by_norm.setdefault(key[:3], set()).add(frozenset(options))
+    if any(len(found) > 1 for found in by_norm.values()):
+        settings = {key: all_options(config) for key, config in configs.items()}
+    for cell in cells:
+        recipes = (run.result.recipe for run in cell.runs if run.result is not None)
+        settings[cell.key] = {"recipe": next(recipes, cell.runs[0].variant.split("_")[0]), **settings[cell.key]}
+    return settings
 
 
 def _config(cell: Cell) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from abn_exp.config import Config, result_affecting_options
+from abn_exp.config import Config
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
-from abn_exp.identity import RunPlan
+from abn_exp.identity import RunPlan, set_options
 from abn_exp.results import read_checkpoint, read_config, read_result
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _shorter_runs(plan: RunPlan) -> list[tuple[int, Path]]:
 
 
 def _without_epochs(plain: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result_affecting_options(plain).items() if key != "recipe.epochs"}
+    return {key: value for key, value in set_options(plain).items() if key != "recipe.epochs"}
 
 
 def _depends_on_length(config: Config) -> str | None:

@@ -26,11 +26,11 @@ from rich.table import Table
 from torch._dynamo.exc import TorchDynamoException
 
 from abn_exp import provenance
-from abn_exp.config import Config, config_hash, result_affecting_options
+from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
 from abn_exp.files import remove_parts, write_text_atomic
-from abn_exp.identity import RunPlan
+from abn_exp.identity import RunPlan, differing_options, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.results import (
     RunResult,
@@ -80,6 +80,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
     if process_rank(config) > 0:
         return _run_worker_rank(plan)
     select_device(config)  # before `force` clears anything
+    source = None if config.force else restore_quoted(plan)
     directory.mkdir(parents=True, exist_ok=True)
     with _lock_run_dir(directory), _log_to(directory / "train.log"):
         remove_parts(directory)
@@ -87,6 +88,8 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
         if config.force:
             _clear_run_dir(directory)
         finished = _check_same_config(plan)
+        if source is not None:
+            log.info("taken from %s", source)
         if finished is not None:
             if read_config(directory).get("keep") == "weights" and list(directory.glob("checkpoints/previous-*")):
                 keep_weights(directory)  # it was stopped between its record and this
@@ -264,7 +267,7 @@ def _test(
         recipe=plan.choices["recipe"],
         variant=plan.variant,
         seed=config.seed,
-        config_hash=config_hash(config),
+        config_hash=plan.config_hash,
         epochs=config.recipe.epochs,
         train_seconds=round(sum(line["seconds"] for line in metrics), 2),
         images_per_second=round(statistics.median(line["images_per_second"] for line in metrics), 1),
@@ -362,12 +365,10 @@ def _check_same_config(plan: RunPlan) -> RunResult | None:
             finished = read_result(directory)
         except DamagedFile as error:
             log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
-        theirs = result_affecting_options(read_config(directory))
-    except (DamagedFile, KeyError) as error:
-        what = error if isinstance(error, DamagedFile) else f"{directory / 'config.yaml'} lacks {error}"
-        raise ConfigError(f"{what}; force=true runs the run again from its start.") from error
-    ours = result_affecting_options(plan.config.model_dump())
-    if different := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        different = differing_options(plan.config.model_dump(), read_config(directory))
+    except DamagedFile as error:
+        raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
+    if different:
         raise ConfigError(
             f"{directory} was made by another configuration (different: {', '.join(different)}); "
             "choose another name=, or force=true to replace it."

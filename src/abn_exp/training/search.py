@@ -25,10 +25,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from abn_exp.config import result_affecting_options
 from abn_exp.errors import ConfigError, Diverged
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import RunPlan, plan_run
+from abn_exp.identity import RunPlan, plan_run, set_options
 from abn_exp.seeding import derive_seed
 from abn_exp.training.run import run
 
@@ -135,7 +134,7 @@ class Search:
 
     def _check_same_search(self, study: optuna.Study, plan: RunPlan) -> None:
         ours = {
-            "options": result_affecting_options(plan.config.model_dump()),
+            "options": set_options(plan.config.model_dump()),
             "space": {key: repr(distribution) for key, distribution in self.space.options.items()},
             "seeds": self.space.seeds,
         }

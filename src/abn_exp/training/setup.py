@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD, Config, published_start_differs
+from abn_exp.data.catalog import CATALOG
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
@@ -77,6 +78,13 @@ def load_data(config: Config) -> ImageDataset:
     if options.num_classes not in (None, len(data.classes)):
         raise ConfigError(
             f"dataset.num_classes={options.num_classes}, but {options.name} has {len(data.classes)} classes."
+        )
+    info, held = CATALOG.get(options.name), [len(data.train.labels), len(data.test.labels)]
+    expected = options.images or ([info.train_count, info.test_count] if info is not None else held)
+    if held != expected:  # it was not there when the run was named
+        raise ConfigError(
+            f"{options.name} has {held[0]} + {held[1]} images here, not {expected[0]} + {expected[1]}; now that this "
+            "is known, the same command begins a run of that set."
         )
     return data
 

@@ -23,12 +23,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.commandline import hydra_sentence
-from abn_exp.config import config_hash
 from abn_exp.errors import STOPPED, ConfigError, Stopped
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import GROUPS, RunPlan, plan_run
+from abn_exp.identity import GROUPS, RunPlan, differing_options, plan_run, quoted, restore_quoted
 from abn_exp.records import read_run_file
-from abn_exp.results import Run, RunResult, find_runs, has_begun, read_result, write_config
+from abn_exp.results import Run, RunResult, find_runs, has_begun, read_config, read_result, write_config
 from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
@@ -54,8 +53,11 @@ class SweepCallback(Callback):
             raise SystemExit(f"error: {error}") from None
         except (HydraException, OmegaConfBaseException) as error:
             raise SystemExit(f"error: {hydra_sentence(error)}") from None
+        force = self.plans[0].config.force
+        if not force and (taken := [plan for plan in self.plans if restore_quoted(plan) is not None]):
+            log.info("%d finished runs are taken from %s", len(taken), quoted(taken[0].study))
         finished = sum(run.status == "finished" for run in self._runs())
-        self.complete = finished == len(self.plans) and not self.plans[0].config.force
+        self.complete = finished == len(self.plans) and not force
         try:
             for folder in {plan.directory.parents[4] for plan in self.plans}:
                 record_command(folder, command(config))
@@ -138,7 +140,7 @@ class SweepCallback(Callback):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
-            elif run.result.config_hash != config_hash(plan.config):
+            elif differing_options(plan.config.model_dump(), read_config(run.directory)):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
 
@@ -217,9 +219,10 @@ def finished_result(plan: RunPlan) -> RunResult | None:
         return None
     try:
         result = read_result(plan.directory)
+        same = result is not None and not differing_options(plan.config.model_dump(), read_config(plan.directory))
     except (ValueError, OSError):
         return None
-    return result if result is not None and result.config_hash == config_hash(plan.config) else None
+    return result if same else None
 
 
 def _number_at_once(jobs: list[Job]) -> int:
