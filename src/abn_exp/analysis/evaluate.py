@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abn_exp.analysis.trained import trained_network
-from abn_exp.config import Config, DatasetConfig
+from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.errors import ConfigError
 from abn_exp.files import write_text_atomic
@@ -62,7 +62,7 @@ def evaluate(
         raise ConfigError(
             f"{directory} has no checkpoints/{weights}.ckpt to evaluate; train it again with force=true."
         )
-    config = Config.model_validate(read_config(directory))
+    config = parse(read_config(directory))
     options = config.dataset if dataset is None else dataset
     size = config.dataset.image_size
     if options.image_size != size:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from abn_exp import provenance
-from abn_exp.config import Config
+from abn_exp.config import Config, parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.deploy.graph import Graph, Normalization, trace
 from abn_exp.deploy.verify import Mismatch, Verification, verify
@@ -59,7 +59,7 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
     checkpoint = directory / "checkpoints" / f"{weights}.ckpt"
     if not checkpoint.is_file():
         raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt to export; train it again with force=true.")
-    config = Config.model_validate(read_config(directory))
+    config = parse(read_config(directory))
     network = load_network(directory, weights).requires_grad_(False)
     for name, module in network.named_modules():
         if module._non_persistent_buffers_set:
