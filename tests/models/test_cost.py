@@ -3,6 +3,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,3 +113,10 @@ def test_table_shows_every_layer_and_the_totals():
     assert f"{summary.totals['total']:,}" in total
     assert f"{summary.totals['bytes_packed'] / 1e6:.3f}" in total
     assert any(f"{4 * summary.totals['total'] / 1e6:.1f} MB" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
+def test_table_fits_a_terminal_of_80_columns(name):
+    console = Console(width=200)
+    table = summarize(on_meta(name), 32).table()
+    assert Measurement.get(console, console.options, table).maximum <= 80

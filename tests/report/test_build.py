@@ -1,8 +1,10 @@
 import csv
+import io
 import re
 import runpy
 import shutil
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -310,6 +312,19 @@ def test_terminal_shows_accuracies_verdicts_and_gaps(folder, capsys):
     assert "abn - bn is +0.94 points" in out
     assert out.startswith("Exploratory throughout. Neither a primary comparison nor delta was fixed")
     assert "seed 5: unfinished" in out
+
+
+def test_a_study_of_several_factors_is_readable_at_80_columns(tmp_path):
+    for estimator, epochs in product(("ste", "approxsign"), (10, 20)):
+        config = f"recipe: {{epochs: {epochs}, optimizer: {{rebuild_each_epoch: false}}}}\n"
+        config += f"model: {{binarization: {{activation_estimator: {estimator}}}}}\n"
+        study(tmp_path, {"bn": BN, "abn_noshift": BN}, variant=f"fixed_{estimator}-{epochs}", config=config)
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(build_report(tmp_path), console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if re.match(r"   bn +5 71.00 ± 0.79 70.02 to 71.98 *$", line)]) == 4
+    assert len([line for line in lines if line.startswith(" digits, binarynet")]) == 4
 
 
 def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):

@@ -1,12 +1,15 @@
 """What a listing of runs says, and what may be removed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from abn_exp.report.build import build_report
 from abn_exp.report.progress import clean, clock, list_runs
+from abn_exp.report.tables import accuracy_table, missing
 from abn_exp.results import find_runs, has_begun, write_config
 from tests.helpers.records import finish_run, start_run
 from tests.helpers.scripts import run_script
@@ -59,8 +62,8 @@ def test_what_is_finished_or_running_is_never_removed(runs: Path) -> None:
         removed = clean(runs, remove=True)
         assert [run.seed for run in find_runs(runs)] == [0, 1]
     for seed, state in ((2, "stopped"), (3, "failed"), (4, "damaged"), (5, "not begun")):
-        assert f"seed-{seed}({state}," in "".join(removed).replace(" ", "").replace("notbegun", "not begun")
-    assert "".join(listed).count("would remove") == 4
+        assert any(re.fullmatch(rf"removed \({state}, \d+.\d MB\): .*seed-{seed}", line) for line in removed)
+    assert [line.startswith("would remove") for line in listed] == [True] * 4
     clean(runs, remove=True)  # nobody trains it any more
     assert [run.seed for run in find_runs(runs)] == [0]
 
@@ -79,6 +82,19 @@ def test_a_run_of_which_only_the_configuration_is_there_has_not_begun(tmp_path: 
     assert not has_begun(tmp_path / "run")
     (tmp_path / "run" / "train.log").touch()
     assert has_begun(tmp_path / "run")
+
+
+def test_an_interrupted_study_says_how_many_seeds_it_was_to_have(tmp_path: Path) -> None:
+    """A norm of which no run has begun is not part of it yet."""
+    finish_run(tmp_path, "bn", 0, 0.9)
+    cell = directory(tmp_path, 0).parent
+    for seed in (1, 2):
+        write_config(cell / f"seed-{seed}", {"recipe": {"epochs": 4}}, "python train.py")
+        write_config(cell.parents[1] / "abn" / "fixed" / f"seed-{seed}", {"a": 1}, "python train.py")
+    report = build_report(tmp_path)
+    (row,) = accuracy_table(report)[1]
+    assert "1/3" in row
+    assert missing(report) == [f"digits with binarynet, bn, seed {seed}: not begun" for seed in (1, 2)]
 
 
 def test_durations() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,12 @@ def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
 
 def test_a_finished_run_is_shown_and_not_run_again(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
     plan = make_plan()
-    result = run(plan, "python train.py")
+    with caplog.at_level("INFO"):
+        result = run(plan, "python train.py")
+    lines = [line for message in caplog.messages for line in message.splitlines() if str(plan.directory) not in line]
+    assert max(map(len, lines)) <= 80
+    epoch = re.compile(r"epoch 2/2 loss \d.\d{3} acc 0.\d{3} val 0.\d{3} best 0.\d{3} \d+ img/s ETA 0:00:00")
+    assert any(map(epoch.fullmatch, lines))
     before = (plan.directory / "result.json").stat().st_mtime_ns
     with caplog.at_level("INFO"):
         assert run(plan, "python train.py") == result
@@ -294,6 +300,7 @@ def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sen
     )
     assert done.returncode != 0
     assert sentence in done.stderr
+    assert not list((tmp_path / "results").rglob("*"))  # what never began leaves nothing
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.rglob("result.json"))
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from abn_exp.results import Run, find_runs, has_begun, read_metrics
+from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
 from abn_exp.training.sweep import SweepCallback, expand
+from abn_exp.training.workers import Job, Outcome
+from tests.helpers.records import finish_run
 from tests.helpers.runs import REPOSITORY, TINY
 
 OPTUNA = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -71,6 +73,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = finish(sweep(folder, "-m", *SIX))
     assert done.returncode == 0, done.stderr
     assert "6 runs, 0 of them finished, 6 to do" in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines if "results/" not in line) <= 80
+    for label in ("bn s0", "bn s1", "bn s2", "abn s0", "abn s1", "abn s2"):
+        (line,) = [line for line in lines if line.startswith(f"[{label}] test ")]
+        assert re.fullmatch(r"\[.*\] test [\d.]+ %, validation [\d.]+ %, 2 epochs in \d+:\d\d:\d\d", line)
     return folder
 
 
@@ -88,6 +95,7 @@ def test_a_second_time_nothing_is_trained(undisturbed: Path) -> None:
     done = finish(sweep(undisturbed, "-m", *SIX))
     assert done.returncode == 0
     assert "6 runs, 6 of them finished, 0 to do" in done.stdout
+    assert "seed" not in done.stdout.split("test accuracy")[0]  # no title for each run
     assert [path.stat().st_mtime_ns for path in records] == before
     assert [path.read_bytes() for path in files] == texts
 
@@ -255,6 +263,39 @@ def test_a_run_without_a_result_of_its_own_is_told(
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
     assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
+
+
+@pytest.mark.usefixtures("hydra")
+def test_only_what_is_not_finished_is_handed_to_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each run once, with what tells it from the others; a run that leaves nothing is named with the reason."""
+    words = ["norm=bn,abn", "seed=0,1", "threads=1,2", "seeds_at_once=3"]  # threads are in no run's name
+    config = composed(f"results_dir={tmp_path}/results", "wandb=disabled", *TINY, *words)
+    callback = SweepCallback()
+    callback.on_multirun_start(config)
+    assert sorted(run.seed for run in find_runs(tmp_path)) == [0, 0, 1, 1]
+    finished, result = callback.plans[0].directory, read_result(finish_run(tmp_path / "elsewhere", "bn", 0, 0.9))
+    handed: list[Job] = []
+
+    def train(jobs: list[Job], count: int, job_logging: Any) -> Generator[tuple[Job, Outcome]]:
+        handed.extend(jobs)
+        assert count == 3
+        for job in jobs:
+            shutil.rmtree(job.plan.directory)
+            yield job, Outcome(error="there is no such data")
+
+    monkeypatch.setattr(
+        "abn_exp.training.sweep.finished_result", lambda plan: result if plan.directory == finished else None
+    )
+    monkeypatch.setattr("abn_exp.training.sweep.train", train)
+    jobs = callback.launch(config, [list(overrides) for overrides in callback._planned])
+    assert [job.return_value for job in jobs] == [0.8, 0.8, None, None, None, None, None, None]
+    assert [job.label for job in handed] == ["bn threads=1 s1", "abn threads=1 s0", "abn threads=1 s1"]
+    assert all("norm=" in job.command and "python train.py" in job.command for job in handed)
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
+        callback.on_multirun_end(config)
+    assert len(set(re.findall(r"NOT BEGUN .*(?=: there is no such data)", caplog.text))) == 3
 
 
 def test_a_run_s_configuration_is_let_go() -> None:

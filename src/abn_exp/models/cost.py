@@ -46,26 +46,27 @@ class NetworkSummary:
         }
 
     def table(self) -> Table:
-        """Return the summary as a table for a terminal, with the totals in its last row."""
+        """Return the summary as a table for a terminal of 80 columns, with the totals in its last row."""
         totals = self.totals
         caption = f"{totals['bytes_real'] / 1e6:.1f} MB as float32, {totals['bytes_packed'] / 1e6:.1f} MB packed"
         table = Table(box=SIMPLE, padding=0, caption=caption)
-        for heading in ("layer", "kind", "output"):
+        for heading in ("layer", "output"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("params", "one-bit", "MB packed", "binary MMAC", "real MMAC"):
-            table.add_column(heading, justify="right")
+        for heading in ("params", "one-bit", "MB\npacked", "binary\nMMAC", "real\nMMAC"):
+            table.add_column(heading, justify="right", vertical="bottom")
         for layer in self.layers:
             shape = "x".join(str(size) for size in layer.output_shape)
-            table.add_row(layer.name, layer.kind, shape, *_cells(vars(layer)))
+            table.add_row(layer.name, shape, *_cells(vars(layer)))
         table.add_section()
         named = {**totals, "parameters": totals["total"], "binary_parameters": totals["binary"]}
-        table.add_row("total", "", "", *_cells(named))
+        table.add_row("total", "", *_cells(named))
         return table
 
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
     counts = [f"{numbers[key]:,}" for key in ("parameters", "binary_parameters")]
-    return counts + [f"{numbers[key] / 1e6:,.3f}" for key in ("bytes_packed", "binary_macs", "real_macs")]
+    millions = (numbers[key] / 1e6 for key in ("bytes_packed", "binary_macs", "real_macs"))
+    return counts + [f"{number:,.3f}" if number < 100 else f"{number:,.1f}" for number in millions]
 
 
 def summarize(network: nn.Module, image_size: int, channels: int = 3) -> NetworkSummary:

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(line, markup=False, highlight=False)
 
     header, rows = accuracy_table(report)
-    shown = header.index("n") + 3  # what fits into 80 columns; the rest is in report.md
-    table = Table(*header[:shown], title=f"{report.name}: test accuracy (%)", box=SIMPLE, padding=0)
-    for row in rows:
-        table.add_row(*map(escape, row[:shown]))
+    first = header.index("norm")  # what stands before it goes above its rows: all fits into 80 columns
+    table = Table(*header[first : first + 4], title=f"{report.name}: test accuracy (%)", box=SIMPLE, padding=0)
+    for place, group in groupby(rows, lambda row: row[:first]):
+        table.add_section()
+        table.add_row(escape(_place(header, place)))
+        for row in group:
+            table.add_row(*map(escape, [f"  {row[first]}", *row[first + 1 : first + 4]]))
     for line in [*report.answer(), *report.notes()]:
         say(line)
     console.print(table)
@@ -226,6 +230,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
             say(f"  {sentence}")
     for line in no_comparison(report) + missing(report):
         say(line)
+
+
+def _place(header: list[str], place: list[str]) -> str:
+    """Return where a row of the accuracy table stands: data set, network, and the factors with their names."""
+    named = zip(header, place, strict=False)
+    return ", ".join(value if name in ("dataset", "model") else f"{name} {value}" for name, value in named)
 
 
 def draw(report: Report) -> Mapping[str, Figure | None]:

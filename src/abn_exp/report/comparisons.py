@@ -16,7 +16,7 @@ from abn_exp.report.formatting import interval_text, number_text, p_equation, p_
 from abn_exp.report.pooled import RandomEffects, random_effects
 from abn_exp.report.spread import MIN_PAIRS, SHAPES, SpreadComparison, compare_spreads, pairs_needed, rejection_rate
 from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge
-from abn_exp.results import Run, read_config, read_metrics
+from abn_exp.results import Run, has_begun, read_config, read_metrics
 
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
 
@@ -115,11 +115,14 @@ class Pooled:
 def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     """Group runs by cell, sorted by dataset, model and variant; within these the reference comes first.
 
-    Runs on different kinds of device are different cells: float32 itself is not the same arithmetic there.
+    Runs on different kinds of device are different cells: float32 itself is not the same arithmetic there. A cell of
+    which no run has begun is left out: a sweep that was stopped may never have been meant.
 
     Raises ValueError where two directories hold the same seed of the same cell.
     """
     runs = list(runs)
+    begun = {run.cell for run in runs if run.result is not None or has_begun(run.directory)}
+    runs = [run for run in runs if run.cell in begun]
     devices = _devices(runs)
     by_cell: dict[tuple[Key, str | None], dict[int, Run]] = {}
     for run in runs:
@@ -164,6 +167,8 @@ def _why(run: Run) -> str:
     reason = run.reason if run.reason is not None else ""
     if run.status == "damaged":
         return reason
+    if not has_begun(run.directory):
+        return "not begun"
     text = reason if reason.startswith(run.status) else f"{run.status}: {reason}" if reason else run.status
     return f"{text} ({len(read_metrics(run.directory))} epochs recorded)"
 

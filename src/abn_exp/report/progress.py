@@ -11,8 +11,6 @@ from filelock import FileLock, Timeout
 
 from abn_exp.results import Run, find_runs, has_begun, read_config, read_metrics, remove_run
 
-WIDTH = 80
-
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[bool]:
@@ -41,7 +39,8 @@ def is_running(directory: Path) -> bool:
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Return lines of at most 80 characters: the runs by cell with state, epochs and time to go, and their number.
+    """Return the runs by cell with state, epochs and time to go, and their number: lines of at most 80 characters,
+    but for the paths, which are not broken.
 
     Raises ValueError where there are none.
     """
@@ -52,19 +51,17 @@ def list_runs(folder: Path) -> list[str]:
         )
     lines, states = [], []
     for cell, group in groupby(runs, lambda run: run.directory.parent):
-        lines += wrap(str(cell.relative_to(folder) if cell.is_relative_to(folder) else cell))
+        lines.append(str(cell.relative_to(folder) if cell.is_relative_to(folder) else cell))
         for run in group:
             state, rest = describe(run)
             states.append(state)
-            lines += wrap(f"{run.directory.name:<9} {state:<10} {rest}", indent=2, more=21)
+            lines += _wrap(f"{run.directory.name:<9} {state:<10} {rest}")
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return [*lines, *wrap(f"{len(runs)} runs: {counts}")]
+    return [*lines, f"{len(runs)} runs: {counts}"]
 
 
-def wrap(text: str, indent: int = 0, more: int = 2) -> list[str]:
-    """Return a text in lines of at most 80 characters; the first is indented by `indent`, the others by more."""
-    first, others = " " * indent, " " * (indent + more)
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent=" " * 23, break_on_hyphens=False)
 
 
 def describe(run: Run) -> tuple[str, str]:
@@ -118,5 +115,5 @@ def clean(folder: Path, *, remove: bool) -> list[str]:
             size = sum(path.stat().st_size for path in run.directory.rglob("*") if path.is_file())
             if remove:
                 remove_run(run.directory)
-        lines += wrap(f"{'removed' if remove else 'would remove'} {run.directory} ({state}, {size / 1e6:.1f} MB)")
+        lines.append(f"{'removed' if remove else 'would remove'} ({state}, {size / 1e6:.1f} MB): {run.directory}")
     return lines

@@ -19,6 +19,7 @@ from torch import Tensor
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.errors import STOPPED, Diverged
 from abn_exp.files import write_text_atomic
+from abn_exp.report.progress import clock
 from abn_exp.results import read_metrics
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.wandb_run import Tracker
@@ -37,9 +38,11 @@ class EpochLogger(pl.Callback):
     Raises Diverged where a loss, a weight or a running statistic is not finite, OSError where the disk is full.
     """
 
-    def __init__(self, directory: Path, tracker: Tracker) -> None:
+    def __init__(self, directory: Path, tracker: Tracker, *, brief: bool = False) -> None:
+        """`brief` leaves room in a line of 80 characters for the name of one of several runs."""
         self.path = directory / "metrics.jsonl"
         self.tracker = tracker
+        self.brief = brief
 
         self.lines: list[dict[str, Any]] = []
 
@@ -57,8 +60,7 @@ class EpochLogger(pl.Callback):
         if len(self.lines) < trainer.current_epoch:  # a checkpoint of before it held the lines
             self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] < trainer.current_epoch]
         self._write(trainer)
-        scores = [(line["val/acc"], -line["epoch"]) for line in self.lines if "val/acc" in line]
-        self.best = max(scores, default=None)
+        self.best = max((line["val/acc"] for line in self.lines if "val/acc" in line), default=None)
         self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
 
     def _write(self, trainer: pl.Trainer) -> None:
@@ -110,16 +112,19 @@ class EpochLogger(pl.Callback):
         epoch, epochs = metrics["epoch"], trainer.max_epochs or 0
         done = epoch + 1 - self.first_epoch
         eta = (time.monotonic() - self.started) / done * (epochs - epoch - 1)
-        parts = [f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"]
-        parts.append(f"train loss {metrics['train/loss']:.3f} acc {metrics['train/acc']:.3f}")
+        parts = [f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs} loss {metrics['train/loss']:.3f}"]
+        if not self.brief:
+            parts.append(f"acc {metrics['train/acc']:.3f}")
         if "val/acc" in metrics:
-            self.best = max(filter(None, [self.best, (metrics["val/acc"], -epoch)]))
-            parts.append(f"val acc {metrics['val/acc']:.3f} (best {self.best[0]:.3f} in {1 - self.best[1]})")
+            self.best = max(filter(None, [self.best, metrics["val/acc"]]))
+            parts.append(f"val {metrics['val/acc']:.3f}")
+            if not self.brief:
+                parts.append(f"best {self.best:.3f}")
         if "test/acc" in metrics:
-            parts.append(f"test acc {metrics['test/acc']:.3f}")
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['images_per_second']:.0f} img/s")
-        parts.append("ETA " + time.strftime("%H:%M:%S", time.gmtime(eta)))
-        log.info("  ".join(parts))
+            parts.append(f"test {metrics['test/acc']:.3f}")
+        speed = metrics["images_per_second"]
+        parts.append(f"{speed:.2g} img/s" if speed < 10 else f"{speed:.0f} img/s")
+        log.info(" ".join([*parts, f"ETA {clock(eta)}"]))
 
 
 class StepProgressBar(pl.Callback):
@@ -194,6 +199,7 @@ class KillAllRanks(pl.Callback):
         def stop(number: int, _: Any) -> None:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGKILL)
+            Path(trainer.default_root_dir, "RUNNING").unlink(missing_ok=True)
             print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
             os._exit(128 + number)
 

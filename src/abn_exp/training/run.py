@@ -93,8 +93,8 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
         if finished is not None:
             if read_config(directory).get("keep") == "weights" and list(directory.glob("checkpoints/previous-*")):
                 keep_weights(directory)  # it was stopped between its record and this
-            log.info("%s is finished (force=true runs it again)", directory)
-            show(finished)
+            log.info("finished before; force=true runs it again")
+            show(directory, finished)
             return finished
         _tell_last_attempt(plan)
         write_config(directory, config.model_dump(), command)
@@ -125,8 +125,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
         write_result(directory, result)
         if config.keep == "weights":
             keep_weights(directory)
-        log.info("%s", directory)
-        show(result)
+        show(directory, result)
         return result
 
 
@@ -182,7 +181,9 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         "git_commit": provenance.git_commit(),
         "device": provenance.device_name(device, config.threads),
     }
-    log.info("%s seed %d on %s\n%s", plan.cell, config.seed, made_with["device"], as_text(summary.table()))
+    cell = [plan.choices[group] for group in ("dataset", "model", "norm")]
+    where = f"{' '.join(cell)}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
+    log.info("%s\n%s", where, as_text(summary.table()))
 
     stages = tuple(
         stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
@@ -202,7 +203,7 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         trainer = _trainer(config, device, directory, tracker, stages)
         last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
         if last is not None:
-            log.info("going on from %s", last)
+            log.info("going on from %s", last.name)
         groups = BatchGroups(loaders["train"], BATCHES_PER_GROUP)
         try:
             trainer.fit(classifier, groups, [loaders[stage] for stage in stages] or None, ckpt_path=last)
@@ -217,9 +218,9 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
 def _trainer(
     config: Config, device: torch.device, directory: Path, tracker: Tracker, stages: tuple[Stage, ...]
 ) -> pl.Trainer:
-    alone = sys.stdout.isatty() and current_process().name == "MainProcess" and process_rank(config) == 0
-    show_bar = config.progress == "bar" or (config.progress == "auto" and alone)
-    callbacks = [EpochLogger(directory, tracker), *checkpoints(directory, keep_best="val" in stages)]
+    alone = current_process().name == "MainProcess" and process_rank(config) == 0
+    show_bar = config.progress == "bar" or (config.progress == "auto" and alone and sys.stdout.isatty())
+    callbacks = [EpochLogger(directory, tracker, brief=not alone), *checkpoints(directory, keep_best="val" in stages)]
     if config.devices > 1:
         callbacks.append(KillAllRanks())
     return pl.Trainer(
@@ -285,9 +286,8 @@ def _test(
     )
 
 
-def show(result: RunResult) -> None:
-    """Print a finished run's numbers as a table."""
-    log.info("%s, seed %d", "-".join(result.cell), result.seed)
+def show(directory: Path, result: RunResult) -> None:
+    """Print where a finished run lies, and its numbers as a table."""
     table = Table("", "top-1")
     rows = {
         "test, last epoch (headline)": result.test_acc,
@@ -300,13 +300,13 @@ def show(result: RunResult) -> None:
         if value is not None:
             table.add_row(name, f"{100 * value:.2f} %")
     table.caption = f"{result.epochs} epochs in {result.train_seconds:.0f} s, {result.images_per_second:.0f} images/s"
-    log.info(as_text(table))
+    log.info("%s\n%s", directory, as_text(table))
 
 
 def as_text(table: Table) -> str:
     """Return a table as plain text, for a terminal and a log alike."""
     out = io.StringIO()
-    Console(file=out, width=120).print(table)
+    Console(file=out, width=80).print(table)
     return out.getvalue()
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
@@ -32,6 +31,8 @@ from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
     from abn_exp.report.build import Report
+
+LABEL = 20  # characters of a run's label on the console, in front of lines of up to 57
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +77,19 @@ class SweepCallback(Callback):
         plans = [self._planned[tuple(overrides)] for overrides in job_overrides]
         results = {plan.directory: finished_result(plan) for plan in plans}
         common = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
-        jobs: dict[Path, Job] = {}
+        pending: dict[Path, tuple[RunPlan, Sequence[str]]] = {}
         for plan, overrides in zip(plans, job_overrides, strict=True):
             if results[plan.directory] is None:
-                label = _label([override for override in overrides if override not in common])
-                jobs.setdefault(plan.directory, Job(plan, label, _single_command(overrides)))
+                pending.setdefault(plan.directory, (plan, overrides))
+        jobs = []
+        for number, (plan, overrides) in enumerate(pending.values(), 1):
+            label, title = _label([override for override in overrides if override not in common]), ""
+            if len(label) > LABEL:
+                label, title = f"{number}/{len(pending)}", label
+            jobs.append(Job(plan, label, _single_command(overrides), title))
         if jobs:
             try:
-                count = _number_at_once(list(jobs.values()))
-                with closing(train(list(jobs.values()), count, config.hydra.job_logging)) as outcomes:
+                with closing(train(jobs, _number_at_once(jobs), config.hydra.job_logging)) as outcomes:
                     for job, outcome in outcomes:
                         results[job.plan.directory] = outcome.result
                         self.errors[job.plan.directory] = outcome.error
@@ -237,10 +242,10 @@ def _number_at_once(jobs: list[Job]) -> int:
 def _label(overrides: list[str]) -> str:
     """Return the overrides that tell a run from the others, short: "bn s0" of norm=bn and seed=0."""
     words = []
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: override.startswith("seed=")):
         key, value = override.split("=", 1)
         words.append(f"s{value}" if key == "seed" else value if key in GROUPS else f"{key.split('.')[-1]}={value}")
-    return shorten(" ".join(words), 24, placeholder="...")
+    return " ".join(words)
 
 
 def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:

@@ -18,6 +18,7 @@ from abn_exp.errors import ConfigError, Diverged, stop
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import RunPlan
 from abn_exp.provenance import git_commit
+from abn_exp.report.progress import clock
 from abn_exp.results import RunResult
 from abn_exp.training.watch import POLL, Counter, StepWatch, epoch_reached, warn_of_standstill
 
@@ -33,8 +34,9 @@ class Job:
     """One run of a multirun."""
 
     plan: RunPlan
-    label: str  # what tells it from the others, for the lines on the console
+    label: str  # begins its lines on the console
     command: str
+    title: str = ""  # what tells it from the others, where that is too long for the label
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,13 @@ def train_one(job: Job, steps: Counter | None = None) -> Outcome:
     from abn_exp.training.run import run
 
     _prefix_log_lines(job.label)
+    if job.title:
+        log.info(job.title)
     try:
         result = run(job.plan, job.command, steps)
+        validation = "" if result.val_acc_last is None else f", validation {100 * result.val_acc_last:.2f} %"
+        duration = f"{result.epochs} epochs in {clock(result.train_seconds)}"
+        log.info("test %.2f %%%s, %s", 100 * result.test_acc, validation, duration)
         update_page(job.plan.directory.parents[4])
         return Outcome(result)
     except (ConfigError, Diverged, OSError) as error:
