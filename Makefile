@@ -1,29 +1,55 @@
 # make train [ARGS="norm=bn dataset=cifar10"]   set up, then train (the embedded digits if ARGS says nothing else)
 # make test                                    set up, then lint, types and tests
 # make faults                                  set up, then the whole bench of faults, and its report in results/faults
+# make lock                                    write requirements.lock: the newest versions allowed, with their hashes
+# make test-lowest                             the tests with the oldest versions allowed, in an environment of their own
+#
+# LOCKED=1 installs what requirements.lock names, e.g. `make train LOCKED=1`.
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
+LOCKED ?=
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+MARKER := $(VENV)/.installed$(if $(LOCKED),-locked)
 
-.PHONY: train test faults setup
+.PHONY: train test faults lock test-lowest
 
-train: setup
+train: $(MARKER)-train
 	$(BIN)/python train.py $(ARGS)
 
-test: setup
+test: $(MARKER)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
 
-faults: setup
+faults: $(MARKER)-dev
 	FAULTS=full $(BIN)/pytest tests/faults -n 2 --dist worksteal
 
-setup: $(VENV)/.installed
+lock: $(VENV)/.installed-uv
+	$(BIN)/uv pip compile pyproject.toml --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--no-header --quiet --output-file requirements.lock
 
-$(VENV)/.installed: pyproject.toml
+test-lowest: $(VENV)/.installed-uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"
+	$(LOWEST)/bin/pytest -n 2 --dist worksteal
+
+$(MARKER)-train: pyproject.toml $(if $(LOCKED),requirements.lock) | $(BIN)/python
+	$(if $(LOCKED),$(PIP) --require-hashes --requirement requirements.lock)
+	$(PIP) --editable .
+	touch $@
+
+$(MARKER)-dev: $(MARKER)-train
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-uv: | $(BIN)/python
+	$(PIP) "uv>=0.13,<0.14"
+	touch $@
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "abn_exp needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@

@@ -4,7 +4,7 @@
     python scripts/dashboard.py --entity TEAM --name STUDY      saves it and prints its address
     python scripts/dashboard.py --name STUDY --dry-run          prints it as JSON; needs neither key nor network
 
-Needs pip install "abn_exp[dashboard]", and to save it `wandb login`.
+Needs pip install --editable ".[dashboard]", and to save it `wandb login`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     try:
         from wandb_workspaces import workspaces
     except ImportError:
-        sys.exit('error: a dashboard needs wandb-workspaces: pip install "abn_exp[dashboard]".')
+        sys.exit('error: a dashboard needs wandb-workspaces: pip install --editable ".[dashboard]".')
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 

@@ -8,7 +8,7 @@ The words are those of train.py. An option that is given a range is searched: in
 int(interval(a,b)), range(...), choice(...) or a,b,c. seed=1000,1001,1002 (the default) are a trial's seeds; what
 counts is the mean of their validation accuracies, never the test set. The runs, a table and Optuna's journal are in
 results/<name>. The same command goes on with a search that was stopped; given in a second terminal, it shares the
-work. Needs pip install "abn_exp[search]".
+work. Needs pip install --editable ".[search]".
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
-        print('error: a search needs Optuna: pip install "abn_exp[search]".', file=sys.stderr)
+        print('error: a search needs Optuna: pip install --editable ".[search]".', file=sys.stderr)
         return 1
     sys.path.insert(0, str(REPOSITORY))  # norms and optimizers of one's own lie beside train.py
     console = logging.StreamHandler(sys.stdout)
