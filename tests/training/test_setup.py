@@ -1,6 +1,8 @@
 """How a run's network starts: the published initial weights and torch's, paired by seed."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from scipy import stats
 from torch import Tensor
 
 from abn_exp.binarize import BinaryConv2d
+from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from abn_exp.training.setup import make_network
+from abn_exp.training import setup
+from abn_exp.training.setup import make_network, select_device
 
 Make = Callable[..., RunPlan]
 
@@ -56,3 +60,41 @@ def test_norms_of_one_seed_have_the_published_start_in_common(make_plan: Make) -
     assert all(torch.equal(bn[name], abn[name]) for name in bn if bn[name].dim() > 1)
     other = parameters(make_plan(*common[:2], "seed=4", "norm=bn"))
     assert not any(torch.equal(bn[name], other[name]) for name in bn if bn[name].dim() == 4)
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "device", "told"),
+    [
+        (True, None, "auto", True),
+        (True, "0", "auto", True),
+        (True, "", "auto", False),  # hidden on purpose
+        (True, None, "cpu", False),
+        (False, None, "auto", False),
+    ],
+)
+def test_an_nvidia_device_that_torch_does_not_see_is_told(
+    make_plan: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    driver: bool,
+    visible: str | None,
+    device: str,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(setup, "NVIDIA_DRIVER", (tmp_path if driver else tmp_path / "no driver",))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with caplog.at_level(logging.WARNING):
+        assert select_device(make_plan(f"device={device}").config) == torch.device("cpu")
+    assert ("has an NVIDIA device, but torch sees none" in caplog.text) == told
+    assert (f"torch {torch.__version__} is built" in caplog.text) == told
+
+
+def test_a_device_that_is_not_there_is_refused(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match=r"torch sees no CUDA device \(torch .* is built without CUDA\)"):
+        select_device(make_plan("device=cuda").config)

@@ -1,11 +1,13 @@
 """Build what a run needs: its device, data loaders, network and trainer options."""
 
 import ctypes
+import logging
 import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import current_process
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ from abn_exp.training.classifier import Stage
 from abn_exp.warm_start import load_initial_weights_
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # one of them is there where a driver is loaded
 BATCHES_PER_GROUP = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
+
+log = logging.getLogger(__name__)
 
 
 def process_rank(config: Config) -> int:
@@ -36,10 +41,19 @@ def select_device(config: Config) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto.")
+        raise ConfigError(
+            f"device=cuda, but torch sees no CUDA device ({_cuda_build()}); use device=cpu or device=auto."
+        )
     if kind == "cuda" and config.precision in ("exact16", "bf16") and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"precision={config.precision}, but this GPU has no bfloat16; use precision=fp32.")
     if kind == "cpu":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if config.device == "auto" and not hidden and any(path.exists() for path in NVIDIA_DRIVER):
+            log.warning(
+                "This machine has an NVIDIA device, but torch sees none (%s), so the run is on the CPU; README.md "
+                "says under Install which build needs which driver.",
+                _cuda_build(),
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if config.devices > count:
@@ -48,6 +62,11 @@ def select_device(config: Config) -> torch.device:
     worker = re.search(r"-(\d+)$", current_process().name)
     turn = process_rank(config) if config.devices > 1 else int(worker[1]) - 1 if worker else 0
     return torch.device("cuda", turn % count)
+
+
+def _cuda_build() -> str:
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"torch {torch.__version__} is built {built}"
 
 
 def configure_process() -> None:
