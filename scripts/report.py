@@ -10,6 +10,7 @@ from pathlib import Path
 
 from abn_exp.report.build import PAGE_SECONDS, print_report, update_page, write_report
 from abn_exp.report.watch import serve
+from abn_exp.results import find_runs
 
 
 def watch(folder: Path, reference: str, port: int) -> None:
@@ -30,23 +31,42 @@ def watch(folder: Path, reference: str, port: int) -> None:
         print()
 
 
+def a_folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a folder that train.py wrote: results/NAME")
+    return Path(text)
+
+
+def check_reference(folder: Path, reference: str) -> None:
+    """Raise ValueError where no run has this norm."""
+    norms = sorted({run.norm for run in find_runs(folder)})
+    if norms and reference not in norms:
+        raise ValueError(f"--reference={reference} is not allowed: the runs below {folder} have {', '.join(norms)}.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write report.md, report.html, report.csv, runs.csv and figures.")
-    parser.add_argument("folder", type=Path, help="a folder that train.py wrote: results/NAME")
-    parser.add_argument("--reference", default="bn", help="the norm that others are compared with (default: bn)")
+    parser.add_argument("folder", type=a_folder, help="a folder that train.py wrote: results/NAME")
+    parser.add_argument("--reference", help="the norm that others are compared with (default: bn)")
     parser.add_argument("--out", type=Path, help="write into this folder instead, e.g. where the first is read-only")
     parser.add_argument("--watch", action="store_true", help="serve report.html on this machine while runs go on")
     parser.add_argument("--port", type=int, default=0, help="of --watch (default: a free one)")
     arguments = parser.parse_args()
+    reference = arguments.reference or "bn"
     try:
+        if arguments.reference is not None:
+            check_reference(arguments.folder, reference)
         if arguments.watch:
-            watch(arguments.folder, arguments.reference, arguments.port)
+            watch(arguments.folder, reference, arguments.port)
             return 0
-        report = write_report(arguments.folder, reference=arguments.reference, out=arguments.out)
+        report = write_report(arguments.folder, reference=reference, out=arguments.out)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print_report(report)
+    if all(run.result is None for cell in report.cells for run in cell.runs):
+        print(f"error: no run below {arguments.folder} is finished.", file=sys.stderr)
+        return 1
     return 0
 
 
