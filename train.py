@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from abn_exp.commandline import hydra_sentence, overrides_last
+from abn_exp.commandline import hydra_sentence, overrides_last, share_config_store
 from abn_exp.errors import STOPPED, ConfigError, Diverged, Stopped, in_a_line, stop
 from abn_exp.provenance import git_commit
 
@@ -56,6 +56,8 @@ if __name__ == "__main__":
     git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
     sys.argv[1:] = overrides_last(sys.argv[1:])
+    if {"-h", "--help"} & set(sys.argv):
+        share_config_store()
     try:
         main()
     except Stopped as stopped:
