@@ -116,7 +116,7 @@ class EpochLogger(pl.Callback):
         if not self.brief:
             parts.append(f"acc {metrics['train/acc']:.3f}")
         if "val/acc" in metrics:
-            self.best = max(filter(None, [self.best, metrics["val/acc"]]))
+            self.best = max(accuracy for accuracy in (self.best, metrics["val/acc"]) if accuracy is not None)
             parts.append(f"val {metrics['val/acc']:.3f}")
             if not self.brief:
                 parts.append(f"best {self.best:.3f}")
