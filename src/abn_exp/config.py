@@ -4,6 +4,7 @@ Hydra composes the YAML files; the classes below say what they may hold. `model`
 new one needs no change here: their keys are checked against the signature of the class they name.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -189,6 +190,26 @@ class WandbConfig(Section):
         return [tag for part in value.split(",") if (tag := part.strip())] if isinstance(value, str) else value
 
 
+class PrimaryConfig(Section):
+    """The comparison that a study was made for; `null` data sets and models are all of the study.
+
+    `mean` and `spread` ask in each cell for the difference of means and the ratio of stds, `pooled` asks for one
+    difference over all cells, each seed averaged over them first.
+    """
+
+    norm: str
+    reference: str = "bn"
+    datasets: list[str] | None = None
+    models: list[str] | None = None
+    statistic: Literal["mean", "pooled", "spread"] = "mean"
+
+    @model_validator(mode="after")
+    def two_norms(self) -> Self:
+        if self.norm == self.reference:
+            raise ValueError(f"primary.norm={self.norm} is primary.reference, too; name two norms")
+        return self
+
+
 class Config(Section):
     """One run: a cell (dataset, model, norm, recipe, precision) with one seed, and how to run it."""
 
@@ -203,6 +224,10 @@ class Config(Section):
         str, NoEffect, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")
     ] = Field(max_length=80)
     question: Annotated[str | None, NoEffect] = None
+    primary: Annotated[PrimaryConfig | None, NoEffect] = None
+    delta: Annotated[PositiveFloat, NoEffect] = 0.5
+    looks: Annotated[list[Annotated[int, Field(ge=2, le=1000)]] | None, NoEffect] = Field(None, min_length=1)
+    spending: Annotated[Literal["obrien_fleming", "pocock"], NoEffect] = "obrien_fleming"
     results_dir: Annotated[str, NoEffect] = Field(min_length=1)
     force: Annotated[bool, NoEffect]
     device: Annotated[Literal["auto", "cpu", "cuda"], NoEffect]
@@ -232,6 +257,13 @@ class Config(Section):
     def auto_or_a_number(cls, value: Any) -> Any:
         if value != "auto" and not (type(value) is int and 1 <= value <= 1024):
             raise ValueError(f"seeds_at_once={value} is not allowed: it should be auto, or a number from 1 to 1024")
+        return value
+
+    @field_validator("looks")
+    @classmethod
+    def looks_increase(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and any(a >= b for a, b in itertools.pairwise(value)):
+            raise ValueError(f"looks={value} must increase: they are numbers of seeds")
         return value
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """A multirun as a user would start it, stop it, break it and start it again."""
 
+import json
 import logging
 import os
 import re
@@ -302,3 +303,29 @@ def test_a_run_s_configuration_is_let_go() -> None:
     job = JobReturn(cfg=OmegaConf.create({"a": 1}), hydra_cfg=OmegaConf.create({"b": 2}), overrides=["seed=1"])
     SweepCallback().on_job_end(OmegaConf.create(), job)
     assert (job.cfg, job.hydra_cfg, job.overrides) == (None, None, ["seed=1"])
+
+
+def test_seeds_until_decided_end_the_same_after_a_kill(undisturbed: Path, tmp_path: Path) -> None:
+    """Two looks at the cells of the undisturbed sweep; killed after the first, typed again."""
+    command = ["norm=bn,abn", "seeds=until_decided", "looks=[2,3]", "delta=0.01"]
+    plan = tmp_path / "results" / "runs" / "plan.json"
+
+    def entries() -> list[dict[str, Any]]:
+        return list(json.loads(plan.read_text())["entries"]) if plan.is_file() else []
+
+    process = sweep(tmp_path, *command)
+    wait_for(lambda: entries() and len(runs_of(tmp_path)) > 4)
+    process.kill()
+    process.communicate()
+    (first,) = entries()
+    assert (first["seeds"], first["verdict"]) == (2, "undecided")
+    done = finish(sweep(tmp_path, *command))
+    assert done.returncode == 0, done.stderr
+    assert scores(tmp_path) == scores(undisturbed)
+    assert entries()[0] == first
+    assert [entry["seeds"] for entry in entries()] == [2, 3]
+    text = (tmp_path / "results" / "runs" / "report.md").read_text()
+    assert "**Primary comparison: abn against bn (look 2 of 2, at 3 seeds). On digits with binarynet" in text
+    refused = finish(sweep(tmp_path, "norm=bn,abn", "seeds=until_decided", "looks=[2,4]", "delta=0.01"))
+    assert refused.returncode == 1
+    assert "which has looks 2, 3, not 2, 4" in refused.stderr

@@ -254,4 +254,7 @@ def judge_planned(cells: Sequence[Cell], plan: Plan) -> Primary:
     look = f"look {done} of {len(plan.looks)}, at {plan.looks[done - 1]} seeds"
     if outside := sorted(under_way - set(plan.seeds_at(done - 1))):
         look += f"; seeds that no look asked for are left out: {', '.join(map(str, outside))}"
-    return Primary(question, pairs, pooled=plan.judge(cells, done - 1), look=look)
+    found = plan.judge(cells, done - 1)
+    if found.verdict != plan.entries[-1]["verdict"]:
+        look += f"; at the look itself, with the runs of then, it was {plan.entries[-1]['verdict']}"
+    return Primary(question, pairs, pooled=found, look=look)

@@ -9,12 +9,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -22,10 +24,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.commandline import hydra_sentence
-from abn_exp.errors import STOPPED, ConfigError, Stopped
+from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import GROUPS, RunPlan, differing_options, plan_run, quoted, restore_quoted
-from abn_exp.records import read_run_file
+from abn_exp.records import read_run_file, read_study_file
 from abn_exp.results import Run, RunResult, find_runs, has_begun, read_config, read_result, write_config
 from abn_exp.training.workers import Job, train
 
@@ -50,7 +52,8 @@ class SweepCallback(Callback):
             self.errors = dict[Path, str]()
             _check_devices(self.plans)
             _check_launcher(self.plans, config)
-        except ConfigError as error:
+            self._check_looks(config)
+        except (ConfigError, DamagedFile) as error:
             raise SystemExit(f"error: {error}") from None
         except (HydraException, OmegaConfBaseException) as error:
             raise SystemExit(f"error: {hydra_sentence(error)}") from None
@@ -62,12 +65,46 @@ class SweepCallback(Callback):
         try:
             for folder in {plan.directory.parents[4] for plan in self.plans}:
                 record_command(folder, command(config))
-            for overrides, plan in self._planned.items():
-                if read_run_file(plan.directory, "config.yaml") is None:  # so that a report knows what is missing
-                    write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
+            self._write_configs(config.looks[0] if config.looks is not None else None)
         except OSError as error:
             raise SystemExit(f"error: {error}") from None
-        log.info("%d runs, %d of them finished, %d to do", len(self.plans), finished, len(self.plans) - finished)
+        runs = f"{len(self.plans)} runs{' at most' if config.looks is not None else ''}"
+        log.info("%s, %d of them finished, %d to do", runs, finished, len(self.plans) - finished)
+
+    def _write_configs(self, seeds: int | None) -> None:
+        """Write the configuration of each run that is not begun, so that a report knows what is missing; of runs that
+        a later look may not need, of so many seeds."""
+        for overrides, plan in self._planned.items():
+            if seeds is not None and plan.config.seed >= seeds:
+                continue
+            if read_run_file(plan.directory, "config.yaml") is None:
+                write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
+
+    def _check_looks(self, config: DictConfig) -> None:
+        """Check a multirun against the plan of its folder, where it has looks or the folder has a plan."""
+        folders = {plan.directory.parents[4] for plan in self.plans}
+        if config.looks is None and not any(read_study_file(folder, "plan.json") for folder in folders):
+            return
+        from abn_exp.training.looks import check_plan
+
+        typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        check_plan(self.plans, {override.key_or_group for override in typed})
+
+    def decided(self, looked: int) -> bool:
+        """Tell the sweeper, after so many batches of runs, whether the primary comparison needs no more."""
+        from abn_exp.training.looks import is_decided, seeds_of_looks
+
+        folder, looks = self.plans[0].directory.parents[4], self.plans[0].config.looks
+        assert looks is not None
+        try:
+            if not is_decided(folder, looked):
+                self._write_configs(looks[looked])
+                return False
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from None
+        seeds = seeds_of_looks(folder)
+        self.plans = [plan for plan in self.plans if plan.config.seed in seeds]  # the others are not asked for
+        return True
 
     def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
         """Train what is not finished in worker processes, as many at a time as `seeds_at_once` says.
@@ -180,7 +217,9 @@ def _check_sweeper(config: DictConfig) -> None:
     sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
     typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     searched = {override.key_or_group for override in typed if override.is_sweep_override()}
-    if sweeper != "BasicSweeper" and "seed" in searched.union(config.hydra.sweeper.params or {}):
+    if sweeper not in ("BasicSweeper", "StudySweeper") and "seed" in searched.union(
+        config.hydra.sweeper.params or {}
+    ):
         raise ConfigError(
             f"hydra/sweeper is {sweeper}, which takes the best run for the best values, and seed is among what it "
             "searches: it would find a lucky seed; scripts/search.py takes the mean over seeds."
@@ -253,10 +292,41 @@ def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:
 
     Raises ConfigError where one of them is not allowed.
     """
-    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
     plans = {}
-    for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+    for overrides in jobs(config):
         cfg = compose("config", list(overrides), return_hydra_config=True)
         plans[tuple(overrides)] = plan_run(cfg, dict(cfg.hydra.runtime.choices))
     return plans
+
+
+def sweep_params(config: DictConfig) -> dict[str, str]:
+    """Return what a sweep runs all combinations of; with looks, as many seeds as the last of them has."""
+    params: dict[str, str] = {str(key): value for key, value in (config.hydra.sweeper.get("params") or {}).items()}
+    return params if config.get("looks") is None else {**params, "seed": f"range(0,{config.looks[-1]})"}
+
+
+def jobs(config: DictConfig) -> list[list[str]]:
+    """Return the overrides of every run of a multirun, in its order."""
+    arguments = [f"{key}={value}" for key, value in sweep_params(config).items()]
+    parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+    return [job for batch in split_into_batches(config, parsed, None) for job in batch]
+
+
+def split_into_batches(
+    config: DictConfig, overrides: Sequence[Override], max_batch_size: int | None
+) -> list[list[list[str]]]:
+    """Return the overrides of every run in batches: each of `hydra.sweeper.cases` with all combinations of what is
+    swept over; a batch a look where there are looks."""
+    cases = [list(case) for case in config.hydra.sweeper.get("cases") or [[]]]
+    combinations = BasicSweeper.split_arguments(list(overrides), None)[0]
+    runs = [[*case, *combination] for case in cases for combination in combinations]
+    if config.get("looks") is not None:
+        bounds = pairwise([0, *config.looks])
+        return [[run for run in runs if first <= _seed(run) < end] for first, end in bounds]
+    size = max_batch_size if max_batch_size is not None and max_batch_size > 0 else len(runs)
+    return [runs[i : i + size] for i in range(0, len(runs), size)]
+
+
+def _seed(run: Sequence[str]) -> int:
+    """Return the seed among a run's overrides, the last one that is given."""
+    return int([override for override in run if override.startswith("seed=")][-1].removeprefix("seed="))

@@ -1,0 +1,143 @@
+"""Seeds until decided: the plan of the looks, written before the first run, and each look as its runs have ended."""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from abn_exp.config import PrimaryConfig
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan, quoted
+from abn_exp.provenance import git_commit
+from abn_exp.report.comparisons import collect_cells
+from abn_exp.report.looks import PLAN, Plan, look, read_plan, write_plan
+from abn_exp.report.verdicts import sentence
+from abn_exp.results import find_runs, has_begun
+
+log = logging.getLogger(__name__)
+
+
+def check_plan(runs: Sequence[RunPlan], typed: set[str]) -> None:
+    """Write the plan of a multirun with looks, or refuse what contradicts the one that is there.
+
+    ``typed`` are the keys that the command line sets. Raises ConfigError.
+    """
+    config, folder = runs[0].config, runs[0].directory.parents[4]
+    existing = read_plan(folder) or read_plan(quoted(folder))
+    if config.looks is None:
+        if existing is not None and any(_belongs(run, existing) for run in runs):
+            raise ConfigError(
+                f"{folder / PLAN} plans the seeds of {existing.norm} against {existing.reference}, and this command "
+                "adds runs to them in another way; use seeds=until_decided as it was, or another name=."
+            )
+        return
+    if "seed" in typed:
+        raise ConfigError("seeds=until_decided takes seeds 0, 1, 2, ... look by look; leave out seed=.")
+    plan = make_plan(runs)
+    if existing is None:
+        there = [*find_runs(folder), *find_runs(quoted(folder))]  # a quoted run counts as finished
+        if begun := [run for run in there if _in_cells(run.cell, plan) and has_begun(run.directory)]:
+            raise ConfigError(
+                f"{folder} holds {len(begun)} runs of this comparison that were begun without a plan; a plan made "
+                "after them would not hold. Use another name=."
+            )
+        write_plan(folder, plan)
+    elif config.force and existing.entries:
+        raise ConfigError(f"force=true would train again what {folder / PLAN} has judged; use another name=.")
+    elif different := existing.contradictions(plan):
+        raise ConfigError(
+            f"This command contradicts {folder / PLAN}, written before the first run, which has "
+            f"{'; '.join(different)}. Use another name=."
+        )
+    elif not (folder / PLAN).is_file():
+        write_plan(folder, existing)
+
+
+def make_plan(runs: Sequence[RunPlan]) -> Plan:
+    """Return the plan of a multirun. Raises ConfigError where it has no primary comparison with one number."""
+    config = runs[0].config
+    assert config.looks is not None
+    norms = dict.fromkeys(run.choices["norm"] for run in runs)
+    primary = config.primary
+    if primary is None:
+        others = [norm for norm in norms if norm != "bn"]
+        if len(others) != 1 or "bn" not in norms:
+            raise ConfigError(
+                "seeds=until_decided needs one primary comparison: norm=bn,OTHER, or a study that names its own; "
+                f"this command has norm={','.join(norms)}."
+            )
+        primary = PrimaryConfig(norm=others[0], statistic="pooled")
+    if primary.statistic == "spread":
+        raise ConfigError(
+            "seeds=until_decided decides on a difference of means, and the primary comparison of this study is one "
+            "of spreads; use a number of seeds, or primary.statistic=pooled."
+        )
+    groups: dict[tuple[str, str, str], set[str]] = {}
+    for run in runs:
+        dataset, model = run.choices["dataset"], run.choices["model"]
+        if dataset in (primary.datasets or [dataset]) and model in (primary.models or [model]):
+            groups.setdefault((dataset, model, run.variant), set()).add(run.choices["norm"])
+    compared = tuple(group for group, found in groups.items() if {primary.norm, primary.reference} <= found)
+    if not compared:
+        raise ConfigError(
+            f"seeds=until_decided compares {primary.norm} with {primary.reference}, and this command runs "
+            f"norm={','.join(norms)}, not both of them in one cell."
+        )
+    if len(compared) > 1 and primary.statistic == "mean":
+        raise ConfigError(
+            f"seeds=until_decided needs one number, and the primary comparison has {len(compared)}, one a cell; use "
+            "primary.statistic=pooled, or dataset= and model= for one cell."
+        )
+    return Plan(
+        norm=primary.norm,
+        reference=primary.reference,
+        groups=compared,
+        delta=config.delta,
+        looks=tuple(config.looks),
+        seeds=tuple(range(config.looks[-1])),
+        spending=config.spending,
+        commit=git_commit(),
+        written=_now(),
+    )
+
+
+def is_decided(folder: Path, looked: int) -> bool:
+    """Take the look after so many batches of runs, unless it was taken before, and tell whether no more are needed.
+
+    A run that failed or diverged counts as such; where one is unfinished, there is no look, and nothing more to run.
+    """
+    plan = read_plan(folder)
+    assert plan is not None
+    if len(plan.entries) < looked:
+        runs, seeds = find_runs(folder), plan.seeds_at(looked - 1)
+        ended = {(run.cell, run.seed) for run in runs if run.status in ("finished", "failed", "diverged")}
+        cells = [(d, m, norm, v) for d, m, v in plan.groups for norm in (plan.norm, plan.reference)]
+        if missing := [(cell, seed) for cell in cells for seed in seeds if (cell, seed) not in ended]:
+            log.error("No look at %d seeds: %d of its runs have not come to their end.", len(seeds), len(missing))
+            return True
+        plan = look(folder, plan, collect_cells(runs, plan.reference), _now())
+        judged = plan.judge(collect_cells(runs, plan.reference), looked - 1)
+        what = sentence(judged, f"{plan.norm} - {plan.reference}", (plan.norm, plan.reference))
+        log.info("Look %d of %d, at %d seeds: %s", looked, len(plan.looks), len(seeds), what)
+    return plan.entries[looked - 1]["verdict"] != "undecided" or looked == len(plan.looks)
+
+
+def seeds_of_looks(folder: Path) -> set[int]:
+    """Return the seeds that the looks taken so far asked for, or those of the first."""
+    plan = read_plan(folder)
+    assert plan is not None
+    return set(plan.seeds_at(max(0, len(plan.entries) - 1)))
+
+
+def _belongs(run: RunPlan, plan: Plan) -> bool:
+    names = [run.choices[group] for group in ("dataset", "model", "norm")]
+    return _in_cells((names[0], names[1], names[2], run.variant), plan)
+
+
+def _in_cells(cell: tuple[str, str, str, str], plan: Plan) -> bool:
+    dataset, model, norm, variant = cell
+    return (dataset, model, variant) in plan.groups and norm in (plan.norm, plan.reference)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,55 @@
+"""Hydra sweeper `study`: Hydra's basic one, with cases that are no product, and with looks at which a sweep may end.
+
+Hydra finds sweepers in packages of this name alone and imports them at the start of every command, so that nothing
+heavy is imported here.
+"""
+
+from dataclasses import dataclass
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class StudySweeperConf:
+    _target_: str = "hydra_plugins.abn_exp_sweeper.StudySweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None  # as of Hydra's basic sweeper: all combinations are run
+    cases: list[list[str]] | None = None  # lists of overrides, each run with all these combinations
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="study", node=StudySweeperConf, provider="abn_exp")
+
+
+class StudySweeper(BasicSweeper):
+    """Run each case with every combination of ``params``; with the key `looks`, a batch a look until it is enough."""
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str] | None = None, cases: list[list[str]] | None = None
+    ) -> None:
+        super().__init__(max_batch_size, params)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        from abn_exp.training.sweep import sweep_params
+
+        self.callbacks = hydra_context.callbacks.callbacks
+        self.params = sweep_params(config)
+
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        from abn_exp.training.sweep import split_into_batches
+
+        assert self.config is not None
+        return split_into_batches(self.config, overrides, max_batch_size)
+
+    def is_done(self) -> bool:
+        """Ask before each batch but the first whether the comparison is decided by what the batches before found."""
+        assert self.config is not None
+        looked = self.batch_index if self.config.get("looks") is not None else 0
+        decided = looked and any(c.decided(looked) for c in self.callbacks if hasattr(c, "decided"))
+        return bool(decided) or super().is_done()

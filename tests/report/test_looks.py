@@ -1,0 +1,219 @@
+"""What was fixed before the runs, the verdict on it, planned looks and unplanned ones."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats as st
+
+from abn_exp.errors import DamagedFile
+from abn_exp.report.build import build_report, write_report
+from abn_exp.report.comparisons import collect_cells
+from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
+from abn_exp.report.sequential import nominal_levels
+from abn_exp.results import find_runs
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+
+
+def fixed(statistic="mean", delta=0.5, **primary):
+    primary = {"norm": "abn", "reference": "bn", "datasets": None, "models": None, **primary}
+    return yaml.safe_dump({"delta": delta, "primary": {**primary, "statistic": statistic}})
+
+
+def first_line(folder):
+    return (folder / "report.md").read_text().split("\n\n")[1]
+
+
+def test_what_the_runs_agree_on_was_fixed():
+    primary = {"norm": "abn", "reference": "bn", "datasets": ["cifar10"], "models": None, "statistic": "pooled"}
+    found = fixed_before([{"delta": 0.3, "primary": primary}] * 2)
+    assert (found.delta, found.question.datasets, found.question.statistic) == (0.3, ("cifar10",), "pooled")
+    assert found.note == "The primary comparison and delta = 0.3 points were fixed before the runs."
+    assert fixed_before([{"delta": 0.3, "primary": None}]).question is None
+    older = fixed_before([{"question": "?"}])
+    assert (older.delta, older.question) == (0.5, None)
+    assert older.note.endswith("was fixed before these runs; delta = 0.5 points was applied afterwards.")
+    assert "some of these runs" in fixed_before([{}, {"delta": 0.3, "primary": None}]).note
+    assert "different values of delta" in fixed_before([{"delta": 0.3}, {"delta": 1.0}]).note
+    mixed = fixed_before([{"delta": 0.3, "primary": primary}, {"delta": 0.3, "primary": None}])
+    assert (mixed.delta, mixed.question) == (0.3, None)
+
+
+def test_the_verdict_on_the_primary_comparison_is_the_first_line(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed(delta=0.3))
+    write_report(tmp_path)
+    assert first_line(tmp_path) == (
+        "**Primary comparison: abn against bn. On digits with binarynet, abn - bn is +0.94 points (95 % interval "
+        "0.71 to 1.17, n = 5 paired seeds): better, by the two-sided test of no difference (p < 0.001).**"
+    )
+    assert (
+        "- The primary comparison and delta = 0.3 points were fixed before the runs."
+        in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_the_correction_is_over_the_primary_family_alone(tmp_path):
+    barely = [0.703, 0.716, 0.707, 0.721, 0.722]  # p = 0.014
+    for dataset in ("cifar10", "digits"):
+        norms = {"bn": BN, "abn": barely, "iebn": barely}
+        study(tmp_path, norms, config=fixed(datasets=["digits"]), dataset=dataset)
+    report = write_report(tmp_path)
+    family = {(c.cell.dataset, c.cell.norm): (c.primary, c.mean.family, c.mean.verdict) for c in report.comparisons}
+    assert family["digits", "abn"] == (True, 1, "better")
+    assert {family[key] for key in family if key != ("digits", "abn")} == {(False, 3, "better")}
+    assert report.comparisons[0].mean.corrected.difference == pytest.approx(3 * 0.0147, abs=0.002)
+    rows = table_rows(section((tmp_path / "report.md").read_text(), "Differences to bn"))
+    assert [row["family"] for row in rows] == ["exploratory (3)", "exploratory (3)", "primary (1)", "exploratory (3)"]
+
+
+def test_a_pooled_and_a_spread_primary_comparison(tmp_path):
+    for dataset in ("cifar10", "digits"):
+        study(tmp_path / "pooled", {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed("pooled"), dataset=dataset)
+    write_report(tmp_path / "pooled")
+    assert first_line(tmp_path / "pooled").startswith(
+        "**Primary comparison: abn against bn. Over 2 cells, abn - bn is +0.94 points"
+    )
+    rng = np.random.default_rng(0)
+    scores = {"bn": (0.7 + 0.01 * rng.standard_normal(12)).tolist(), "abn": (0.7 + 0.001 * rng.random(12)).tolist()}
+    study(tmp_path / "spread", scores, config=fixed("spread"))
+    report = write_report(tmp_path / "spread")
+    assert first_line(tmp_path / "spread").endswith("better, less spread.**")
+    assert report.comparisons[0].primary is False  # the difference of means is not what was asked
+    study(tmp_path / "none", {"bn": BN}, config=fixed())
+    write_report(tmp_path / "none")
+    assert first_line(tmp_path / "none") == ("**Primary comparison: abn against bn. It has no runs in this folder.**")
+
+
+def test_between_looks_there_is_neither_verdict_nor_interval(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": BN[::-1]}, config=fixed())
+    report = write_report(tmp_path)
+    report = build_report(tmp_path, interim=True)
+    assert [c.cell.norm for c in report.comparisons] == ["iebn"]
+    assert report.answer() == [
+        "Primary comparison: abn against bn. It is judged when all runs of the sweep have come to their end."
+    ]
+
+
+# --- failures ---
+
+
+def test_failures_take_back_a_verdict_and_say_so(tmp_path):
+    config = yaml.safe_dump({"dataset": {"num_classes": 10}})
+    study(tmp_path, {"bn": [*BN, 0.71, 0.705], "abn": CLEARLY_ABOVE}, config=config)
+    for seed in (5, 6):
+        (start_run(tmp_path, "abn", seed, config=config) / "FAILED").write_text("diverged: the loss is nan")
+    report = build_report(tmp_path)
+    (c,) = report.comparisons
+    assert (c.mean.failed, c.mean.without_failures, c.mean.verdict) == ((2, 0), "better", "undecided")
+    # at chance: differences 0.8, 1.0, 1.1, 0.7, 1.1, 10 - 71, 10 - 70.5
+    d = np.array([0.8, 1.0, 1.1, 0.7, 1.1, -61, -60.5])
+    assert c.mean.uncorrected.not_worse == pytest.approx(st.ttest_1samp(d, -0.5, alternative="greater").pvalue)
+    text = report.mean_sentence(c.cell, c.mean, "bn")
+    assert text.endswith(
+        "abn failed in 2 seeds, bn in 0: without them the verdict would be better, which does not hold with them at "
+        "chance."
+    )
+    for seed in (5, 6):
+        (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/result.json").unlink()
+        (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/FAILED").write_text("diverged")
+    assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
+
+
+# --- planned looks ---
+
+PLAN = Plan("abn", "bn", (("digits", "binarynet", "fixed"),), 0.5, (3, 5), (0, 1, 2, 3, 4), "pocock")
+
+
+def cells_of(folder):
+    return collect_cells(find_runs(folder))
+
+
+def test_a_look_is_judged_by_its_seeds_at_its_levels(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
+    j = PLAN.judge(cells_of(tmp_path), 0)
+    assert j.mean.differences == pytest.approx([0.8, 1.0, 1.1])
+    level = nominal_levels((3, 5), 0.025, "pocock")[0]
+    assert (j.level, j.level_delta) == (2 * level, nominal_levels((3, 5), 0.05, "pocock")[0])
+    half = st.t.isf(level, 2) * np.std([0.8, 1.0, 1.1], ddof=1) / math.sqrt(3)
+    assert j.interval == pytest.approx((0.9667 - half, 0.9667 + half), abs=1e-3)
+    p = st.ttest_1samp([0.8, 1.0, 1.1], 0).pvalue
+    assert (j.verdict == "better") == (p < j.level)
+
+
+def test_entries_are_kept_and_the_report_follows_them(tmp_path):
+    study(tmp_path, {"bn": BN, "abn": [0.702, 0.701, 0.716, 0.722, 0.731], "iebn": BN[::-1]})
+    write_plan(tmp_path, PLAN)
+    before = build_report(tmp_path)
+    assert before.answer() == ["Primary comparison: abn against bn. It is judged at 3 seeds, look 1 of 2."]
+    assert [c.cell.norm for c in before.comparisons] == ["iebn"]
+    assert before.pooled == before.effects == []
+    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    assert (plan.entries[0]["verdict"], plan.entries[0]["pairs"], plan.decided) == ("undecided", 3, False)
+    assert (
+        build_report(tmp_path).answer()[0].endswith("It is judged at 5 seeds, look 2 of 2.")
+    )  # seeds 3 and 4 are there
+    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-02")
+    assert plan.decided
+    assert [entry["date"] for entry in read_plan(tmp_path).entries] == ["2026-01-01", "2026-01-02"]
+    finish_run(tmp_path, "bn", 7, 0.1)
+    finish_run(tmp_path, "abn", 7, 0.9)
+    answer = build_report(tmp_path).answer()[0]
+    assert "(look 2 of 2, at 5 seeds; seeds that no look asked for are left out: 7)" in answer
+    assert "n = 5 paired seeds" in answer
+    assert "sequential 95 % interval" in answer
+
+
+def test_a_run_that_failed_by_a_look_counts(tmp_path):
+    config = yaml.safe_dump({"dataset": {"num_classes": 10}})
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE[:4]}, config=config)
+    (start_run(tmp_path, "abn", 4, config=config) / "FAILED").write_text("diverged")
+    write_plan(tmp_path, PLAN)
+    look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    j = PLAN.judge(cells_of(tmp_path), 1)
+    assert (j.failed, j.without_failures, j.verdict) == ((1, 0), "better", "undecided")
+
+
+def test_a_plan_that_is_not_whole_is_a_sentence(tmp_path):
+    assert read_plan(tmp_path) is None
+    for text in ("{", "[]", '{"looks": [5, 3], "seeds": [], "groups": []}'):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(DamagedFile, match=r"plan\.json"):
+            read_plan(tmp_path)
+    with pytest.raises(ValueError, match="not all there"):
+        PLAN.judge([], 0)
+
+
+def test_what_contradicts_a_plan_is_told():
+    other = Plan("abn", "bn", PLAN.groups, 1.0, (3, 6), tuple(range(6)), "pocock")
+    assert PLAN.contradictions(PLAN) == []
+    assert PLAN.contradictions(other) == [
+        "delta 0.5, not 1.0",
+        "looks 3, 5, not 3, 6",
+        "seeds 0, 1, 2, 3, 4, not 0, 1, 2, 3, 4, 5",
+    ]
+
+
+# --- looks without a plan ---
+
+
+def test_seeds_added_between_reports_without_a_plan_are_told(tmp_path):
+    study(tmp_path, {"bn": BN[:3], "abn": CLEARLY_ABOVE[:3]})
+    assert write_report(tmp_path).unplanned == []
+    start_run(tmp_path, "abn", 3)
+    assert write_report(tmp_path).unplanned == [3]  # one more was begun
+    for seed in (3, 4):
+        finish_run(tmp_path, "bn", seed, BN[seed])
+    finish_run(tmp_path, "abn", 4, CLEARLY_ABOVE[4])
+    first = write_report(tmp_path), (tmp_path / "report.md").read_bytes()
+    assert first[0].unplanned == [3, 4]
+    assert "reports were written at 3, 4 seeds before this one" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path)
+    assert (tmp_path / "report.md").read_bytes() == first[1]
+    assert json.loads((tmp_path / "looks.json").read_text()) == {"digits/binarynet/abn/fixed": [3, 4, 5]}
