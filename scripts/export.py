@@ -20,6 +20,10 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--weights", choices=["last", "best"], default="last", help="of which epoch (default: last)")
     main.add_argument("--out", type=Path, help="where to write (default: export/ in the run's folder)")
     main.add_argument("--root", help="where the data are now (default: where the run found them)")
+    main.add_argument(
+        "--openvino", action="store_true", help="also write OpenVINO IR, whose CPU plug-in is the fastest"
+    )
+    main.add_argument("--qonnx", action="store_true", help="also write QONNX, for FPGA flows")
     main.add_argument("--strict", action="store_true", help="refuse a norm behind a binary layer that stays real")
     return main
 
@@ -38,13 +42,16 @@ def main() -> int:
 
     try:
         subject = open_run(arguments.run, arguments.weights, arguments.root)
-        export(subject, out, strict=arguments.strict, progress=progress)
+        options = {"qonnx": arguments.qonnx, "openvino": arguments.openvino, "strict": arguments.strict}
+        summary = export(subject, out, **options, progress=progress)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print((out / "summary.md").read_text(encoding="utf-8"))
     print(f"written to {out}")
-    return 0
+    failed = [f"{name}: {why}" for name, why in summary["engines"].items() if isinstance(why, str)]
+    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

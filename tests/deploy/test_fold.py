@@ -175,3 +175,13 @@ def test_a_negated_fold_decides_the_negated_integers(thresholds, first):
     negated = found.negated(np.array([True, False]))
     assert np.array_equal(negated.signs(-y)[:, 0], found.signs(y)[:, 0])
     assert np.array_equal(negated.signs(y)[:, 1], found.signs(y)[:, 1])
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), unique=True, max_size=2), min_size=1, max_size=6), st.data())
+def test_two_thresholds_at_most_are_an_interval(thresholds, data):
+    first = np.array([data.draw(st.booleans()) for _ in thresholds])
+    padded = np.array([[*sorted(row), 11, 11][:2] for row in thresholds], np.int32)
+    found = Fold(first, padded, 10)
+    low, high, inverted = found.intervals()
+    y = np.arange(-10, 11)[:, None].repeat(len(first), 1)
+    assert np.array_equal(((y < low) | (y >= high)) ^ inverted, found.signs(y))

@@ -4,8 +4,9 @@ import importlib
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from abn_exp import provenance
 from abn_exp.config import Config, parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.deploy.graph import Graph, Normalization, trace
-from abn_exp.deploy.verify import Mismatch, Verification, verify
+from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
@@ -27,6 +28,8 @@ from abn_exp.training.setup import normalization
 
 EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
 FILES = ("network.onnx", "network.qonnx.onnx", "network.xml", "network.bin", "summary.json", "summary.md")
+QONNX_IMAGES = 500  # that go through qonnx's executor, which is slow
+SUMS_IMAGES = 100  # of which OpenVINO shows the sums of every binary layer, one after another
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,19 @@ def export(
     subject: Subject,
     out: Path,
     *,
+    qonnx: bool = False,
+    openvino: bool = False,
     strict: bool = False,
     progress: Callable[[str, int], None] = lambda engine, done: None,
 ) -> dict[str, Any]:
-    """Write network.onnx and the summary into `out`; return the summary.
+    """Write network.onnx, what else is asked for, and the summary into `out`; return the summary.
 
     Everything is verified before any file is written. Raises ConfigError for a network that cannot be exported (with
-    ``strict``, one of whose layers stays real behind a binary layer), Mismatch where an engine does not do what torch
-    does; then the files of an earlier export are removed, too.
+    ``strict``, one of whose layers stays real behind a binary layer), Mismatch where ONNX Runtime does not do what
+    torch does; then the files of an earlier export are removed, too. Where another engine does not, its own files are
+    left out, and the summary says why.
     """
-    require_extra("onnx", "onnxruntime")
+    require_extra("onnx", "onnxruntime", *["qonnx"] * qonnx, *["openvino"] * openvino)
     from abn_exp.deploy.onnx import OnnxRuntime, Writer, sealed
 
     graph = trace(subject.network, subject.config.dataset.image_size)
@@ -103,25 +109,33 @@ def export(
         _refuse_real(graph)
     writer = Writer(graph)
     contents: dict[str, bytes] = {}
-    verifications: dict[str, Verification] = {}
+    verifications: dict[str, Verification | str] = {}
+    notes: list[str] = []
     contents["network.onnx"] = sealed(writer.model(subject.normalization, _metadata(subject)))
     engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
-    test = subject.data.test
+
+    def check(name: str, engine: Engine, count: int | None = None) -> Verification:
+        images, labels = subject.data.test.images[:count], subject.data.test.labels[:count]
+        shown = partial(progress, name)
+        return verify(subject.network, graph, engine, images, labels, subject.normalization, shown)
+
     try:
-        verifications["ONNX Runtime"] = verify(
-            subject.network,
-            graph,
-            engine,
-            test.images,
-            test.labels,
-            subject.normalization,
-            lambda done: progress("ONNX Runtime", done),
-        )
+        verifications["ONNX Runtime"] = check("ONNX Runtime", engine)
     except Mismatch:
         for name in FILES:
             (out / name).unlink(missing_ok=True)
         raise
-    summary = summarized(subject, graph, contents, verifications)
+    for wanted, name, other in ((qonnx, "qonnx", _qonnx), (openvino, "OpenVINO", _openvino)):
+        if wanted:
+            try:
+                found, files, of_engine = other(subject, graph, partial(check, name))
+            except Mismatch as error:
+                verifications[name] = str(error)
+            else:
+                verifications[name] = found
+                contents |= files
+                notes += of_engine
+    summary = summarized(subject, graph, contents, verifications, notes)
     contents["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     contents["summary.md"] = markdown(summary).encode()
     out.mkdir(parents=True, exist_ok=True)
@@ -129,6 +143,32 @@ def export(
         with writing(out / name) as file:
             file.write(content)
     return summary
+
+
+Found = tuple[Verification, dict[str, bytes], list[str]]  # what was compared, files, what is to be told
+
+
+def _qonnx(subject: Subject, graph: Graph, check: Callable[..., Verification]) -> Found:
+    from abn_exp.deploy.qonnx import Executor, QonnxWriter
+
+    found = check(Executor(graph, subject.normalization), QONNX_IMAGES)
+    content = QonnxWriter(graph).qonnx_model(subject.normalization).SerializeToString(deterministic=True)
+    return found, {"network.qonnx.onnx": content}, []
+
+
+def _openvino(subject: Subject, graph: Graph, check: Callable[..., Verification]) -> Found:
+    from abn_exp.deploy.openvino import OpenVINO, Writer, serialized
+
+    threads = torch.get_num_threads()
+    with OpenVINO(graph, subject.normalization, threads) as engine:
+        found = check(engine)
+    for layer in graph.layers:
+        with OpenVINO(graph, subject.normalization, threads, sums=layer) as engine:
+            found.sums += check(engine, SUMS_IMAGES).sums
+    writer = Writer(graph)
+    xml, binary = serialized(writer.model(subject.normalization))
+    notes = [f"OpenVINO has no binary kernel for {name}: {reason}." for name, reason in writer.real_layers.items()]
+    return found, {"network.xml": xml, "network.bin": binary}, notes
 
 
 def _refuse_real(graph: Graph) -> None:
@@ -154,7 +194,11 @@ def _metadata(subject: Subject) -> dict[str, str]:
 
 
 def summarized(
-    subject: Subject, graph: Graph, contents: dict[str, bytes], verifications: dict[str, Verification]
+    subject: Subject,
+    graph: Graph,
+    contents: dict[str, bytes],
+    verifications: Mapping[str, Verification | str],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Return what is told of an export, as it is written to summary.json."""
     totals = summarize(subject.network, subject.config.dataset.image_size).totals
@@ -181,9 +225,12 @@ def summarized(
     )
     size = len(contents["network.onnx"])
     engines = {
-        name: {
+        name: v
+        if isinstance(v, str)
+        else {
             "test_images": v.images,
             "folded_bits_equal": v.folded_bits,
+            "sums_equal": v.sums,
             "real_bits_compared": v.real_bits,
             "signs_within_rounding": v.differing,
             "images_with_such_signs": v.images_with_differences,
@@ -197,6 +244,7 @@ def summarized(
         "run": str(subject.directory),
         "weights": subject.weights,
         "bytes": {"float32": totals["bytes_real"], "file": size, "theory": totals["bytes_packed"]},
+        "files": {name: len(content) for name, content in contents.items()},
         "times_smaller": totals["bytes_real"] / size,
         "operations": {
             "binary_macs": totals["binary_macs"],
@@ -205,6 +253,7 @@ def summarized(
         },
         "layers": layers,
         "engines": engines,
+        "notes": list(notes),
         "versions": provenance.versions() | {name: version(name) for name in EXTRAS if name in sys.modules},
         "machine": f"{provenance.device_name(torch.device('cpu'), torch.get_num_threads())}, {platform.machine()}",
     }
@@ -223,15 +272,25 @@ def markdown(summary: dict[str, Any]) -> str:
         f"multiply-accumulates; {operations['integer_comparisons']:,} integer comparisons in place of folded norms.",
     ]
     for name, engine in summary["engines"].items():
-        signs = sum(engine["signs_within_rounding"].values())
-        changed = engine["predictions_changed"]
+        if isinstance(engine, str):
+            lines.append(f"- **{name}**: not written. {engine}")
+            continue
+        signs, changed = sum(engine["signs_within_rounding"].values()), engine["predictions_changed"]
+        exact = (
+            ("bits of folded layers", engine["folded_bits_equal"]),
+            ("sums of binary layers", engine["sums_equal"]),
+        )
+        equal = ", ".join(f"{count:,} {what}" for what, count in exact if count)
         lines.append(
             f"- **{name}**: {engine['test_images']:,} test images, accuracy {engine['accuracy']:.2%} (torch "
-            f"{engine['accuracy_torch']:.2%}). {engine['folded_bits_equal']:,} bits of folded layers, all torch's; "
-            f"of {engine['real_bits_compared']:,} signs of real values {signs} differ, within rounding of zero, in "
-            f"{engine['images_with_such_signs']} images. Predictions changed by them: {len(changed)}"
+            f"{engine['accuracy_torch']:.2%}). {equal}{', all equal; of ' if equal else 'Of '}"
+            f"{engine['real_bits_compared']:,} signs of real values {signs} differ, within rounding of "
+            f"zero, in {engine['images_with_such_signs']} images. Predictions changed by them: {len(changed)}"
             f"{': images ' + ', '.join(map(str, changed[:20])) if changed else ''}."
         )
+    others = [f"{name}, {length:,} bytes" for name, length in summary["files"].items() if name != "network.onnx"]
+    lines += [f"- Further files: {'; '.join(others)}."] if others else []
+    lines += [f"- {note}" for note in summary["notes"]]
     lines += [
         "\n| layer | reads signs of | | constant | one threshold | two | more |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",

@@ -48,6 +48,22 @@ class Fold:
             positive ^= y >= column.reshape(shape)
         return positive
 
+    def intervals(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Return (low, high, inverted): the sign is -1 where ``low <= y < high`` and +1 elsewhere, or inverted.
+
+        A threshold is one end of an interval whose other end no sum reaches, and a constant all of it or nothing.
+        Raises ValueError for a channel with more than two thresholds.
+        """
+        end, counts = self.limit + 1, self.counts
+        if counts.max(initial=0) > 2:
+            raise ValueError("a channel with more than two thresholds has no interval")
+        thresholds = np.pad(self.thresholds, ((0, 0), (0, 2)), constant_values=end)[:, :2].astype(np.int64)
+        inverted = ~self.first & (counts == 2)
+        # First -1, or +1 inside: from the lowest sum to the first threshold; else from the first to the second
+        low = np.where(self.first | inverted, thresholds[:, 0], -end)
+        high = np.where(self.first | inverted, thresholds[:, 1], thresholds[:, 0])
+        return low, high, inverted
+
     def negated(self, channels: NDArray[np.bool_]) -> "Fold":
         """Return the fold of -y for the chosen channels: y >= t is -y < 1 - t."""
         counts = self.counts

@@ -296,6 +296,8 @@ class _Reader:
                     bits = self.move(move, bits)
                 return bits, stage, folded, None
         real = self.value(x)
+        while real.op == "clip" and real.options["low"] < 0 < real.options["high"]:  # the sign is the same before it
+            (real,) = real.inputs
         return self.add("sign", (real,), real.shape, sign_zero=sign_zero), stage, None, reason
 
     def move(self, source: fx.Node, x: Node) -> Node:

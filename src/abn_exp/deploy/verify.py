@@ -34,7 +34,8 @@ class Answer:
 
     logits: NDArray[np.float32]  # (B, classes)
     bits: dict[str, NDArray[np.int8]] = field(default_factory=dict)  # of the layers that read them: -1, 0, +1
-    real: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # before the sign of these layers
+    real: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # before the signs that these layers read
+    sums: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of these layers
 
 
 Engine = Callable[[NDArray[np.uint8]], Answer]
@@ -47,6 +48,7 @@ class Verification:
     images: int = 0
     folded_bits: int = 0  # compared, all equal
     real_bits: int = 0  # compared
+    sums: int = 0  # compared, all equal
     differing: dict[str, int] = field(
         default_factory=dict
     )  # signs within rounding of zero, by the layer reading them
@@ -79,6 +81,10 @@ def verify(
         bounds = _Bounds(forced.sums, x, normalization)
         differs = torch.zeros(len(batch), dtype=torch.bool)
         for layer in graph.layers:
+            if layer.name in answer.sums:
+                equal = torch.from_numpy(answer.sums[layer.name]) == forced.sums[layer.node]
+                found.sums += equal.numel()
+                _require(equal, f"{layer.name} makes other sums than torch's", start)
             if layer.name not in answer.bits:
                 continue
             other = forced.other[layer.name]
