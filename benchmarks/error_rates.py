@@ -9,7 +9,7 @@ arrays; a test compares the two.
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats as st
 
 from abn_exp.files import write_text_atomic
+from abn_exp.report.formatting import markdown_table
 from abn_exp.report.pooled import random_effects
 from abn_exp.report.sequential import Spending, nominal_levels
 from abn_exp.report.spread import rejection_rate
@@ -206,11 +207,6 @@ def _percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", "---", *["--:"] * (len(header) - 2)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def sections(draws: int, seed: int) -> Iterator[str]:
     """Yield the text of the simulation's results."""
     rng = np.random.default_rng(seed)
@@ -232,7 +228,7 @@ def sections(draws: int, seed: int) -> Iterator[str]:
         f"error). Error rates above their nominal level by more than three of these: {'; '.join(high) or 'none'}."
     )
     header = ["scores; failures", "design", "better or worse, at 0 (5 %)", "better, at 0 (2.5 %)"]
-    yield table([*header, "false, at +delta (5 %)", "false, at -delta (5 %)"], errors)
+    yield markdown_table(([*header, "false, at +delta (5 %)", "false, at -delta (5 %)"], errors), 2)
     yield "Power, without failures, in percent; and the mean number of seeds:"
     header = [
         "scores",
@@ -242,7 +238,7 @@ def sections(draws: int, seed: int) -> Iterator[str]:
         "any verdict, at 0",
         "any verdict, at +delta",
     ]
-    yield table([*header, "seeds, at 0", "seeds, at +delta"], powers)
+    yield markdown_table(([*header, "seeds, at 0", "seeds, at +delta"], powers), 2)
     unguarded = (f"at {name} {100 * rate:.1f} %" for name, rate in unguarded_looks(draws, rng))
     yield f"Looks without a plan, each at 5 %, find a difference that is not there: {', '.join(unguarded)} of cases."
     yield "The spread test, in percent (correlation 0.5 in a pair):"
@@ -259,10 +255,10 @@ def sections(draws: int, seed: int) -> Iterator[str]:
         "after halving the level",
         "at a quarter",
     ]
-    yield table(header, rows)
+    yield markdown_table((header, rows), 2)
     yield "Coverage of the 95 % intervals of a random-effects mean, in percent, 5 seeds a cell (4,000 samples a row):"
     header = ["cells", "tau (points)", "correlation between cells", "DerSimonian-Laird", "Hartung-Knapp"]
-    yield table(header, random_effects_coverage(4_000, rng))
+    yield markdown_table((header, random_effects_coverage(4_000, rng)), 2)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from abn_exp import provenance
 from abn_exp.files import write_text_atomic
 from abn_exp.report import figures
+from abn_exp.report.formatting import markdown_table, significant_text
 from benchmarks.configurations import BASE, EAGER, WIDTHS, Effort
 from benchmarks.measure import Quartiles
 from benchmarks.run import Findings
@@ -50,23 +51,16 @@ def _csv(found: Findings) -> str:
     return out.getvalue()
 
 
-def _number(value: float) -> str:
-    if value != value:
-        return "unknown"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def cell(q: Quartiles | None) -> str:
     if q is None:
         return ""
     if q.low == q.high:
-        return _number(q.median)
-    return f"{_number(q.median)} ({_number(q.low)} to {_number(q.high)})"
+        return significant_text(q.median)
+    return f"{significant_text(q.median)} ({significant_text(q.low)} to {significant_text(q.high)})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table((header, rows), numbers_from=1) + "\n"
 
 
 def _describe_device(found: Findings, place: str, first: str) -> str:
@@ -119,7 +113,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
                     axis,
                     row,
                     ", ".join(f"{s:g}" for s in sizes),
-                    ", ".join(_number(q.median) for q in values),
+                    ", ".join(significant_text(q.median) for q in values),
                     f"{slope:.2f}",
                 ]
                 for (axis, row), (sizes, values, slope) in found.growth.items()

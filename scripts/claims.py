@@ -157,7 +157,7 @@ CLAIMS = (
     ),
     Claim(
         "what of it is left, like for like?",
-        "`python train.py study=paper`, then `study=fixed`",
+        "`python train.py study=protocols`",
         "the difference is the same under both",
         "BinaryNet 0.125 on CIFAR-10, SMALL",
         (_effect("protocols", "change of the difference from `fixed` to `paper`", "abn - bn is"),),

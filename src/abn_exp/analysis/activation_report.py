@@ -17,8 +17,8 @@ from abn_exp.analysis.activations import (
     imbalance,
 )
 from abn_exp.analysis.summary import (
+    AnalysisWriter,
     Contrast,
-    Report,
     contrast,
     contrast_rows,
     contrast_table,
@@ -63,10 +63,10 @@ NOTES = """\
   norms are equal."""
 
 
-def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn") -> Report:
+def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn") -> AnalysisWriter:
     """Analyse the runs' networks and write summary.md, layers.csv, channels.csv, ... and figures into `out`."""
     cells = collect_cells(runs, reference)
-    report = Report(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
+    report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
     found: dict[Path, NetworkActivations] = {}
     for cell in cells:
         for run in cell.runs:
@@ -156,7 +156,7 @@ def _norm_table(by_norm: dict[str, list[NetworkActivations]]) -> tuple[list[str]
 
 
 def _draw(
-    report: Report,
+    report: AnalysisWriter,
     members: Sequence[Cell],
     by_norm: dict[str, list[NetworkActivations]],
     layers: list[str],

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from abn_exp.analysis import cam, pictures
 from abn_exp.analysis.summary import (
+    AnalysisWriter,
     Contrast,
-    Report,
     contrast,
     contrast_rows,
     contrast_table,
@@ -70,10 +70,10 @@ def subset_scores(found: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
 def write(
     runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn", target: str = "predicted"
-) -> Report:
+) -> AnalysisWriter:
     """Analyse the runs' networks and write summary.md, images.csv, comparison.csv, figures into `out`."""
     cells = collect_cells(runs, reference)
-    report = Report(out, f"Class-activation maps: {runs[0].directory.parents[4].name}", command, runs)
+    report = AnalysisWriter(out, f"Class-activation maps: {runs[0].directory.parents[4].name}", command, runs)
     found: dict[Path, dict[str, np.ndarray]] = {}
     scores: dict[str, dict[Path, dict[str, float]]] = {"all": {}, "correct": {}, "wrong": {}}
     for group, members in group_cells(cells).items():

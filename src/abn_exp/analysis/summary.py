@@ -175,7 +175,7 @@ def command_line(kind: str, folders: Sequence[str | Path], options: Mapping[str,
 
 
 @dataclass
-class Report:
+class AnalysisWriter:
     """What is written into a folder, bit by bit: tables and figures as files, all of it as summary.md."""
 
     out: Path

@@ -47,9 +47,18 @@ def percent_text(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
-def markdown_table(table: Table) -> str:
+def significant_text(value: float) -> str:
+    """Return a quantity with three significant digits, from a thousand on without decimals."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def markdown_table(table: Table, numbers_from: int | None = None) -> str:
+    """Return a table as Markdown; from the column ``numbers_from`` on it is aligned to the right."""
     header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
+    left = len(header) if numbers_from is None else numbers_from
+    lines = [header, ["---"] * left + ["--:"] * (len(header) - left), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
