@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
-_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
 
 Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
 
@@ -204,7 +204,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         if (content := read_run_file(directory, path.name)) is None:
             raise ValueError("it is gone")
-        config = yaml.load(content.decode(), _YAML)
+        config = yaml.load(content.decode(), SafeLoader)
         if not isinstance(config, dict):
             raise ValueError("it is not a configuration")
     except (ValueError, yaml.YAMLError, RecursionError) as error:

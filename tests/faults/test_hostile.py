@@ -714,7 +714,8 @@ def unsafe_calls(source: str) -> Iterator[str]:
                 module in ("np", "numpy") and attribute == "load" and keywords.get("allow_pickle", "False") != "False"
             )
             or (attribute == "read_array" and keywords.get("allow_pickle") != "False")
-            or (name == "yaml.load" or attribute in ("unsafe_load", "full_load"))
+            or (name == "yaml.load" and [ast.unparse(argument) for argument in node.args[1:]] != ["SafeLoader"])
+            or (attribute in ("unsafe_load", "full_load"))
             or keywords.get("shell") == "True"
         )
         if bad:
@@ -723,7 +724,8 @@ def unsafe_calls(source: str) -> Iterator[str]:
 
 def test_the_source_unpickles_nothing(account: Account) -> None:
     planted = ["torch.load(x)", "torch.load(x, weights_only=False)", "pickle.load(f)", "from torch import load"]
-    planted += ["from pickle import loads", "np.load(f, allow_pickle=True)", "yaml.load(f)", "tar.extractall()"]
+    planted += ["from pickle import loads", "np.load(f, allow_pickle=True)", "yaml.load(f)", "yaml.load(f, Loader)"]
+    planted += ["tar.extractall()"]
     assert all(list(unsafe_calls(line)) for line in planted)
     assert not list(unsafe_calls("torch.load(x, weights_only=True); json.load(f); np.load(f)"))
     files = [REPOSITORY / "train.py", *(REPOSITORY / "scripts").rglob("*.py"), *(REPOSITORY / "src").rglob("*.py")]

@@ -186,7 +186,10 @@ def learning_curves(cells: Iterable[Cell]) -> tuple[str, dict[str, dict[int, sta
 
     "validation", or "test" where a group has no validation split and was tested after every epoch.
     """
-    lines = {cell.norm: {run.seed: read_metrics(run.directory) for run in cell.runs} for cell in cells}
+    lines = {
+        cell.norm: {run.seed: read_metrics(run.directory) for run in cell.runs if run.status != "damaged"}
+        for cell in cells
+    }
 
     def curves(key: str) -> dict[str, dict[int, stats.Array]]:
         every = {
