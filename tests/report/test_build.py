@@ -348,7 +348,7 @@ def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_pa
     assert main() == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("There are no runs below ")
+    assert err.startswith("error: There are no runs below ")
     assert len(err.splitlines()) == 1
 
 
