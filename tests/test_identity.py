@@ -311,15 +311,3 @@ def test_a_file_in_conf_that_was_changed_is_another_configuration(make_plan: Mak
     (plan.directory / "config.yaml").write_text(yaml.safe_dump(earlier))
     with pytest.raises(ConfigError, match=r"another configuration \(different: recipe.label_smoothing\)"):
         run(make_plan(), "python train.py")
-
-
-@pytest.mark.parametrize(
-    ("log", "precision"),
-    [("cell seed 0 on NVIDIA H200, exact16\n", "exact16"), ("cell seed 0 on CPU (AMD, 1 thread)\n", "fp32")],
-)
-def test_precision_auto_of_an_older_record_is_what_its_device_says(make_plan: Make, log: str, precision: str) -> None:
-    plan = make_plan()
-    plan.directory.mkdir(parents=True)
-    (plan.directory / "config.yaml").write_text(yaml.safe_dump({**plan.config.model_dump(), "precision": "auto"}))
-    (plan.directory / "train.log").write_text(log)
-    assert read_config(plan.directory)["precision"] == precision

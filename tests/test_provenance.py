@@ -1,6 +1,8 @@
 """What a record says of code, libraries and hardware."""
 
 import importlib.metadata
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,29 @@ from abn_exp import provenance
 def test_commit_is_recorded_with_its_state() -> None:
     commit = provenance.git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_the_digest_of_the_code_covers_what_can_change_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(provenance.__file__).parent
+    shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "package" / "provenance.py"))
+    digest = provenance.code_digest.__wrapped__
+    before = digest()
+    assert before == provenance.code_digest()
+    for name in ("report/stats.py", "analysis/cam.py", "deploy/onnx.py"):
+        with open(tmp_path / "package" / name, "a") as file:
+            file.write("# changed\n")
+    (tmp_path / "package" / "notes.txt").write_text("of no effect")
+    assert digest() == before
+    found = {before}
+    for name in ("norm.py", "models/resnet.py", "training/classifier.py"):
+        with open(tmp_path / "package" / name, "a") as file:
+            file.write("# changed\n")
+        found.add(digest())
+    (tmp_path / "package" / "data" / "more.py").touch()
+    assert len(found | {digest()}) == 5
 
 
 def test_versions_say_what_last_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Versions of code and libraries, and the hardware, for the record of a run."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # train.py asks for the commit before it has parsed its command
     import torch
 
+
+READERS = ("report", "analysis", "deploy")  # folders of the package that train nothing
 
 # Of a CPU, beyond what torch calls its capability: the instructions that decide which kernels oneDNN takes.
 CPU_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
@@ -65,6 +68,21 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor that does not say
         return platform.processor() or platform.machine()
+
+
+@cache
+def code_digest() -> str:
+    """Return twelve hexadecimal digits of the source files that can change a number of a run.
+
+    These are the package's, without what only reads records and trained networks. As it was at the first call.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        if name.parts[0] not in READERS:
+            digest.update(f"{name.as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 @cache

@@ -22,8 +22,8 @@ RECORDS = "records.tar.xz"
 COMMAND = "command.txt"  # of a study: what was typed, a line each
 STUDY_FILES = (COMMAND, "plan.json", "looks.json")  # beside the runs
 RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its record
-    *("config.yaml", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz", "train.log"),
-    "wandb-run-id",
+    *("config.yaml", "input.json", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz"),
+    *("train.log", "wandb-run-id"),
 )
 MAX_BYTES = 2**29  # of an archive once it is unpacked; a run takes 15 kB, and 20 kB more with its predictions
 

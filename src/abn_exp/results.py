@@ -3,9 +3,11 @@
 A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/seed-<k>/`` and holds
 
     config.yaml         the resolved configuration
-    metrics.jsonl       one line an epoch
+    input.json          what the network takes: pixels a side, mean and std, the names of its classes
+    metrics.jsonl       one line an epoch; the first is epoch 1
     checkpoints/        last.ckpt, best.ckpt
     train.log           what was printed
+    predictions.npz     what the network predicts for each test image
     result.json         at the end of a finished run, with
     SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
     FAILED              why the run ended without a result, in words
@@ -15,29 +17,36 @@ a run's directory find them there, too.
 """
 
 import hashlib
+import io
 import json
 import logging
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD
 from abn_exp.errors import DamagedFile
-from abn_exp.files import write_text_atomic
+from abn_exp.files import write_text_atomic, writing
 from abn_exp.records import archived_runs, read_run_file
 
 if TYPE_CHECKING:  # reading records needs no torch, which takes seconds to import; reading weights does
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2  # 1: epochs counted from 0 in metrics.jsonl
+CHECKED = ("config.yaml", "input.json", "metrics.jsonl", "predictions.npz", "result.json")  # files in SHA256SUMS
 
 SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
 
@@ -78,6 +87,9 @@ class RunResult:
     device: str
     wandb_run_id: str | None
     schema: int = field(default=SCHEMA)
+    threads: int | None = None
+    code: str | None = None  # digest of the source files that can change a number (`provenance.code_digest`)
+    directory: Path | None = field(default=None, compare=False)  # where it was read from; not in result.json
 
     @property
     def device_kind(self) -> str:
@@ -114,8 +126,9 @@ class Run:
 
 def write_result(directory: Path, result: RunResult) -> None:
     """Write the record, and before it the checksums of all that it stands on: with it, the run is finished."""
-    text = json.dumps(asdict(result), indent=2, allow_nan=False) + "\n"
-    found = [path for name in ("config.yaml", "metrics.jsonl") if (path := directory / name).is_file()]
+    record = {key: value for key, value in asdict(result).items() if key != "directory"}
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    found = [path for name in CHECKED if name != "result.json" and (path := directory / name).is_file()]
     contents = {path.name: path.read_bytes() for path in found}
     contents["result.json"] = text.encode()
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
@@ -140,16 +153,20 @@ def read_result(directory: Path) -> RunResult | None:
             raise ValueError("it is not a record")
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, error) from error
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a record of schema {SCHEMA}, the one this version reads.")
-    known = {f.name for f in fields(RunResult)}
-    if missing := known - record.keys():
+    if record.get("schema") not in range(1, SCHEMA + 1):
+        raise ValueError(f"{path} is not a record of schema 1 to {SCHEMA}, those that this version reads.")
+    needed = {f.name for f in fields(RunResult) if f.default is MISSING}
+    if missing := needed - record.keys():
         raise DamagedFile(path, f"it lacks {', '.join(sorted(missing))}")
+    if "threads" not in record and (threads := re.search(r", (\d+) threads?\)", str(record["device"]))):
+        record["threads"] = int(threads[1])
+    record = {key: value for key, value in record.items() if key != "directory"} | {"schema": SCHEMA}
     try:
-        return _RECORD.validate_json(json.dumps(record), strict=True)
+        result = _RECORD.validate_json(json.dumps(record), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise DamagedFile(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return replace(result, directory=directory)
 
 
 def _no_number(name: str) -> float:
@@ -169,7 +186,7 @@ def _verify(directory: Path) -> None:
         raise DamagedFile(sums, error) from error
     for name, digest in expected.items():
         path = directory / name
-        if name not in ("config.yaml", "metrics.jsonl", "result.json"):
+        if name not in CHECKED:
             raise DamagedFile(sums, f"it names {name!r}")
         content = read_run_file(directory, name)
         if content is None:
@@ -181,7 +198,8 @@ def _verify(directory: Path) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl`` in order of epoch; a last line cut short by a kill is left out.
+    """Return the lines of ``metrics.jsonl`` in order of epoch, the first of which is 1; a last line cut short by a
+    kill is left out.
 
     Raises DamagedFile where another line cannot be read.
     """
@@ -190,12 +208,133 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     metrics: list[dict[str, Any]] = []
     for number, line in enumerate(lines):
         try:
-            metrics.append({"epoch": number} | json.loads(line))
+            metrics.append({"epoch": number + 1} | json.loads(line))
         except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines) - 1:
                 break
             raise DamagedFile(path, f"line {number + 1}, {error}") from error
-    return metrics
+    return count_from_one(metrics)
+
+
+def count_from_one(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return lines of metrics with their epochs counted from 1, as older versions counted from 0."""
+    older = bool(metrics) and metrics[0].get("epoch") == 0
+    return [{**line, "epoch": line["epoch"] + 1} if older else line for line in metrics]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run's network predicts for each test image, in the order of the test set, (N,), and whether it is right.
+
+    ``last`` is with the last epoch's weights, ``best`` with those of the best validation epoch (None without a
+    validation split). Runs with the same ``labels_sha256`` were tested on the same labels in the same order.
+    """
+
+    last: "NDArray[np.unsignedinteger]"
+    last_correct: "NDArray[np.bool_]"
+    best: "NDArray[np.unsignedinteger] | None"
+    best_correct: "NDArray[np.bool_] | None"
+    labels_sha256: str
+
+
+def write_predictions(
+    directory: Path, labels: "NDArray[np.int64]", last: "NDArray[np.int64]", best: "NDArray[np.int64] | None"
+) -> None:
+    """Write ``predictions.npz``: classes as uint8 (uint16 above 256 of them), correctness as packed bits."""
+    import numpy as np
+
+    arrays: dict[str, Any] = {"labels_sha256": np.array(hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest())}
+    for name, predicted in (("last", last), ("best", best)):
+        if predicted is not None:
+            small = np.uint8 if max(labels.max(), predicted.max()) < 256 else np.uint16
+            arrays |= {name: predicted.astype(small), f"{name}_correct": np.packbits(predicted == labels)}
+    with writing(directory / "predictions.npz") as file:
+        np.savez(file, **arrays)
+
+
+def load_predictions(run: "Run | RunResult | str | Path") -> Predictions:
+    """Return what a run predicted for the test images.
+
+    Raises FileNotFoundError where it has kept nothing (older runs have not), DamagedFile where it cannot be read.
+    """
+    import numpy as np
+
+    directory = _directory_of(run)
+    path = directory / "predictions.npz"
+    content = read_run_file(directory, path.name)
+    if content is None:
+        raise FileNotFoundError(f"{directory} has no predictions.npz: the run is of an earlier version.")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            found: dict[str, Any] = {key: arrays[key] for key in arrays.files}
+        count = len(found["last"])
+        for name in ("last", "best"):
+            predicted = found.setdefault(name, None)
+            bits = found.pop(f"{name}_correct", None)
+            found[f"{name}_correct"] = None if bits is None else np.unpackbits(bits, count=count).astype(bool)
+            if predicted is not None and (predicted.dtype.kind != "u" or predicted.shape != (count,)):
+                raise ValueError(f"{name} is {predicted.dtype} {predicted.shape}")
+        return Predictions(**{**found, "labels_sha256": str(found["labels_sha256"])})
+    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+        raise DamagedFile(path, _brief(error)) from error
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a run's network takes: images of ``image_size`` pixels a side, normalised by ``mean`` and ``std`` of the
+    channels red, green and blue for pixels in [0, 1]. ``classes``: their names, None where an older run has not kept
+    them."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None
+
+    def normalize(self, images: "Tensor") -> "Tensor":
+        """Return uint8 images (B, 3, S, S) as the network takes them: (u / 255 - mean) / std, in float32."""
+        import torch
+
+        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+
+def write_input_format(directory: Path, inputs: InputFormat) -> None:
+    """Write ``input.json``."""
+    write_text_atomic(directory / "input.json", json.dumps(asdict(inputs)) + "\n")
+
+
+def load_input_format(run: "Run | RunResult | str | Path") -> InputFormat:
+    """Return what a run's network takes; of an older run, what its configuration says of it.
+
+    Raises DamagedFile where it cannot be read, ValueError where the configuration does not say it: an older run on
+    dataset=folder, whose mean and standard deviation were measured.
+    """
+    directory = _directory_of(run)
+    content = read_run_file(directory, "input.json")
+    try:
+        if content is not None:
+            return _INPUT.validate_json(content)
+        config = read_config(directory)
+        options = config["dataset"]
+        mean, std = options["mean"], options["std"]
+        if config["recipe"]["normalization"] == "imagenet":
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if mean is None:
+            raise ValueError(f"{directory} has no input.json: measure mean and std on its training images.")
+        return InputFormat(options["image_size"], tuple(mean), tuple(std), None)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise DamagedFile(directory / "input.json", _brief(error)) from error
+
+
+_INPUT = TypeAdapter(InputFormat)
+
+
+def _directory_of(run: "Run | RunResult | str | Path") -> Path:
+    """Return a run's directory, which may be that of one in a study's archive."""
+    directory = run.directory if isinstance(run, Run | RunResult) else Path(run)
+    if directory is None:
+        raise ValueError("This result was not read from a run's folder; give the folder.")
+    return directory
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -326,7 +465,7 @@ def load_runs(folder: str | Path) -> list[RunResult]:
     return [run.result for run in runs if run.result is not None]
 
 
-def load_network(directory: str | Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
+def load_network(run: "Run | RunResult | str | Path", weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return the network of a run with its trained weights, in evaluation mode on the CPU.
 
     ``weights`` are those of the last epoch or of the best validation epoch. Raises FileNotFoundError where the run
@@ -335,8 +474,9 @@ def load_network(directory: str | Path, weights: Literal["last", "best"] = "last
     """
     from abn_exp.models.build import build_network
 
-    path = Path(directory) / "checkpoints" / f"{weights}.ckpt"
-    config = read_config(Path(directory))
+    directory = _directory_of(run)
+    path = directory / "checkpoints" / f"{weights}.ckpt"
+    config = read_config(directory)
     checkpoint = read_checkpoint(path)
     try:
         classes, image_size = checkpoint["num_classes"], config["dataset"]["image_size"]

@@ -237,3 +237,13 @@ def test_same_batches_on_a_gpu() -> None:
         assert gpu_images.is_cuda
         torch.testing.assert_close(gpu_images.cpu(), images)
         assert torch.equal(gpu_labels.cpu(), labels)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world_size"), [(50, 12, 1), (50, 12, 2), (49, 12, 2), (25, 12, 2)])
+def test_shares_say_where_a_batch_is_in_the_epoch_s_order(count: int, batch_size: int, world_size: int) -> None:
+    found = torch.full((count,), -1)
+    for rank in range(world_size):
+        loader = loader_of(count, batch_size, rank=rank, world_size=world_size)
+        for step, (_, labels) in enumerate(loader):
+            found[loader.share(step)] = labels
+    assert torch.equal(found, torch.arange(count))

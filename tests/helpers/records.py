@@ -12,7 +12,7 @@ def start_run(folder, norm, seed, dataset="digits", model="binarynet", variant="
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(config)
     curve = 0.9 - 0.5 / np.arange(1, epochs + 1) + 0.001 * seed
-    lines = [json.dumps({"epoch": e, "val/acc": acc, "lr": 0.1}) + "\n" for e, acc in enumerate(curve)]
+    lines = [json.dumps({"epoch": e, "val/acc": acc, "lr": 0.1}) + "\n" for e, acc in enumerate(curve, 1)]
     (directory / "metrics.jsonl").write_text("".join(lines))
     return directory
 

@@ -74,6 +74,8 @@ def test_damaged_and_missing_runs_are_refused(folder, no_figures, tmp_path):
     with pytest.raises(ValueError, match=r"result.json is damaged: .*; nothing was packed"):
         pack(folder)
     assert not (folder.parent / "quoted").exists()
+    with pytest.raises(ValueError, match="is not the folder of one study"):
+        pack(folder.parent)
     with pytest.raises(ValueError, match="no finished runs below"):
         pack(tmp_path / "nothing")
 

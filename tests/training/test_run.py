@@ -1,5 +1,6 @@
 """A run as a user would try it: recorded, repeatable, paired by seed, resumable, refusing what it cannot do."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,18 +14,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 import train as train_py
 from abn_exp.data.prepare import load
-from abn_exp.errors import ConfigError
+from abn_exp.errors import ConfigError, Stopped
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network, initialize_
-from abn_exp.results import RunResult, find_runs, load_network, load_runs, read_metrics
+from abn_exp.results import (
+    RunResult,
+    find_runs,
+    load_input_format,
+    load_network,
+    load_predictions,
+    load_runs,
+    read_metrics,
+)
 from abn_exp.training import checkpoints
+from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
 from tests.helpers.runs import REPOSITORY, TINY
@@ -70,10 +82,10 @@ def test_a_run_leaves_a_complete_record(make_plan: Make) -> None:
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "train.log", "result.json"} <= names
     assert {path.name for path in (plan.directory / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
     written = json.loads((plan.directory / "result.json").read_text())
-    assert written.keys() == {f.name for f in fields(RunResult)}
+    assert written.keys() == {f.name for f in fields(RunResult)} - {"directory"}
     assert load_runs(plan.directory.parents[4]) == [result]
     metrics = read_metrics(plan.directory)
-    assert [line["epoch"] for line in metrics] == [0, 1]
+    assert [line["epoch"] for line in metrics] == [1, 2]
     assert {"train/loss", "train/acc", "val/acc", "val/acc_top5", "lr", "seconds"} <= metrics[0].keys()
     assert any(key.startswith("bnn/flip_ratio/") for key in metrics[0])
     assert result.val_acc_last == metrics[-1]["val/acc"]
@@ -103,6 +115,51 @@ def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
             guesses = torch.cat([network((i / 255 - mean) / std) for i in data.test.images[:, None]]).argmax(1)
         # One image may sit on a sign's edge, where the batch's size decides the last bit.
         assert (guesses == data.test.labels).float().mean().item() == pytest.approx(expected, abs=0.006)
+        found = load_predictions(result)
+        predicted, correct = getattr(found, weights), getattr(found, f"{weights}_correct")
+        assert predicted.dtype == np.uint8
+        assert (torch.from_numpy(predicted) != guesses).float().mean() < 0.006
+        assert np.array_equal(correct, predicted == data.test.labels.numpy())
+        assert correct.mean() == pytest.approx(expected, abs=1e-12)  # the very images that the accuracy counts
+    assert found.labels_sha256 == hashlib.sha256(data.test.labels.numpy().tobytes()).hexdigest()
+    inputs = load_input_format(result)
+    assert (inputs.image_size, inputs.classes) == (32, tuple("0123456789"))
+    expected_images = (data.test.images / 255 - mean) / std
+    torch.testing.assert_close(inputs.normalize(data.test.images), expected_images, rtol=0, atol=1e-6)
+
+
+def test_an_unfinished_run_of_the_old_count_goes_on_in_the_new_one(make_plan: Make) -> None:
+    """Its metrics and the lines in its checkpoint begin with epoch 0."""
+    whole, plan = make_plan("name=whole", "recipe.epochs=3"), make_plan("recipe.epochs=3")
+    run(whole, "python train.py")
+    interrupt_after(plan, epochs=2)
+    last = plan.directory / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    (logged,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EpochLogger")]
+    assert [line["epoch"] for line in logged["lines"]] == [1, 2]
+    logged["lines"] = [{**line, "epoch": line["epoch"] - 1} for line in logged["lines"]]
+    torch.save(checkpoint, last)
+    metrics = plan.directory / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in logged["lines"]))
+    assert [line["epoch"] for line in read_metrics(plan.directory)] == [1, 2]
+    run(plan, "python train.py")
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+    assert_equal_runs(plan.directory, whole.directory)
+
+
+def interrupt_after(plan: RunPlan, epochs: int) -> None:
+    """Run a plan as if it was stopped at the end of an epoch."""
+    begin_epoch = EpochLogger.on_train_epoch_start
+
+    def stop(self: EpochLogger, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == epochs:
+            raise Stopped(signal.SIGTERM)
+        begin_epoch(self, trainer, module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpochLogger, "on_train_epoch_start", stop)
+        with pytest.raises(Stopped):
+            run(plan, "python train.py")
 
 
 def test_a_finished_run_is_shown_and_not_run_again(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -120,7 +120,7 @@ def test_the_epoch_is_the_x_axis(runs: list[dict[str, list[Any]]]) -> None:
     assert metrics["*"]["step_metric"] == "epoch"
     assert metrics["val/acc"]["step_metric"] == "epoch"
     history = [line["item"] for line in runs[0]["history"]]
-    assert [line["epoch"] for line in history] == [0, 1]
+    assert [line["epoch"] for line in history] == [1, 2]
     assert all({"train/loss", "train/acc", "val/acc", "lr", "bnn/flip_ratio/layer1.conv"} <= set(h) for h in history)
 
 

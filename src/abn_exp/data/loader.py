@@ -122,12 +122,16 @@ class BatchLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order, top, left, mirror = self._draw(self.epoch)
         for step in range(len(self)):
-            start = step * self.batch_size
-            stop = len(order) if step == len(self) - 1 else start + self.batch_size
-            mine = slice(start + self.rank, stop, self.world_size)
+            mine = self.share(step)
             pixels = self._windows[order[mine], mirror[mine], top[mine], left[mine]]
             images = (pixels[:, None] & self._mask).float()
             yield images.mul_(self._scale).add_(self._shift), self.labels[order[mine]]
+
+    def share(self, step: int) -> slice:
+        """Return where in the epoch's order the images of this rank's part of a batch are."""
+        start = step * self.batch_size
+        stop = len(self.labels) if step == len(self) - 1 else start + self.batch_size
+        return slice(start + self.rank, stop, self.world_size)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw an epoch's order, upper edges and left edges of the crops, and mirrorings (0, 1), each (n,).

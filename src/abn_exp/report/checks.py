@@ -55,9 +55,10 @@ def _made_with(result: RunResult) -> dict[str, str | None]:
     """Return what can change a number, apart from the configuration."""
     versions = {name: version for name, version in result.versions.items() if name != "abn_exp"}
     how = {
-        "code": getattr(result, "code", None),
+        "code": result.code,
         "git commit": result.git_commit,
         "device": result.device.removesuffix(", exact16"),
+        "threads": None if result.threads is None else str(result.threads),
     }
     return how | versions
 

@@ -48,6 +48,8 @@ def pack(folder: Path) -> Packed:
     added, present, left_out = 0, 0, []
     for run in find_runs(folder):
         name = run.directory.relative_to(folder).as_posix()
+        if name.count("/") != 4:
+            raise ValueError(f"{folder} is not the folder of one study; give results/NAME.")
         if run.status == "damaged":
             raise ValueError(f"{run.reason}; nothing was packed.")
         if run.status == "unfinished":

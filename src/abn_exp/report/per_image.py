@@ -17,7 +17,7 @@ from abn_exp.report.images import (
     mcnemar,
     split_spread,
 )
-from abn_exp.results import Run
+from abn_exp.results import Run, load_predictions
 
 
 @dataclass(frozen=True)
@@ -101,4 +101,8 @@ def _none(cells: Iterable[Cell]) -> list[str]:
 
 def read_test_predictions(run: Run) -> TestPredictions | None:
     """Return what a finished run predicted; None where it has kept nothing."""
-    return None
+    try:
+        found = load_predictions(run)
+    except FileNotFoundError:
+        return None
+    return TestPredictions(found.last, found.last_correct, found.labels_sha256)

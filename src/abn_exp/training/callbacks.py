@@ -20,7 +20,7 @@ from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.errors import STOPPED, Diverged
 from abn_exp.files import write_text_atomic
 from abn_exp.report.progress import clock
-from abn_exp.results import read_metrics
+from abn_exp.results import count_from_one, read_metrics
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.wandb_run import Tracker
 
@@ -50,7 +50,7 @@ class EpochLogger(pl.Callback):
         return {"lines": self.lines}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lines = list(state_dict["lines"])
+        self.lines = count_from_one(state_dict["lines"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.lines:  # also where all epochs are done, and on_train_start is not called
@@ -58,10 +58,10 @@ class EpochLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(self.lines) < trainer.current_epoch:  # a checkpoint of before it held the lines
-            self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] < trainer.current_epoch]
+            self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] <= trainer.current_epoch]
         self._write(trainer)
         self.best = max((line["val/acc"] for line in self.lines if "val/acc" in line), default=None)
-        self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
+        self.started, self.epochs_before = time.monotonic(), trainer.current_epoch
 
     def _write(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
@@ -78,7 +78,7 @@ class EpochLogger(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LitClassifier)
-        epoch = trainer.current_epoch
+        epoch = trainer.current_epoch + 1  # Lightning counts from 0
         metrics: dict[str, Any] = {"epoch": epoch, **pl_module.epoch_metrics("train")}
         seconds = time.monotonic() - self.epoch_started
         training = self.train_seconds if pl_module.eval_stages else seconds
@@ -98,7 +98,7 @@ class EpochLogger(pl.Callback):
             bad is not None, all=False
         ):  # running statistics are each device's
             bad = bad if bad is not None else "a running statistic of another device"
-            raise Diverged(f"diverged in epoch {epoch + 1}: {bad} is not finite")
+            raise Diverged(f"diverged in epoch {epoch}: {bad} is not finite")
 
     def _binary_metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
         metrics = {}
@@ -110,9 +110,8 @@ class EpochLogger(pl.Callback):
 
     def _log_epoch(self, metrics: dict[str, Any], trainer: pl.Trainer) -> None:
         epoch, epochs = metrics["epoch"], trainer.max_epochs or 0
-        done = epoch + 1 - self.first_epoch
-        eta = (time.monotonic() - self.started) / done * (epochs - epoch - 1)
-        parts = [f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs} loss {metrics['train/loss']:.3f}"]
+        eta = (time.monotonic() - self.started) / (epoch - self.epochs_before) * (epochs - epoch)
+        parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs} loss {metrics['train/loss']:.3f}"]
         if not self.brief:
             parts.append(f"acc {metrics['train/acc']:.3f}")
         if "val/acc" in metrics:

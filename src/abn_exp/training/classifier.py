@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
+from abn_exp.data.loader import BatchLoader
 from abn_exp.norm import SynchronizedStatistics
 from abn_exp.optimizer import build_optimizer
 from abn_exp.seeding import derive_seed
@@ -56,10 +57,12 @@ class LitClassifier(pl.LightningModule):
         self.eval_stages = eval_stages
         self.sync_norm = sync_norm
         self.evaluated: dict[str, float] = {}  # what the last evaluation found
+        self.predicted: Tensor  # classes of the test images in their order, (N,), as the last test found them
         self.begun: Counter = SimpleNamespace(value=0)  # batches, of every stage
         self._sums: dict[Stage, Tensor] = {}
 
-    def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
+    def _shared_step(self, batch: tuple[Tensor, Tensor], stage: Stage) -> tuple[Tensor, Tensor]:
+        """Return the loss and the predicted classes (B,)."""
         self.begun.value += 1
         images, labels = batch
         # Where the network is compiled, it is for training; each other shape of a batch would be compiled again.
@@ -67,11 +70,12 @@ class LitClassifier(pl.LightningModule):
         smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         with torch.no_grad():
-            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            top5 = likeliest == labels[:, None]
             count = loss.new_tensor(len(labels))
             sums = torch.stack([loss * count, top5[:, 0].sum(), top5.sum(), count])
             self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
-        return loss
+        return loss, likeliest[:, 0]
 
     def epoch_metrics(self, stage: Stage) -> dict[str, float]:
         """Return the stage's means since the last call, over the images of all devices, and start anew."""
@@ -100,7 +104,7 @@ class LitClassifier(pl.LightningModule):
             if self.trainer.received_sigterm:  # Lightning ends the run as soon as this returns
                 return
             with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
-                loss = self._shared_step(batch, "train")
+                loss, _ = self._shared_step(batch, "train")
             optimizer.zero_grad()
             self.manual_backward(loss)
             if self.recipe.clip_grad_norm is not None:
@@ -115,6 +119,7 @@ class LitClassifier(pl.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self._share_buffers()
+        self.predicted = torch.zeros_like(self._test_loader.labels)
 
     def _share_buffers(self) -> None:
         """Evaluate the first process's running statistics everywhere: they are what a checkpoint holds."""
@@ -134,9 +139,17 @@ class LitClassifier(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.evaluated = self.epoch_metrics("test")
+        self.predicted = self.trainer.strategy.reduce(self.predicted, reduce_op="sum")  # each has filled in its share
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self._shared_step(batch, "test")
+        _, predicted = self._shared_step(batch, "test")
+        self.predicted[self._test_loader.share(batch_index)] = predicted
+
+    @property
+    def _test_loader(self) -> BatchLoader:
+        loader = self.trainer.test_dataloaders
+        assert isinstance(loader, BatchLoader)
+        return loader
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone

@@ -52,7 +52,7 @@ class StepLoop:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.classifier._shared_step((images, labels), "train")
+            return self.classifier._shared_step((images, labels), "train")[0]
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """One step of training on one batch."""

@@ -32,7 +32,9 @@ from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_lin
 from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan, differing_options, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
+from abn_exp.records import RUN_FILES
 from abn_exp.results import (
+    InputFormat,
     RunResult,
     read_checkpoint,
     read_config,
@@ -40,6 +42,8 @@ from abn_exp.results import (
     read_result,
     remove_run,
     write_config,
+    write_input_format,
+    write_predictions,
     write_result,
 )
 from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
@@ -52,6 +56,7 @@ from abn_exp.training.setup import (
     load_data,
     make_loaders,
     make_network,
+    normalization,
     process_rank,
     select_device,
     trainer_options,
@@ -180,7 +185,13 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
         "device": provenance.device_name(device, config.threads),
+        "threads": config.threads,
+        "code": provenance.code_digest(),
     }
+    if rank == 0:
+        mean, std = normalization(config, data)
+        size = config.dataset.image_size
+        write_input_format(directory, InputFormat(size, tuple(mean), tuple(std), tuple(data.classes)))
     cell = [plan.choices[group] for group in ("dataset", "model", "norm")]
     where = f"{' '.join(cell)}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
     log.info("%s\n%s", where, as_text(summary.table()))
@@ -250,6 +261,7 @@ def _test(
     test = classifier.evaluated
     if not math.isfinite(test["test/loss"]):
         raise Diverged(f"diverged in epoch {config.recipe.epochs}: test/loss is not finite")
+    last, predicted_best = classifier.predicted.cpu().numpy(), None
     val = [line["val/acc"] for line in metrics if "val/acc" in line]
     test_best = None
     if "val" in classifier.eval_stages:
@@ -259,7 +271,9 @@ def _test(
         except (DamagedFile, OSError) as error:
             raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
         trainer.test(classifier, loader, verbose=False)
-        test_best = classifier.evaluated["test/acc"]
+        test_best, predicted_best = classifier.evaluated["test/acc"], classifier.predicted.cpu().numpy()
+    if trainer.is_global_zero:
+        write_predictions(directory, loader.labels.cpu().numpy(), last, predicted_best)
     peaks = [line["test/acc"] for line in metrics if "test/acc" in line]
     return RunResult(
         dataset=plan.choices["dataset"],
@@ -283,6 +297,7 @@ def _test(
         parameters=summary.totals,
         **made_with,
         wandb_run_id=wandb_run_id,
+        directory=directory,
     )
 
 
@@ -348,8 +363,9 @@ def _log_to(path: Path) -> Iterator[None]:
 
 def _clear_run_dir(directory: Path) -> None:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in ("result.json", "SHA256SUMS", "FAILED", "config.yaml", "metrics.jsonl", "wandb-run-id", "RUNNING"):
-        (directory / name).unlink(missing_ok=True)
+    for name in (*RUN_FILES, "RUNNING"):
+        if name != "train.log":  # which is open
+            (directory / name).unlink(missing_ok=True)
 
 
 def _check_same_config(plan: RunPlan) -> RunResult | None:
