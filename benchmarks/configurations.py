@@ -31,8 +31,9 @@ ROWS = (
     Row("ours, exact16, compiled", True, compile=True, options=("precision=exact16", "compile=true")),
     Row("ours, bf16", True, autocast=True, options=("precision=bf16",)),
 )
+PLAIN = "ours, fp32"
 EAGER = "ours, exact16"
-HEADLINE = "ours, exact16, compiled"  # what saves both time and memory
+HEADLINES = ("ours, exact16, compiled", PLAIN)  # what saves both time and memory; what is left where it is refused
 WIDTHS = {"resnet18_paper": 5.0, "binarynet": 3.0}  # the paper's
 
 
@@ -46,7 +47,7 @@ class Effort:
     steps: int
     all_rows: tuple[
         str, ...
-    ]  # the networks of which every row is measured; of others, the conventional loop and exact16's
+    ]  # the networks of which every row is measured; of others, the conventional loop and exact16's, or fp32's
     images: tuple[int, ...]
     widths: tuple[float, ...]
     batches: tuple[int, ...]

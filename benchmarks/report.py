@@ -14,7 +14,7 @@ from abn_exp import provenance
 from abn_exp.files import write_text_atomic
 from abn_exp.report import figures
 from abn_exp.report.formatting import markdown_table, significant_text
-from benchmarks.configurations import BASE, EAGER, WIDTHS, Effort
+from benchmarks.configurations import BASE, WIDTHS, Effort
 from benchmarks.measure import Quartiles
 from benchmarks.run import Findings
 
@@ -128,9 +128,9 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
 
 
 def _figure(found: Findings) -> Figure:
-    styles = {BASE: ("black", "o", "-"), EAGER: (figures.VERMILLION, "s", figures.DASH)}
+    styles = {BASE: ("black", "o", "-"), found.ours: (figures.VERMILLION, "s", figures.DASH)}
     with matplotlib.rc_context(figures.STYLE):
-        shown = {axis: unit for axis, unit in UNITS.items() if (axis, EAGER) in found.growth}
+        shown = {axis: unit for axis, unit in UNITS.items() if (axis, found.ours) in found.growth}
         figure = Figure(figsize=(2.3 * len(shown), 2.5), layout="constrained")
         for i, (axis, unit) in enumerate(shown.items()):
             ax = figure.add_subplot(1, len(shown), i + 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abn_exp import models
 from abn_exp.binarize import sign_ste
 from abn_exp.data.prepare import ImageDataset
+from abn_exp.errors import ConfigError
 from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.models.cost import summarize
@@ -22,7 +23,7 @@ from abn_exp.training import parallel
 from abn_exp.training.parallel import random_data
 from abn_exp.training.setup import configure_process
 from benchmarks import measure
-from benchmarks.configurations import BASE, EAGER, ROWS, WIDTHS, Effort, Row, configuration
+from benchmarks.configurations import BASE, EAGER, PLAIN, ROWS, WIDTHS, Effort, Row, configuration
 from benchmarks.conventional import Binarize, ConventionalLoop, Norm, conventional
 from benchmarks.measure import Quartiles, quartiles
 from benchmarks.ours import OurLoop
@@ -40,6 +41,7 @@ class Findings:
     growth: dict[tuple[str, str], tuple[list[float], list[Quartiles], float]] = field(default_factory=dict)
     ratios: dict[tuple[str, str], Quartiles] = field(default_factory=dict)  # of the conventional step to a row's
     ceilings: measure.Ceilings | None = None
+    ours: str = EAGER  # the row of ours whose growth is measured; fp32's where the device refuses exact16
     rates: dict[tuple[str, str, str], tuple[torch.dtype | None, list[float]]] = field(default_factory=dict)
 
 
@@ -49,6 +51,12 @@ class Benchmark:
     def __init__(self, device: torch.device, effort: Effort, workers: int, rows: tuple[Row, ...] = ROWS) -> None:
         self.device, self.effort, self.workers, self.rows = device, effort, workers, rows
         self.found = Findings()
+        try:
+            OurLoop(configuration("resnet18_paper", 0.5, 2, ("precision=exact16",)), random_data(4, 2), device)
+        except ConfigError as error:
+            log.warning("exact16 is left out: %s", error)
+            self.rows = tuple(row for row in rows if "precision=exact16" not in row.options)
+            self.found.ours = PLAIN
 
     def loop(self, row: Row, model: str, width: float, batch_size: int, data: ImageDataset) -> Loop:
         if row.ours:
@@ -84,7 +92,7 @@ class Benchmark:
         """Measure all that belongs to a network at the paper's width."""
         effort, width, size = self.effort, WIDTHS[model], self.effort.batch_size[model]
         data = random_data((effort.warm + effort.steps) * size * 4, (effort.steps + 1) * size)
-        rows = [row for row in self.rows if model in effort.all_rows or row.name in (BASE, EAGER)]
+        rows = [row for row in self.rows if model in effort.all_rows or row.name in (BASE, self.found.ours)]
         configure_process()  # for all loops alike
         compiled: dict[str, Loop] = {}
         steps: dict[str, list[float]] = {row.name: [] for row in rows}
@@ -215,7 +223,7 @@ class Benchmark:
         """Measure how the time grows with images, width and batch, and the memory of the host with steps."""
         effort, model = self.effort, "resnet18_paper"
         few = random_data(2 * max(effort.batches), 500)
-        rows = [row for row in self.rows if row.name in (BASE, EAGER)]
+        rows = [row for row in self.rows if row.name in (BASE, self.found.ours)]
         for row in rows:
             loop = self.loop(row, model, 1.0, 4, few)
             step = partial(loop.step, self._batch(loop, 4))
@@ -257,7 +265,8 @@ class Benchmark:
         """Measure how the time of an epoch grows with the seeds that are trained at once, each in its process."""
         log.info("growth: seeds")
         effort = self.effort
-        overrides = ("precision=exact16", f"device={self.device.type}")
+        precision = "exact16" if self.found.ours == EAGER else "fp32"
+        overrides = (f"precision={precision}", f"device={self.device.type}")
         config = configuration("resnet18_paper", effort.growth_width, effort.growth_batch, overrides)
         counts = parallel.candidates(effort.seeds, self.device, config.threads)
         rates = parallel.measure(config, "abn", counts, self.device)
@@ -265,7 +274,7 @@ class Benchmark:
         if len(times) > 1:
             sizes, values = list(map(float, times)), list(times.values())
             found = [quartiles([value]) for value in values]
-            self.found.growth["seeds", EAGER] = (sizes, found, measure.exponent(sizes, values))
+            self.found.growth["seeds", self.found.ours] = (sizes, found, measure.exponent(sizes, values))
 
 
 def _chain(norm: nn.Module, sign: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

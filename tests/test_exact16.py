@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from abn_exp import exact16, models
-from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
+from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear, ste_gradient
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
-from abn_exp.exact16 import EXACT_TO, channels_per_chunk, check_exact16, has_integer_conv2d, use_exact16_
+from abn_exp.exact16 import (
+    EXACT_TO,
+    accumulation_bound,
+    channels_per_chunk,
+    check_exact16,
+    has_integer_conv2d,
+    use_exact16_,
+)
 from abn_exp.identity import RunPlan
 from abn_exp.models import binarynet
 from abn_exp.models.build import initialize_
@@ -22,6 +29,7 @@ from abn_exp.results import load_network, read_config
 from abn_exp.training import setup as parts
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders, make_network
+from tests.helpers.exact16 import needs_exact16
 from tests.helpers.runs import TINY
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -143,6 +151,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
 
 
+@needs_exact16
 @pytest.mark.parametrize(
     ("estimator", "pad_value"),
     [("identity", 0.0), ("identity", 1.0), ("clipped", 0.0), ("approx_sign", -1.0), ("reste", 0.0)],
@@ -161,10 +170,18 @@ def test_both_ways_have_the_same_gradients_bit_for_bit(estimator, pad_value):
         network(leaf).backward(upstream)
         gradients.append((leaf.grad, network.weight.grad))
     *exact, plain = gradients
+    # Sums of |terms|, and their number: 4 x 3 x 3 of an input's gradient, 2 images of 5 x 5 of a weight's.
+    signs, weights = (torch.ones_like(t).double() for t in (layer.pad(x, 1.0), layer.weight))
+    absolute = upstream.double().abs()
+    sizes = (
+        torch.nn.grad.conv2d_input(signs.shape, weights, absolute, 2)[:, :, 1:-1, 1:-1],
+        torch.nn.grad.conv2d_weight(signs, weights.shape, absolute, 2),
+    )
     for found in exact:
-        for a, b, c in zip(found, exact[0], plain, strict=True):
+        for a, b, c, n, size, t in zip(found, exact[0], plain, (36, 50), sizes, (x, layer.weight), strict=True):
             assert torch.equal(a, b)
-            torch.testing.assert_close(a, c, rtol=2**-7, atol=2**-7)
+            slope = ste_gradient(torch.ones_like(t), t, estimator).detach()
+            assert ((a - c).abs() <= accumulation_bound(c, slope * size, n)).all()
             assert torch.equal(a == 0, c == 0)
 
 
@@ -213,9 +230,16 @@ def test_a_network_s_forward_pass_is_float32_s(model, integers):
     assert plain.state_dict().keys() == exact.state_dict().keys()
 
 
-def test_a_trained_network_evaluates_bit_for_bit_the_same(make_plan: Callable[..., RunPlan]) -> None:
+@needs_exact16
+def test_a_trained_network_evaluates_bit_for_bit_the_same(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("abn_exp.training.run.time_against_fp32", lambda *_: 2.4)
     plan = make_plan("precision=exact16", "model=resnet18_paper", "model.width=1", "recipe.epochs=3")
     run(plan, "python train.py")
+    assert (
+        "precision=exact16 is slower than fp32 on this device: a pass of four images takes 2.4 times" in caplog.text
+    )
     assert "precision-exact16" in plan.variant
     assert read_config(plan.directory)["precision"] == "exact16"
     plain, exact = both(load_network(plan.directory))
@@ -224,6 +248,7 @@ def test_a_trained_network_evaluates_bit_for_bit_the_same(make_plan: Callable[..
     assert torch.equal(plain(images[:64]), exact(images[:64]))
 
 
+@needs_exact16
 @pytest.mark.parametrize("integers", INTEGERS)
 def test_the_check_passes_here_and_leaves_the_network_as_it_was(integers):
     network = models.resnet18_paper(10, 32, AttentionBatchNorm2d, width=5)
@@ -238,6 +263,7 @@ def test_the_check_passes_here_and_leaves_the_network_as_it_was(integers):
     assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
+@needs_exact16
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_the_check_finds_a_kernel_that_rounds(kind):
     """As one whose accumulators are too short would, or one that transforms its tiles (Winograd)."""
@@ -260,6 +286,55 @@ def test_the_check_finds_gradients_that_go_elsewhere(monkeypatch: pytest.MonkeyP
         check_exact16(network, torch.zeros(2, 3, 32, 32))
 
 
+@needs_exact16
+@pytest.mark.parametrize("estimator", ["identity", "clipped", "approx_sign", "reste"])
+def test_the_check_finds_gradients_that_are_rounded_in_between(estimator, monkeypatch):
+    """As torch's own bfloat16 convolution does on a CPU without oneDNN's: image by image, added in bfloat16."""
+    layer = BinaryConv2d(64, 8, 3, padding=1, binarization=Binarization(estimator, estimator))
+    use_exact16_(layer, BF16)
+    images = torch.zeros(2, 64, 8, 8)
+    check_exact16(layer, images)
+    backward = torch.ops.aten.convolution_backward
+
+    def per_image(grad, x, weight, *arguments):
+        parts = [backward(grad[i : i + 1], x[i : i + 1], weight, *arguments) for i in range(len(x))]
+        return torch.cat([part[0] for part in parts]), sum(part[1] for part in parts), None
+
+    once, twice = (f(*rounded_products()) for f in (backward, per_image))
+    assert torch.equal(once[0], twice[0])
+    assert cosine(once[1], twice[1]) > 0.9999  # which a comparison of directions does not find
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", per_image)
+    with pytest.raises(ValueError, match="not accumulated in float32"):
+        check_exact16(layer, images)
+
+
+def rounded_products():
+    """Arguments of convolution_backward, in bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    grad, x, weight = (
+        torch.randn(shape, generator=random).bfloat16() for shape in ((2, 8, 8, 8), (2, 64, 8, 8), (8, 64, 3, 3))
+    )
+    return grad, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, True, False)
+
+
+@needs_exact16
+def test_a_precision_is_timed_against_fp32_and_the_network_left_as_it_was(make_plan: Callable[..., RunPlan]) -> None:
+    config = make_plan("precision=exact16", *TINY).config
+    network = make_network(config, "abn", 10, torch.device("cpu"))
+    network[0].eval()
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    products = [layer.product for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
+    assert parts.time_against_fp32(config, network, torch.device("cpu")) > 0
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert products == [
+        layer.product for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)
+    ]
+    assert network.training
+    assert not network[0].training
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
 @pytest.mark.parametrize("error", [ValueError("products are not exact"), RuntimeError("no such kernel\nhint")])
 def test_what_the_device_cannot_do_is_refused(
     error: Exception, make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
@@ -279,6 +354,7 @@ def test_the_check_finds_parts_that_are_too_large():
         check_exact16(layer, torch.zeros(2, 320, 8, 8))
 
 
+@needs_exact16
 def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> None:
     for precision, expected in (("fp32", 0), ("exact16", 7)):
         config = make_plan(f"precision={precision}", *TINY).config

@@ -32,8 +32,8 @@ class _Product(torch.autograd.Function):
     Forward, `chunk` input channels at a time are multiplied in `dtype`, which holds their sums, and added in
     float32; or all at once as 8-bit integers, of which a CPU makes twice as many as of bfloat16 (`integers`). Either
     is float32's result, bit for bit. The gradients are products in bfloat16, whose exponents reach as far as
-    float32's, accumulated in float32. Compiled, the sums go through `kept`, a 16-bit type that holds them, so that
-    they are what is kept for the norm's gradient.
+    float32's, accumulated in float32 (`check_exact16` finds where they are not). Compiled, the sums go through
+    `kept`, a 16-bit type that holds them, so that they are what is kept for the norm's gradient.
     """
 
     @staticmethod
@@ -117,9 +117,14 @@ def _(signs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> T
 
 
 def has_integer_conv2d(device: torch.device) -> bool:
-    """Return whether the device has 8-bit convolutions that are worth it: a CPU with vectors and oneDNN."""
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return device.type == "cpu" and vectors and hasattr(torch.ops.onednn, "qconv2d_pointwise")
+    """Return whether the device has 8-bit convolutions that are worth it: oneDNN's on a CPU of AVX-512 or newer.
+
+    What is asked is whether oneDNN has bfloat16 kernels: it has them on the same CPUs, and unlike torch's name of the
+    CPU's capability it knows of ONEDNN_MAX_CPU_ISA.
+    """
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    return hasattr(torch.ops.onednn, "qconv2d_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def channels_per_chunk(layer: BinaryLayer, dtype: torch.dtype) -> int:
@@ -176,12 +181,36 @@ def _product(
     return _Product.apply(x, latent, layer, dtype, chunk, integers, kept)
 
 
+def _product64(layer: BinaryLayer, signs: Tensor, weight: Tensor, pad_value: float) -> Tensor:
+    """Return the layer's product of signs, in float64."""
+    if isinstance(layer, BinaryConv2d):
+        return F.conv2d(layer.pad(signs, pad_value), weight, None, layer.stride)
+    return F.linear(signs, weight)
+
+
+def accumulation_bound(total: Tensor, size: Tensor, n: int) -> Tensor:
+    """Return how far a sum of n bfloat16 products may be off, accumulated in float32 and then rounded to bfloat16.
+
+    `total` is the sum and `size` that of the absolute values; a slope that follows in float32 is allowed for.
+    """
+    return (2**-8 + 2**-20) * total.abs() + 8 * n**0.5 * 2**-24 * size
+
+
 def check_exact16(network: nn.Module, images: Tensor) -> None:
-    """Raise ValueError where a binary product on the device of `images`, at their shape, is not exact.
+    """Raise ValueError where binary products on the device of `images`, at their shape, are not what they should be.
 
     Each layer multiplies signs of which three in four are +1, so that the sums are large; those of the first and the
-    last image are compared with float64 on the CPU, and so are the gradients of these two, whose directions must
-    agree. The network runs once, in evaluation mode, and is left as it was.
+    last image must be float64's on the CPU. The gradients of these two must be products of bfloat16 accumulated in
+    float32 and rounded once, to bfloat16. From an upstream gradient that bfloat16 holds, such a sum of n terms is
+    within
+
+        |found - sum t_i|  <=  2^-8 |sum t_i|  +  8 sqrt(n) 2^-24 sum |t_i|
+
+    (in any order; the second term bounds the rounding of n additions but for a probability of 2n e^-32, Higham and
+    Mary, doi 10.1137/18M1226312). Without oneDNN's bfloat16 kernels a CPU does not keep to it: torch rounds each
+    image's part of a weight's gradient, and each kernel position's part of an input's, and adds them in bfloat16. The
+    cosine of each gradient with float64's must be 0.999 besides. The network runs once, in evaluation mode, and is
+    left as it was.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -192,24 +221,36 @@ def check_exact16(network: nn.Module, images: Tensor) -> None:
     def compare(layer: BinaryLayer, inputs: tuple[Tensor]) -> None:
         if layer.product is None:
             return
+        b = layer.binarization
         x, weight = latent_like(inputs[0]), latent_like(layer.weight)
         whole = layer.product(layer, x, weight)
         two = torch.stack([x[0], x[-1]]).requires_grad_()
         with torch.enable_grad():
             y = layer.product(layer, two, weight.requires_grad_())
             signs, weight64 = (t.detach().cpu().double().sign().requires_grad_() for t in (two, weight))
-            if isinstance(layer, BinaryConv2d):
-                expected = F.conv2d(layer.pad(signs, layer.binarization.pad_value), weight64, None, layer.stride)
-            else:
-                expected = F.linear(signs, weight64)
+            expected = _product64(layer, signs, weight64, b.pad_value)
+            # One channel of ones stands for all in the sums of absolute values.
+            one_x, one_weight = (torch.ones_like(t[:, :1], requires_grad=True) for t in (signs, weight64))
+            largest = _product64(layer, one_x, one_weight, abs(b.pad_value))
         if not all(torch.equal(t.cpu().double(), expected) for t in (y, torch.stack([whole[0], whole[-1]]))):
             raise ValueError(f"products on {x.device} are not exact")
-        upstream = torch.randn(expected.shape, generator=random)
+        upstream = torch.randn(expected.shape, generator=random).bfloat16()
         gradients = torch.autograd.grad(y, (two, weight), upstream.to(y))
         truths = torch.autograd.grad(expected, (signs, weight64), upstream.double())
-        for gradient, truth in zip(gradients, truths, strict=True):
-            if F.cosine_similarity(gradient.cpu().double().flatten(), truth.flatten(), dim=0) < 0.99:
+        sizes = torch.autograd.grad(largest, (one_x, one_weight), upstream.double().abs())
+        terms = weight64[:, :1].numel(), expected[:, :1].numel()
+        half = torch.tensor(
+            0.5, dtype=torch.float64
+        )  # every |latent|, so the estimator's slope is the same everywhere
+        slopes = (ste_gradient(half / half, half, e) for e in (b.activation_estimator, b.weight_estimator))
+        for gradient, truth, size, n, slope in zip(gradients, truths, sizes, terms, slopes, strict=True):
+            found = gradient.cpu().double() / slope
+            if F.cosine_similarity(found.flatten(), truth.flatten(), dim=0) < 0.999:
                 raise ValueError(f"gradients of products on {x.device} have another direction than float64's")
+            if ((found - truth).abs() > accumulation_bound(truth, size, n)).any():
+                raise ValueError(
+                    f"bfloat16 products on {x.device} are not accumulated in float32, so gradients are worse"
+                )
 
     hooks = [
         layer.register_forward_pre_hook(compare) for layer in network.modules() if isinstance(layer, BinaryLayer)

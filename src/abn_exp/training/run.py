@@ -59,10 +59,13 @@ from abn_exp.training.setup import (
     normalization,
     process_rank,
     select_device,
+    time_against_fp32,
     trainer_options,
 )
 from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
+
+SLOWER = 1.1  # times fp32, from where on a precision's speed is told
 
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
@@ -180,6 +183,12 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
     data = load_data(config)
     loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
     network = make_network(config, plan.choices["norm"], len(data.classes), device)
+    if rank == 0 and config.precision != "fp32" and (times := time_against_fp32(config, network, device)) > SLOWER:
+        log.warning(
+            "precision=%s is slower than fp32 on this device: a pass of four images takes %.1f times as long",
+            config.precision,
+            times,
+        )
     summary = summarize(network, config.dataset.image_size)
     made_with = {  # before hours of training, so that nothing here can end a run after its last epoch
         "versions": provenance.versions(),
