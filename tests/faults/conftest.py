@@ -180,7 +180,7 @@ def differences(one: Path, other: Path) -> list[str]:
     metrics = [read_metrics(folder) for folder in (one, other)]
     for records in (results, *zip(*metrics, strict=False)):
         for key in sorted(records[0].keys() | records[1].keys()):
-            if key not in TIMES and records[0].get(key) != records[1].get(key):
+            if key not in (*TIMES, "directory") and records[0].get(key) != records[1].get(key):
                 found.append(f"{key}: {records[0].get(key)}, {records[1].get(key)}")
     if len(metrics[0]) != len(metrics[1]):
         found.append(f"{len(metrics[0])} and {len(metrics[1])} epochs")
