@@ -74,7 +74,7 @@ class Fixed:
 
 def fixed_before(configs: Sequence[Mapping[str, Any]]) -> Fixed:
     """Return what all runs agree on; ``configs`` is one configuration a run."""
-    deltas = {config.get("delta") for config in configs}
+    deltas = {config.get("delta") for config in configs} or {None}  # no run whose configuration can be read
     questions = {json.dumps(config.get("primary"), sort_keys=True) for config in configs}
     applied = f"delta = {DELTA:g} points was applied afterwards"
     if None in deltas:
