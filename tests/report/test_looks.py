@@ -13,7 +13,7 @@ from abn_exp.report.build import build_report, write_report
 from abn_exp.report.comparisons import collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
-from abn_exp.results import find_runs
+from abn_exp.results import InputFormat, find_runs, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
 
@@ -124,6 +124,17 @@ def test_failures_take_back_a_verdict_and_say_so(tmp_path):
         (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/result.json").unlink()
         (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/FAILED").write_text("diverged")
     assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
+
+
+def test_chance_in_a_folder_of_images_is_that_of_the_classes_found_there(tmp_path):
+    directory = finish_run(tmp_path, "abn", 0, 0.7, config=yaml.safe_dump({"dataset": {"num_classes": None}}))
+    (start_run(tmp_path, "abn", 1) / "FAILED").write_text("diverged")
+    (cell,) = cells_of(tmp_path)
+    np.testing.assert_allclose(cell.sample_at_chance([0, 1]), [70, 0])  # not known: at least nothing in its favour
+    write_input_format(directory, InputFormat(8, (0.5,) * 3, (0.2,) * 3, ("a", "b", "c", "d")))
+    (directory / "SHA256SUMS").unlink()
+    (cell,) = cells_of(tmp_path)
+    np.testing.assert_allclose(cell.sample_at_chance([0, 1]), [70, 25])
 
 
 # --- planned looks ---

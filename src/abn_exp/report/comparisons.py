@@ -6,6 +6,7 @@ Scores are kept as fractions; samples are percent, differences and stds percenta
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from abn_exp.report.formatting import interval_text, number_text, p_equation, p_
 from abn_exp.report.pooled import RandomEffects, random_effects
 from abn_exp.report.spread import MIN_PAIRS, SHAPES, SpreadComparison, compare_spreads, pairs_needed, rejection_rate
 from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge
-from abn_exp.results import Run, has_begun, read_config, read_metrics
+from abn_exp.results import Run, has_begun, load_input_format, read_config, read_metrics
 
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
 
@@ -61,12 +62,21 @@ class Cell:
 
     def sample_at_chance(self, seeds: Iterable[int]) -> stats.Array:
         """Return the test accuracies of ``seeds`` in percent; what failed has that of guessing, 100 / classes."""
-        whole = (run.directory for run in self.runs if run.status != "damaged")
-        classes = next((read_config(d).get("dataset", {}).get("num_classes") for d in whole), None)
+        classes = self._number_of_classes()
         failed = self.failed
         guessing = 100 / classes if classes else 0.0  # unknown: at least nothing that speaks for it
         scores = self.sample("test_acc", seeds)
         return np.where([seed in failed for seed in seeds], guessing, scores)
+
+    def _number_of_classes(self) -> int | None:
+        """Return what the configuration says, or else, of a folder of images, what a finished run found there."""
+        whole = [run for run in self.runs if run.status != "damaged"]
+        classes = next((read_config(run.directory).get("dataset", {}).get("num_classes") for run in whole), None)
+        for run in whole if classes is None else []:
+            with suppress(ValueError):  # an older run has not kept it
+                if run.result is not None and (names := load_input_format(run).classes) is not None:
+                    return len(names)
+        return None if classes is None else int(classes)
 
 
 @dataclass(frozen=True)
