@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,20 @@ def test_the_script_writes_what_the_network_says_of_each_image(
     np.testing.assert_allclose([float(row["probability"]) for row in rows], expected.max(1).values, atol=1e-4)
     accuracy = (expected.argmax(1) == digits.test.labels[order]).float().mean().item()
     assert f"30 images: accuracy {100 * accuracy:.2f} %" in said
+
+
+def test_classes_of_the_same_names_are_the_same_classes(
+    trained: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A set that lists the digits backwards has the same accuracy; one with other names is taken in its order."""
+    digits = load("digits", ".")
+    turned = replace(digits.test, labels=9 - digits.test.labels)
+    for names, same in ((digits.classes[::-1], True), (tuple("abcdefghij"), False)):
+        backwards = replace(digits, test=turned, classes=names)
+        monkeypatch.setattr("abn_exp.analysis.evaluate.load_data", lambda config, data=backwards: data)
+        found = evaluate(trained[0])
+        assert torch.equal(found.labels, digits.test.labels if same else turned.labels)
+        assert ("names its classes otherwise" in caplog.text) is not same
 
 
 @pytest.mark.parametrize(

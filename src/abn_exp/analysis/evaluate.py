@@ -1,5 +1,6 @@
 """Evaluate a run's saved weights on any set of the same image size and number of classes; write its predictions."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,10 @@ from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.errors import ConfigError
 from abn_exp.files import write_text_atomic
-from abn_exp.results import read_config
-from abn_exp.training.setup import load_data, normalization
+from abn_exp.results import load_input_format, read_config
+from abn_exp.training.setup import load_data
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def evaluate(
 ) -> Evaluation:
     """Return what a run's network says of a data set, by default of the test images of its own; in float32.
 
-    Images are normalised as those that it was trained on. Raises ConfigError where they have another size or another
-    number of classes, ValueError or OSError where the run's weights cannot be read.
+    Images are normalised as those that it was trained on, and classes of the same names are the same classes, in
+    whatever order. Raises ConfigError where the images have another size or another number of classes, ValueError or
+    OSError where the run's weights cannot be read.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
@@ -62,9 +66,9 @@ def evaluate(
         raise ConfigError(
             f"{directory} has no checkpoints/{weights}.ckpt to evaluate; train it again with force=true."
         )
-    config = parse(read_config(directory))
+    config, inputs = parse(read_config(directory)), load_input_format(directory)
     options = config.dataset if dataset is None else dataset
-    size = config.dataset.image_size
+    size = inputs.image_size
     if options.image_size != size:
         raise ConfigError(
             f"{options.name} has images of {options.image_size} pixels a side, but this network takes {size}; only "
@@ -75,10 +79,14 @@ def evaluate(
     data = load_data(config.model_copy(update={"dataset": options}))
     if len(data.classes) != classes:
         raise ConfigError(f"{options.name} has {len(data.classes)} classes, but this network tells {classes} apart.")
-    # Where the configuration does not say how it was normalised, the run's own images do.
-    measured = config.dataset.mean is None and config.recipe.normalization == "dataset"
-    mean, std = normalization(config, load_data(config) if measured and dataset is not None else data)
+    names = data.classes if inputs.classes is None else inputs.classes
+    if set(names) != set(data.classes):
+        log.warning("%s names its classes otherwise than the run does; they are taken in their order", options.name)
+        names = data.classes
+    places = torch.tensor([names.index(name) for name in data.classes])  # of the set's classes among the run's
     split = data.train if part == "train" else data.test
-    batches = BatchLoader(split, torch.arange(len(split.labels)), 500, mean=mean, std=std, device=device)
-    found = [(labels.cpu(), network(images).cpu()) for images, labels in batches]
+    batches = BatchLoader(
+        split, torch.arange(len(split.labels)), 500, mean=inputs.mean, std=inputs.std, device=device
+    )
+    found = [(places[labels.cpu()], network(images).cpu()) for images, labels in batches]
     return Evaluation(torch.cat([labels for labels, _ in found]), torch.cat([logits for _, logits in found]))
