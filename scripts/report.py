@@ -1,5 +1,7 @@
 """Write the report of a folder of runs into that folder, and print it: python scripts/report.py results/NAME
 
+Several folders are compared in one report, which is printed, and written with --out.
+
 With --watch the page is served on this machine instead, and written again while runs go on.
 """
 
@@ -8,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from abn_exp.report.build import PAGE_SECONDS, print_report, update_page, write_report
+from abn_exp.report.build import PAGE_SECONDS, build_report, print_report, update_page, write_report
 from abn_exp.report.watch import serve
 from abn_exp.results import find_runs
 
@@ -37,16 +39,17 @@ def a_folder(text: str) -> Path:
     return Path(text)
 
 
-def check_reference(folder: Path, reference: str) -> None:
+def check_reference(folders: list[Path], reference: str) -> None:
     """Raise ValueError where no run has this norm."""
-    norms = sorted({run.norm for run in find_runs(folder)})
+    norms = sorted({run.norm for folder in folders for run in find_runs(folder)})
     if norms and reference not in norms:
-        raise ValueError(f"--reference={reference} is not allowed: the runs below {folder} have {', '.join(norms)}.")
+        where = " and ".join(map(str, folders))
+        raise ValueError(f"--reference={reference} is not allowed: the runs below {where} have {', '.join(norms)}.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write report.md, report.html, report.csv, runs.csv and figures.")
-    parser.add_argument("folder", type=a_folder, help="a folder that train.py wrote: results/NAME")
+    parser.add_argument("folders", type=a_folder, nargs="+", metavar="FOLDER", help="train.py wrote it: results/NAME")
     parser.add_argument("--reference", help="the norm that others are compared with (default: bn)")
     parser.add_argument("--out", type=Path, help="write into this folder instead, e.g. where the first is read-only")
     parser.add_argument("--watch", action="store_true", help="serve report.html on this machine while runs go on")
@@ -55,17 +58,22 @@ def main() -> int:
     reference = arguments.reference or "bn"
     try:
         if arguments.reference is not None:
-            check_reference(arguments.folder, reference)
+            check_reference(arguments.folders, reference)
         if arguments.watch:
-            watch(arguments.folder, reference, arguments.port)
+            if len(arguments.folders) > 1:
+                raise ValueError("--watch is for one folder.")
+            watch(arguments.folders[0], reference, arguments.port)
             return 0
-        report = write_report(arguments.folder, reference=reference, out=arguments.out)
+        if len(arguments.folders) > 1 and arguments.out is None:
+            report = build_report(*arguments.folders, reference=reference)
+        else:
+            report = write_report(*arguments.folders, reference=reference, out=arguments.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_report(report)
     if all(run.result is None for cell in report.cells for run in cell.runs):
-        print(f"error: no run below {arguments.folder} is finished.", file=sys.stderr)
+        print(f"error: no run below {' and '.join(map(str, arguments.folders))} is finished.", file=sys.stderr)
         return 1
     return 0
 

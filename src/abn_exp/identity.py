@@ -25,10 +25,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
@@ -86,14 +88,20 @@ def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name
             raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
-    composed = compose("config", [f"{group}={choice}" for group, choice in choices.items()])
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    own = set_options({str(key): value for key, value in plain.items()})
+    own = _own_options(GlobalHydra.instance().config_loader(), tuple(choices.items()))
     ours, everything = set_options(config.model_dump()), all_options(config.model_dump())
     changes = {key: everything.get(key) for key in ours.keys() | own.keys() if ours.get(key) != own.get(key)}
     variant = variant_name(choices["recipe"], changes)
     return RunPlan(config, choices, _recorded_variant(RunPlan(config, choices, variant)) or variant)
+
+
+@lru_cache(maxsize=1024)  # composing takes a quarter of a second, and a sweep has hundreds of runs
+def _own_options(loader: object, choices: tuple[tuple[str, str], ...]) -> Options:
+    """Return the options that the files of the chosen groups set; `loader` stands for where these files are."""
+    composed = compose("config", [f"{group}={choice}" for group, choice in choices])
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return set_options({str(key): value for key, value in plain.items()})
 
 
 def _with_images(config: Config) -> Config:

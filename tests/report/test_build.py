@@ -359,3 +359,87 @@ def test_every_norm_has_its_own_style_everywhere():
     assert len({s.marker for s in NORM_STYLES.values()}) == len(NORM_STYLES)
     assert norm_style("abn") == styles["abn"] == NORM_STYLES["abn"]
     assert norm_style("mine") == norm_styles(["mine", "bn", "abn"])["mine"]
+
+
+# --- Several folders, and what varies ---
+
+RECORDED = """\
+dataset: {{name: cifar10, train_images: null}}
+model: {{_target_: some.model, width: 1}}
+norm: {{_target_: some.norm}}
+recipe: {{epochs: {epochs}, optimizer: {{lr: {lr}}}}}
+precision: fp32
+"""
+
+
+def test_runs_csv_has_a_column_for_each_option_that_varies(tmp_path, no_figures):
+    for epochs, lr in ((4, 0.1), (4, 0.01), (8, 0.1)):
+        config = RECORDED.format(epochs=epochs, lr=lr)
+        study(tmp_path / "s", {"bn": [0.7], "abn": [0.8]}, variant=f"fixed_epochs-{epochs}_lr-{lr}", config=config)
+    write_report(tmp_path / "s")
+    rows = list(csv.DictReader((tmp_path / "s" / "runs.csv").read_text().splitlines()))
+    assert {(row["recipe.epochs"], row["recipe.optimizer.lr"]) for row in rows} == {
+        ("4", "0.1"),
+        ("4", "0.01"),
+        ("8", "0.1"),
+    }
+    assert not {"model.width", "precision", "dataset.name", "norm._target_"} & rows[0].keys()
+
+
+def test_folders_are_compared_in_one_report(tmp_path, no_figures):
+    config = RECORDED.format(epochs=4, lr=0.1)
+    study(tmp_path / "a", {"bn": BN}, config=config)
+    study(tmp_path / "b", {"abn": CLEARLY_ABOVE}, config=config)
+    report = build_report(tmp_path / "a", tmp_path / "b")
+    assert (report.name, report.factors) == ("a and b", [])
+    assert only(report).mean.mean.difference == pytest.approx(0.94)  # paired, as of one folder
+    assert report.command.count("\n") == 1
+    assert write_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "both").cells
+    assert (tmp_path / "both" / "report.md").is_file()
+    assert not (tmp_path / "a" / "report.md").exists()
+    with pytest.raises(ValueError, match="There are no runs below"):
+        build_report(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("variant", ["fixed", "fixed_by-another-name"])
+def test_the_same_run_in_two_folders_is_refused(tmp_path, variant):
+    config = RECORDED.format(epochs=4, lr=0.1)
+    study(tmp_path / "a", {"bn": BN}, config=config)
+    study(tmp_path / "b", {"bn": BN[:1]}, variant=variant, config=config)
+    with pytest.raises(ValueError, match=r"a/digits/.*seed-0 and .*b/digits/.*seed-0 hold the same run twice"):
+        build_report(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_part_of_a_data_set_is_a_cell_of_its_own(tmp_path):
+    """Though it has the whole one's name: as in a folder of before the number of images was recorded."""
+    config = RECORDED.format(epochs=4, lr=0.1)
+    study(tmp_path / "whole", {"bn": BN}, config=config)
+    study(tmp_path / "part", {"bn": BN}, config=config)
+    for directory in (run.directory for run in find_runs(tmp_path / "part")):
+        (directory / "train.log").write_text("cifar10 has 100 + 50 images here; the full set has 50000 + 10000\n")
+    report = build_report(tmp_path / "whole", tmp_path / "part")
+    (factor,) = report.factors
+    assert (factor.name, set(factor.levels)) == ("dataset.images", {"null", "[100, 50]"})
+    assert [len(cell.runs) for cell in report.cells] == [5, 5]
+
+
+def test_the_script_compares_folders(tmp_path, monkeypatch, capsys, no_figures):
+    config = RECORDED.format(epochs=4, lr=0.1)
+    study(tmp_path / "a", {"bn": BN}, config=config)
+    study(tmp_path / "b", {"abn": CLEARLY_ABOVE}, config=config)
+
+    def script(*arguments):
+        monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return done.value.code, capsys.readouterr()
+
+    code, said = script(tmp_path / "a", tmp_path / "b")
+    assert (code, said.err) == (0, "")
+    assert "a and b" in said.out
+    assert not list(tmp_path.rglob("report.md"))
+    assert script(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")[0] == 0
+    assert (tmp_path / "both" / "runs.csv").read_text().count("\n") == 11
+    code, said = script(tmp_path / "a", tmp_path / "a")
+    assert (code, said.err.count("\n")) == (1, 1)
+    assert "hold the same run twice" in said.err

@@ -4,10 +4,12 @@ A report is a function of the records below its folder and of nothing else: writ
 same.
 """
 
+import hashlib
+import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -37,44 +39,45 @@ from abn_exp.report.comparisons import (
     pool,
 )
 from abn_exp.report.effects import effect_tables
-from abn_exp.report.factors import find_factors
+from abn_exp.report.factors import find_factors, varying_options
 from abn_exp.report.html import page_of, render
 from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
 from abn_exp.report.per_image import image_evidence, read_test_predictions
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
-from abn_exp.results import find_runs, read_config
+from abn_exp.results import Run, find_runs, has_begun, read_config
 
 log = logging.getLogger(__name__)
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way
 
 
-def build_report(folder: Path, *, reference: str = "bn", interim: bool = False) -> Report:
-    """Read every run below ``folder``, judge the study's primary comparison, and compare each norm with
-    ``reference``.
+def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bool = False) -> Report:
+    """Read every run below the folders, judge the study's primary comparison, and compare each norm with
+    ``reference``. A plan is that of one folder: several are reported without.
 
     ``interim``: runs are under way, so that there is neither a verdict on the primary comparison nor its interval.
-    Raises ValueError where there are no runs, or where a record cannot be read.
+    Raises ValueError where there are no runs, where a record cannot be read, or where a run is there twice.
     """
-    folder = Path(folder).resolve()
-    cells = collect_cells(find_runs(folder), reference)
-    if not cells:
-        raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
+    folder, *more = (Path(path).resolve() for path in (folder, *others))
+    found = [run for path in (folder, *more) for run in _runs_below(path)]
+    options = _options(found)
+    cells = collect_cells(_one_name_each(found, options) if more else found, reference)
     configs = [read_config(run.directory) for cell in cells for run in cell.runs if run.status != "damaged"]
     devices = {cell.key: cell.device for cell in cells if cell.device is not None}
-    factors = find_factors(_settings(cells), devices)
+    settings = {cell.key: _settings(cell, options) for cell in cells}
+    factors = find_factors(settings, devices)
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
-    plan, fixed = read_plan(folder), fixed_before(configs)
+    plan, fixed = read_plan(folder) if not more else None, fixed_before(configs)
     delta = fixed.delta if plan is None else plan.delta
     primary = judge_planned(cells, plan) if plan is not None else None
     if plan is None and fixed.question is not None:
         primary = judge_primary(cells, fixed.question, delta, interim)
     shown, withheld = _of_the_reference(primary, reference)
     return Report(
-        name=folder.name,
+        name=" and ".join(path.name for path in (folder, *more)),
         question=next((config["question"] for config in configs if "question" in config), None),
-        command=_command(folder, cells),
+        command="\n".join(_command(path, cells) for path in (folder, *more)),
         reference=reference,
         delta=delta,
         fixed=fixed,
@@ -84,6 +87,7 @@ def build_report(folder: Path, *, reference: str = "bn", interim: bool = False) 
         comparisons=compare_cells(cells, reference, delta, *shown, withheld),
         pooled=[] if withheld else pool(cells, reference, delta),
         factors=factors,
+        options=varying_options(settings),
         effects=[] if withheld else effect_tables(cells, factors, reference, delta),
         images=image_evidence([] if withheld else cells, reference, read_test_predictions),
         conditional=conditional_on(configs),
@@ -107,29 +111,58 @@ def _of_the_reference(
     return (means, primary.spreads), set()
 
 
-def _settings(cells: list[Cell]) -> dict[Key, dict[str, Any]]:
-    """Return the options of each cell that can change a result, flat, with its recipe's name.
+def _runs_below(folder: Path) -> list[Run]:
+    runs = find_runs(folder)
+    if not any(run.result is not None or has_begun(run.directory) for run in runs):
+        raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
+    return runs
 
-    An option of a network or a norm that only some cells have, because it was added later, is at its default in the
+
+def _options(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """Return the options that can change a run's result, flat, by its directory; nothing of damaged ones.
+
+    An option of a network or a norm that only some runs have, because it was added later, is at its default in the
     others. What that is says its signature, which takes seconds to import and is read only then.
     """
-    configs = {cell.key: _config(cell) for cell in cells}
-    settings = {key: all_options(config, signatures=False) for key, config in configs.items()}
+    configs = {run.directory: read_config(run.directory) for run in runs if run.status != "damaged"}
+    options = {directory: all_options(config, signatures=False) for directory, config in configs.items()}
     by_norm: dict[tuple[str, ...], set[frozenset[str]]] = {}
-    for key, options in settings.items():
-        by_norm.setdefault(key[:3], set()).add(frozenset(options))
+    for directory, own in options.items():
+        by_norm.setdefault(directory.parts[-5:-2], set()).add(frozenset(own))
     if any(len(found) > 1 for found in by_norm.values()):
-        settings = {key: all_options(config) for key, config in configs.items()}
-    for cell in cells:
-        recipes = (run.result.recipe for run in cell.runs if run.result is not None)
-        settings[cell.key] = {"recipe": next(recipes, cell.runs[0].variant.split("_")[0]), **settings[cell.key]}
-    return settings
+        options = {directory: all_options(config) for directory, config in configs.items()}
+    return options
 
 
-def _config(cell: Cell) -> dict[str, Any]:
-    """Return the configuration of a cell's first run that is whole; all its runs have the same but for the seed."""
-    whole = (run.directory for run in cell.runs if run.status != "damaged")
-    return next(map(read_config, whole), {})
+def _one_name_each(runs: Sequence[Run], options: Mapping[Path, Mapping[str, Any]]) -> list[Run]:
+    """Return the runs so that a cell's name is that of one configuration, and of no other.
+
+    Folders may hold one configuration under two names, which earlier versions gave it, or two under one: of a whole
+    data set and of a part of it.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    taken: dict[Key, tuple[str, ...]] = {}
+    renamed = []
+    recipes = {run.cell: run.result.recipe for run in runs if run.result is not None}
+    for run in runs:
+        if run.directory in options:
+            text = json.dumps(options[run.directory], sort_keys=True)
+            identity = (run.dataset, run.model, run.norm, recipes.get(run.cell, run.variant.split("_")[0]), text)
+            if identity not in names:
+                unique = taken.setdefault(run.cell, identity) == identity
+                names[identity] = (
+                    run.variant if unique else f"{run.variant}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+                )
+            run = replace(run, variant=names[identity])
+        renamed.append(run)
+    return renamed
+
+
+def _settings(cell: Cell, options: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the options of a cell with its recipe's name; all its runs have the same."""
+    whole = (options[run.directory] for run in cell.runs if run.directory in options)
+    recipes = (run.result.recipe for run in cell.runs if run.result is not None)
+    return {"recipe": next(recipes, cell.runs[0].variant.split("_")[0]), **next(whole, {})}
 
 
 def _command(folder: Path, cells: list[Cell]) -> str:
@@ -138,21 +171,26 @@ def _command(folder: Path, cells: list[Cell]) -> str:
         return command
     lines = []
     for cell in cells:
-        recipe = next((run.result.recipe for run in cell.runs if run.result is not None), None)
+        runs = [run for run in cell.runs if run.directory.is_relative_to(folder)]
+        if not runs:
+            continue
+        recipe = next((run.result.recipe for run in runs if run.result is not None), None)
         choices = {"dataset": cell.dataset, "model": cell.model, "norm": cell.norm}
         choices |= {"recipe": recipe} if recipe is not None else {}
-        choices |= {"seed": ",".join(str(run.seed) for run in cell.runs), "name": folder.name}
+        choices |= {"seed": ",".join(str(run.seed) for run in runs), "name": folder.name}
         line = shlex.join(["python", "train.py", "-m", *(f"{key}={value}" for key, value in choices.items())])
         lines.append(line if cell.variant == recipe else f"{line}  # {cell.variant}: see config.yaml of its runs")
     return "\n".join(lines)
 
 
-def write_report(folder: Path, *, reference: str = "bn", interim: bool = False, out: Path | None = None) -> Report:
+def write_report(
+    folder: Path, *others: Path, reference: str = "bn", interim: bool = False, out: Path | None = None
+) -> Report:
     """Write report.md, report.html, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
     :func:`build_report`."""
     folder = Path(folder)
-    report = build_report(folder, reference=reference, interim=interim)
-    if not interim and report.plan is None:
+    report = build_report(folder, *others, reference=reference, interim=interim)
+    if not interim and report.plan is None and not others:
         report = replace(report, unplanned=record_look(folder, report.comparisons))
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)

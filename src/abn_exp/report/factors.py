@@ -53,14 +53,7 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key
     name, the fewest overrides.
     Where this does not tell all cells apart, the variant's name itself is the factor.
     """
-    alike: dict[tuple[str, ...], list[Key]] = {}
-    for cell in settings:
-        alike.setdefault(cell[:3], []).append(cell)
-    columns: dict[str, dict[Key, str]] = {}
-    for key in sorted({key for one in settings.values() for key in one}, key=lambda key: (key != "recipe", key)):
-        column = {cell: _text(one.get(key, ABSENT)) for cell, one in settings.items()}
-        if any(len({column[cell] for cell in cells}) > 1 for cells in alike.values()):
-            columns[key] = column
+    alike, columns = _alike(settings), varying_options(settings)
     groups: list[list[str]] = []
     for key, column in columns.items():
         for group in groups:
@@ -75,6 +68,23 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key
     if len({(*cell[:3], *(factor.by_cell[cell] for factor in factors)) for cell in settings}) < len(settings):
         return [_factor(["variant"], {"variant": {cell: cell[3] for cell in settings}})]
     return factors
+
+
+def varying_options(settings: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[Key, str]]:
+    """Return the values, by cell, of each option that varies between cells of the same data set, network and norm."""
+    columns = {}
+    for key in sorted({key for one in settings.values() for key in one}, key=lambda key: (key != "recipe", key)):
+        column = {cell: _text(one.get(key, ABSENT)) for cell, one in settings.items()}
+        if any(len({column[cell] for cell in cells}) > 1 for cells in _alike(settings).values()):
+            columns[key] = column
+    return columns
+
+
+def _alike(settings: Iterable[Key]) -> dict[tuple[str, ...], list[Key]]:
+    alike: dict[tuple[str, ...], list[Key]] = {}
+    for cell in settings:
+        alike.setdefault(cell[:3], []).append(cell)
+    return alike
 
 
 def _follows(column: Mapping[Key, str], lead: Mapping[Key, str], alike: Mapping[Any, list[Key]]) -> bool:

@@ -12,6 +12,7 @@ from abn_exp.report.comparisons import (
     Cell,
     Comparison,
     Group,
+    Key,
     Pooled,
     SpreadJudgement,
     group_cells,
@@ -64,6 +65,7 @@ class Report:
     effects: list[EffectTable]
     images: ImageEvidence
     conditional: str  # on what all intervals are conditional
+    options: dict[str, dict[Key, str]] = field(default_factory=dict)  # those that vary, each one's values by cell
     differing: list[str] = field(
         default_factory=list
     )  # where the runs that are compared differ in how they were made

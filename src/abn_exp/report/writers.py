@@ -241,11 +241,13 @@ def cells_csv(report: Report) -> str:
 
 
 def runs_csv(report: Report) -> str:
-    """Return runs.csv: one row a started run, as recorded: accuracies are fractions, times seconds."""
+    """Return runs.csv: one row a started run with the options that vary, as recorded: accuracies are fractions, times
+    seconds."""
     rows = []
     for cell in report.cells:
         for run in cell.runs:
             row: dict[str, object] = dict(zip(CELL_COLUMNS, cell.key, strict=True))
+            row |= {option: by_cell[cell.key] for option, by_cell in report.options.items()}
             row |= {
                 "seed": run.seed,
                 "status": run.status,
