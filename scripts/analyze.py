@@ -1,12 +1,18 @@
 """Look into trained networks: python scripts/analyze.py {activations,cam} RUN...
 
 RUN is a run's folder (.../seed-0) or any folder above some: results/NAME. Norms are compared on the same images,
-paired by seed. What is found is written into analysis/{activations,cam} beside the runs, and printed.
+paired by seed. What is found is written into analysis/{activations,cam} beside the runs, and printed. What was
+measured of a network is kept: an analysis that was stopped goes on when it is typed again.
 """
 
 import argparse
+import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the CPU to others
+sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
 
 import torch
 
@@ -42,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
+    torch.set_num_threads(1)  # until there are processes to share the CPUs
     try:
         runs = find_trained(arguments.runs)
         out = arguments.out
@@ -65,8 +72,16 @@ def main() -> int:
             )
         report.log(runs[0], arguments.kind)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenProcessPool:
+        print(
+            "error: a process was killed that measured, for its memory perhaps; try fewer --images.", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, and the same command goes on", file=sys.stderr)
+        return 130
     print(f"written to {out}")
     return 0
 

@@ -32,7 +32,7 @@ from abn_exp.models import binarynet, resnet18_paper
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d
 from abn_exp.training.run import run
-from tests.helpers.scripts import analyze
+from tests.helpers.scripts import analyze, files
 
 Make = Callable[..., RunPlan]
 BETAS = [-1.0, 0.0, 0.1, 0.3]
@@ -232,9 +232,9 @@ def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert f"({name}_digits_binarynet.png)" in text
         assert (out / f"{name}_digits_binarynet.pdf").stat().st_size > 0
     assert len((out / "layers.csv").read_text().splitlines()) == 1 + 4 * 13  # 7 binary inputs, 6 norm outputs
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = files(out)
     assert analyze(monkeypatch, "activations", folder) == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert files(out) == before
 
 
 def test_mistakes_are_one_sentence(
@@ -247,10 +247,16 @@ def test_mistakes_are_one_sentence(
         assert analyze(monkeypatch, "activations", "--images", 20, *arguments) == 1
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert mistake(tmp_path).startswith("There are no runs in ")
+    assert mistake(tmp_path).startswith("error: There are no runs in ")
     for plan in plans:
         run(plan, "python train.py")
-    assert mistake(plans[0].directory.parents[4]).endswith("abn and bn have no seed in common.")
+    study = plans[0].directory.parents[4]
+    assert mistake(study).endswith("abn and bn have no seed in common.")
+    assert (
+        mistake(study, "--reference", "abm")
+        == "error: --reference abm is not among the norms of these runs: abn, bn."
+    )
+    assert not list(study.rglob("*.pt"))  # told before anything is measured
     assert analyze(monkeypatch, "activations", "--images", 20, plans[1].directory) == 0  # a norm alone is described
     assert "No comparison on digits with binarynet: there is abn alone." in capsys.readouterr().out
     (plans[1].directory / "checkpoints" / "last.ckpt").unlink()

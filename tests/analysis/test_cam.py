@@ -21,7 +21,7 @@ from abn_exp.models import binarynet, resnet18
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training.run import run
-from tests.helpers.scripts import analyze
+from tests.helpers.scripts import analyze, files
 
 Make = Callable[..., RunPlan]
 BOX = torch.tensor([[2, 0, 3, 1]])  # columns 2 and 3 of rows 0 and 1
@@ -121,7 +121,8 @@ def test_deletion_and_insertion_where_the_answer_is_known() -> None:
     areas = []
     for maps, before, after, share in cases:
         order = cam.by_importance(maps, ties)
-        curve = cam.replacement_curve(Quadrant(), before, after, order, targets)
+        ends = cam.probability(Quadrant(), before, targets), cam.probability(Quadrant(), after, targets)
+        curve = cam.replacement_curve(Quadrant(), before, after, order, targets, ends)
         expected = 1 / (1 + np.exp(-8 * share))
         np.testing.assert_allclose(curve[0], expected, rtol=1e-5)
         areas.append(float(cam.area_under(curve)))
@@ -135,16 +136,32 @@ def test_a_map_that_knows_gains_over_a_random_one() -> None:
     images[:, :, :, 4:] = -1
     labels = torch.tensor([0, 1] * 6)
     boxes = torch.tensor([[0, 0, 3, 3]]).expand(12, 4)
-    scores, maps = cam.analyze(Quadrant(), images, labels, torch.arange(12), boxes)
-    assert maps.shape == (12, 8, 8)
+    scores = cam.analyze(Quadrant(), images, labels, torch.arange(12), boxes)
     assert scores["deletion_gain"].min() > 0
     assert scores["insertion_gain"].mean() > 0
     np.testing.assert_allclose(scores["energy_inside"], 1)
     np.testing.assert_allclose(scores["pointing_game"], 1)
     np.testing.assert_allclose(scores["box_area"], 0.25)
     assert scores["correct"].tolist() == [True, False] * 6
-    of_label, _ = cam.analyze(Quadrant(), images, labels, torch.arange(12), boxes, "label")
+    of_label = cam.analyze(Quadrant(), images, labels, torch.arange(12), boxes, "label")
     np.testing.assert_allclose(of_label["probability"][1::2], 1 - scores["probability"][1::2], rtol=1e-3)
+
+
+def test_curves_begin_and_end_with_the_whole_images() -> None:
+    """Four curves of an image share their ends, each computed once."""
+    network = initialize_(binarynet(10, 16, AttentionBatchNorm2d, width=0.0625), 0).eval()
+    images = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scores = cam.analyze(network, images, torch.zeros(9, dtype=torch.int64), torch.arange(9))
+    targets = torch.from_numpy(scores["predicted"])
+    for key, before, after in (
+        ("deletion", images, torch.zeros_like(images)),
+        ("random_deletion", images, torch.zeros_like(images)),
+        ("insertion", cam.blur(images), images),
+        ("random_insertion", cam.blur(images), images),
+    ):
+        for end, shown in ((0, before), (-1, after)):
+            expected = cam.probability(network, shown, targets)
+            np.testing.assert_allclose(scores[key][:, end], expected, rtol=1e-5)
 
 
 def test_first_of_each_class() -> None:
@@ -185,9 +202,11 @@ def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(rows) == 4 * 40
     assert {row["image"] for row in rows if row["norm"] == "bn"} == {r["image"] for r in rows if r["norm"] == "abn"}
     assert {float(row["box_area"]) for row in rows} == {16 * 24 / 1024}
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = files(out)
+    capsys.readouterr()
     assert analyze(monkeypatch, "cam", "--images", 40, *folders) == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert "4 of 4 networks were measured before" in capsys.readouterr().err
+    assert files(out) == before
 
 
 def test_a_wrong_number_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,3 +26,8 @@ def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -
 
 def analyze(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return run_script(monkeypatch, "analyze", *arguments)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files below a folder by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import nn
 
 from abn_exp.analysis import pictures
 from abn_exp.analysis.activations import (
@@ -19,6 +20,7 @@ from abn_exp.analysis.activations import (
 from abn_exp.analysis.summary import (
     AnalysisWriter,
     Contrast,
+    check_pairs,
     contrast,
     contrast_rows,
     contrast_table,
@@ -27,7 +29,7 @@ from abn_exp.analysis.summary import (
     mean_text,
     means_table,
 )
-from abn_exp.analysis.trained import Opener
+from abn_exp.analysis.trained import Measured, Opener, TestImages, measure_each
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
 from abn_exp.report.stats import Array
 from abn_exp.results import Run, read_metrics
@@ -66,13 +68,11 @@ NOTES = """\
 def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn") -> AnalysisWriter:
     """Analyse the runs' networks and write summary.md, layers.csv, channels.csv, ... and figures into `out`."""
     cells = collect_cells(runs, reference)
+    check_pairs(cells, reference)
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
-    found: dict[Path, NetworkActivations] = {}
-    for cell in cells:
-        for run in cell.runs:
-            report.say(run)
-            images = opener.images(run)
-            found[run.directory] = analyze(opener.network(run), images.normalized, images.labels)
+    opener.check(runs, lambda network, image: None)
+    measured = measure_each(runs, opener, _measure, out / "parts", "activations 1")
+    found = {directory: NetworkActivations.of_plain(plain) for directory, plain in measured.items()}
     scores = {
         run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} | _additional(each)
         for run, each in found.items()
@@ -117,6 +117,10 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.finish(NOTES)
     report.show("means")
     return report
+
+
+def _measure(network: nn.Module, images: TestImages) -> Measured:
+    return analyze(network, images.normalized, images.labels).plain()
 
 
 def _additional(network: NetworkActivations) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -63,11 +63,12 @@ class Distribution:
 
     def add(self, x: Tensor, plus: Tensor) -> None:
         """Add real values x (B, C, ...), or (B, C * n) flattened, and whether each becomes +1, of x's shape."""
-        by_channel = plus.reshape(len(x), self.channels, -1)
-        self.plus += by_channel.sum((0, 2)).cpu()
-        self.count += by_channel.shape[0] * by_channel.shape[2]
-        bins = ((x + RANGE) * (BINS / (2 * RANGE))).floor_().clamp_(0, BINS - 1).long()
-        self.histogram += torch.bincount(bins.flatten(), minlength=BINS).cpu()
+        by_channel = plus if plus.ndim == 4 else plus.reshape(len(x), self.channels, -1, 1)
+        self.plus += by_channel.sum((0, 2, 3)).cpu()
+        self.count += by_channel[:, 0].numel()
+        bins = (x + RANGE).mul_(BINS / (2 * RANGE)).clamp_(0, BINS - 1).to(torch.uint8)  # which takes the floor
+        flat = bins.permute(0, 2, 3, 1) if bins.is_contiguous(memory_format=torch.channels_last) else bins
+        self.histogram += torch.bincount(flat.reshape(-1), minlength=BINS).cpu()
 
     @property
     def p_plus(self) -> Array:
@@ -137,7 +138,8 @@ def measure(network: nn.Module, images: Tensor) -> tuple[list[Distribution], Ten
 
     def binary(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
         assert isinstance(module, BinaryConv2d | BinaryLinear)
-        found[name].add(args[0], module.binarization.activations(args[0]) > 0)
+        x = args[0]
+        found[name].add(x, x >= 0 if module.binarization.sign_zero == "plus" else x > 0)
 
     def norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         found[name].add(output, output >= 0)
@@ -247,6 +249,28 @@ class NetworkActivations:
     def layers(self, kind: Kind = "binary input") -> list[Distribution]:
         """Return the places of a kind that a norm on feature maps feeds."""
         return [place for place in self.places if place.kind == kind and place.feature_map]
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as text, numbers and tensors, to be kept in a file."""
+        norms = {
+            name: {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(norm).items()}
+            for name, norm in self.norms.items()
+        }
+        return {"places": [dict(vars(place)) for place in self.places], "accuracy": self.accuracy, "norms": norms}
+
+    @classmethod
+    def of_plain(cls, plain: dict[str, Any]) -> Self:
+        """Return what `plain` was made of."""
+        places = []
+        for values in plain["places"]:
+            place = Distribution(*(values[key] for key in ("name", "kind", "feature_map", "channels")))
+            vars(place).update(values)
+            places.append(place)
+        norms = {}
+        for name, values in plain["norms"].items():
+            arrays: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+            norms[name] = Learned(**arrays)
+        return cls(places, plain["accuracy"], norms)
 
     def scores(self) -> dict[str, float]:
         """Return the means over the binary layers that a norm on feature maps feeds."""

@@ -122,22 +122,35 @@ def by_importance(maps: Tensor, ties: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def probability(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability of each image's target class, (B,)."""
+    return network(images).softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+@torch.no_grad()
 def replacement_curve(
-    network: nn.Module, before: Tensor, after: Tensor, order: Tensor, targets: Tensor, steps: int = STEPS
+    network: nn.Module,
+    before: Tensor,
+    after: Tensor,
+    order: Tensor,
+    targets: Tensor,
+    ends: tuple[Tensor, Tensor],
+    steps: int = STEPS,
 ) -> Tensor:
     """Return the targets' probabilities, (B, steps + 1), while pixels of `before` are replaced by those of `after`.
 
-    At step k the first k / steps of the pixels in `order` (B, S * S) are. Deletion goes from the image to a constant
-    one, insertion from a blurred image to the image (Petsiuk et al., BMVC 2018, arXiv 1806.07421).
+    At step k the first k / steps of the pixels in `order` (B, S * S) are. `ends` are the probabilities of `before`
+    and of `after`, (B,): several curves have them in common. Deletion goes from the image to a constant one,
+    insertion from a blurred image to the image (Petsiuk et al., BMVC 2018, arXiv 1806.07421).
     """
     size = before.shape[-1]
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size * size, device=order.device).expand_as(order))
     rank = rank.view(-1, 1, size, size)
-    points = []
-    for k in range(steps + 1):
-        logits = network(torch.where(rank < k * size * size / steps, after, before))
-        points.append(logits.softmax(1).gather(1, targets[:, None])[:, 0])
-    return torch.stack(points, 1)
+    between = [
+        probability(network, torch.where(rank < k * size * size / steps, after, before), targets)
+        for k in range(1, steps)
+    ]
+    return torch.stack([ends[0], *between, ends[1]], 1)
 
 
 def area_under(curves: Tensor) -> Tensor:
@@ -158,8 +171,8 @@ def analyze(
     indices: Tensor,
     boxes: Tensor | None = None,
     target: str = "predicted",
-) -> tuple[dict[str, np.ndarray], Tensor]:
-    """Return the scores of each image, all (N,) but the curves (N, 17), and the maps (N, S, S), on the CPU.
+) -> dict[str, np.ndarray]:
+    """Return the scores of each image, all (N,) but the curves (N, 17).
 
     images: normalised, so that 0 is the mean pixel. `target` is the class that maps and curves are of: "predicted"
     or "label". A gain is how much better the map's order is than a random map's: less area under the curve
@@ -167,21 +180,24 @@ def analyze(
     """
     layer = target_layer(network, images)
     found: dict[str, list[Tensor]] = {}
-    maps = []
     for rows in torch.arange(len(images)).split(BATCH):
         x, truth = images[rows], labels[rows].to(images.device)
         cam = grad_cam(network, layer, x, truth if target == "label" else None)
         noise = random_maps(indices[rows], cam.cells, x.shape[-1]).to(x.device)
         order, chance = by_importance(cam.maps, noise), by_importance(noise, noise)
         constant, blurred = torch.zeros_like(x), blur(x)
+        at_image = cam.probabilities.gather(1, cam.targets[:, None])[:, 0]
+        at_blurred = probability(network, blurred, cam.targets)
+        at_constant = network(constant[:1]).softmax(1)[0, cam.targets]
+        kinds = ((x, constant, (at_image, at_constant)), (blurred, x, (at_blurred, at_image)))
         deletion, insertion, random_deletion, random_insertion = (
-            replacement_curve(network, before, after, which, cam.targets)
+            replacement_curve(network, before, after, which, cam.targets, ends)
             for which in (order, chance)
-            for before, after in ((x, constant), (blurred, x))
+            for before, after, ends in kinds
         )
         scores = {
             "predicted": cam.probabilities.argmax(1),
-            "probability": cam.probabilities.gather(1, cam.targets[:, None])[:, 0],
+            "probability": at_image,
             "correct": cam.probabilities.argmax(1) == truth,
             "empty_map": cam.maps.sum((1, 2)) == 0,
             "deletion_gain": area_under(random_deletion) - area_under(deletion),
@@ -202,5 +218,4 @@ def analyze(
             }
         for key, values in scores.items():
             found.setdefault(key, []).append(values.cpu())
-        maps.append(cam.maps.cpu())
-    return {key: torch.cat(values).numpy() for key, values in found.items()}, torch.cat(maps)
+    return {key: torch.cat(values).numpy() for key, values in found.items()}

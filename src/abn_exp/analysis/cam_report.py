@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from abn_exp.analysis import cam, pictures
 from abn_exp.analysis.summary import (
     AnalysisWriter,
     Contrast,
+    check_pairs,
     contrast,
     contrast_rows,
     contrast_table,
@@ -18,7 +20,7 @@ from abn_exp.analysis.summary import (
     group_title,
     means_table,
 )
-from abn_exp.analysis.trained import Opener, TestImages
+from abn_exp.analysis.trained import Measured, Opener, TestImages, measure_each
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
 from abn_exp.report.stats import NAN
 from abn_exp.results import Run
@@ -37,6 +39,7 @@ DESCRIBED = {
     "correct": "correct",
     "empty_map": "empty maps",
 }
+SUBSETS = ("all", "correct", "wrong")
 ROWS = {"right by both": 3, "right by one": 2}  # how many images of a kind the picture shows
 NOTES = """\
 - A map is Grad-CAM at the last feature map of at least 4 x 4 pixels, enlarged bilinearly; gradients through signs
@@ -57,7 +60,7 @@ NOTES = """\
 def subset_scores(found: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Return the mean of each score over all images, the correctly and the wrongly classified, NaN where none is."""
     correct = found["correct"]
-    subsets = {"all": np.ones_like(correct), "correct": correct, "wrong": ~correct}
+    subsets = dict(zip(SUBSETS, (np.ones_like(correct), correct, ~correct), strict=True))
     keys = [key for key in (*JUDGED, *DESCRIBED) if key in found]
     return {
         name: {
@@ -73,17 +76,19 @@ def write(
 ) -> AnalysisWriter:
     """Analyse the runs' networks and write summary.md, images.csv, comparison.csv, figures into `out`."""
     cells = collect_cells(runs, reference)
+    check_pairs(cells, reference)
     report = AnalysisWriter(out, f"Class-activation maps: {runs[0].directory.parents[4].name}", command, runs)
-    found: dict[Path, dict[str, np.ndarray]] = {}
-    scores: dict[str, dict[Path, dict[str, float]]] = {"all": {}, "correct": {}, "wrong": {}}
+    opener.check(runs, cam.target_layer)
+
+    def measure(network: nn.Module, images: TestImages) -> Measured:
+        scores = cam.analyze(network, images.normalized, images.labels, images.indices, images.boxes, target)
+        return {key: torch.from_numpy(values) for key, values in scores.items()}
+
+    measured = measure_each(runs, opener, measure, out / "parts", f"cam 1 {target}")
+    found = {directory: {key: v.numpy() for key, v in one.items()} for directory, one in measured.items()}
+    subsets = {directory: subset_scores(one) for directory, one in found.items()}
+    scores = {name: {directory: one[name] for directory, one in subsets.items()} for name in SUBSETS}
     for group, members in group_cells(cells).items():
-        for cell in members:
-            for run in cell.runs:
-                report.say(run)
-                images = opener.images(run)
-                found[run.directory], _ = _analyze(run, opener, images, target)
-                for name, values in subset_scores(found[run.directory]).items():
-                    scores[name][run.directory] = values
         place, name = group_title(cells, group), group_names(cells)[group]
         for key in ("deletion", "insertion"):
             report.figure(f"{key}_{name}", _curves(members, found, key, place), f"{key.capitalize()} curves, {place}")
@@ -112,15 +117,6 @@ def write(
     report.finish(NOTES)
     report.show("scores")
     return report
-
-
-def _analyze(
-    run: Run, opener: Opener, images: TestImages, target: str, only: list[int] | None = None
-) -> tuple[dict[str, np.ndarray], torch.Tensor]:
-    rows = torch.arange(len(images.labels)) if only is None else torch.tensor(only)
-    boxes = None if images.boxes is None else images.boxes[rows]
-    network = opener.network(run)
-    return cam.analyze(network, images.normalized[rows], images.labels[rows], images.indices[rows], boxes, target)
 
 
 def _curves(members: Sequence[Cell], found: dict[Path, dict[str, np.ndarray]], key: str, place: str) -> Figure:
@@ -152,13 +148,16 @@ def _maps(
         chosen = [0]
     classes = images.data.classes
     maps, titles = {}, {}
+    x, labels = images.normalized[chosen], images.labels[chosen]
     for run in runs:
-        scores, drawn = _analyze(run, opener, images, target, chosen)
-        maps[run.norm] = drawn.numpy()
-        of = images.labels[chosen].tolist() if target == "label" else scores["predicted"]
+        network, scores = opener.network(run), found[run.directory]
+        made = cam.grad_cam(network, cam.target_layer(network, x), x, labels if target == "label" else None)
+        maps[run.norm] = made.maps.cpu().numpy()
         titles[run.norm] = [
             f"{run.norm}:\n{classes[c]} {p:.2f}" + ("" if right else " (wrong)")
-            for c, p, right in zip(of, scores["probability"], scores["correct"], strict=True)
+            for c, p, right in zip(
+                made.targets.tolist(), scores["probability"][chosen], scores["correct"][chosen], strict=True
+            )
         ]
     pixels = images.data.test.images[images.indices[chosen]].permute(0, 2, 3, 1).numpy() / 255
     rows = [f"image {int(images.indices[i])}:\n{classes[int(images.labels[i])]}" for i in chosen]

@@ -5,8 +5,7 @@ A number is measured once a run. The same runs give the same bytes.
 
 import math
 import shlex
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -59,31 +58,43 @@ class Contrast:
     p_holm: float = stats.NAN
 
 
-def contrast(cells: Sequence[Cell], scores: Scores, measures: Iterable[str], reference: str) -> list[Contrast]:
-    """Compare each norm with the reference of its group in every measure; Holm's correction is over them all.
+def paired_runs(cells: Sequence[Cell], reference: str) -> Iterator[tuple[Cell, list[tuple[Run, Run]]]]:
+    """Yield each cell that has the reference beside it, with the pairs of their runs that share a seed.
 
-    Raises ValueError where a norm and the reference have no seed in common.
+    Raises ValueError where there is no such pair.
     """
-    found = []
     for group, members in group_cells(cells).items():
         base = next((cell for cell in members if cell.norm == reference), None)
-        for cell in members if base is not None else []:
-            assert base is not None
-            if cell is base:
+        for cell in members:
+            if base is None or cell is base:
                 continue
             pairs = [(x, y) for x in cell.runs for y in base.runs if x.seed == y.seed]
             if not pairs:
                 raise ValueError(
                     f"On {group_title(cells, group)}, {cell.norm} and {reference} have no seed in common."
                 )
-            for measure in measures:
-                values = np.array([[scores[run.directory][measure] for run in pair] for pair in pairs])
-                a, b = values[~np.isnan(values).any(1)].T
-                paired = stats.compare_means(a, b, np.random.default_rng(0))
-                own, ref = (float(x.mean()) if x.size else stats.NAN for x in (a, b))
-                found.append(
-                    Contrast(group_title(cells, group), group, cell.norm, reference, measure, own, ref, paired)
-                )
+            yield cell, pairs
+
+
+def check_pairs(cells: Sequence[Cell], reference: str) -> None:
+    """Raise ValueError for what `contrast` could not compare, before anything is measured."""
+    norms = sorted({cell.norm for cell in cells})
+    if reference not in norms and reference != "bn":
+        raise ValueError(f"--reference {reference} is not among the norms of these runs: {', '.join(norms)}.")
+    list(paired_runs(cells, reference))
+
+
+def contrast(cells: Sequence[Cell], scores: Scores, measures: Iterable[str], reference: str) -> list[Contrast]:
+    """Compare each norm with the reference of its group in every measure; Holm's correction is over them all."""
+    found = []
+    for cell, pairs in paired_runs(cells, reference):
+        title = group_title(cells, cell.group)
+        for measure in measures:
+            values = np.array([[scores[run.directory][measure] for run in pair] for pair in pairs])
+            a, b = values[~np.isnan(values).any(1)].T
+            paired = stats.compare_means(a, b, np.random.default_rng(0))
+            own, ref = (float(x.mean()) if x.size else stats.NAN for x in (a, b))
+            found.append(Contrast(title, cell.group, cell.norm, reference, measure, own, ref, paired))
     adjusted = stats.holm([c.paired.p for c in found])
     return [replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)]
 
@@ -189,10 +200,6 @@ class AnalysisWriter:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-
-    def say(self, run: Run) -> None:
-        """Say which run's turn it is; a full-size network on a CPU takes minutes."""
-        print(" ".join([*run.cell[:3], f"seed {run.seed}"]), file=sys.stderr, flush=True)
 
     def verdicts(self, claim: str, contrasts: Sequence[Contrast], cells: Sequence[Cell], reference: str) -> None:
         """Write the verdict on each contrast, and where there is nothing to compare with."""

@@ -1,18 +1,30 @@
-"""Trained networks and the images they are tested on."""
+"""Trained networks and the images they are tested on: find them, open them, measure each."""
 
+import hashlib
+import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from abn_exp.config import parse
 from abn_exp.data.prepare import ImageDataset, load
+from abn_exp.files import writing
+from abn_exp.machine import available_memory, cpu_count
+from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs, load_network, read_config
 from abn_exp.training.setup import make_loaders
+
+Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
+MEMORY = 2**30  # bytes that a process is reckoned with
 
 
 def find_trained(folders: Iterable[str | Path]) -> list[Run]:
@@ -72,7 +84,7 @@ class Opener:
         changes = {"padding": 0, "flip": False} | ({} if self.root is None else {"root": self.root})
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update=changes)})
         options = config.dataset
-        if (key := f"{options!r}{config.recipe.normalization}") != self._key or self._images is None:
+        if (key := self.key(run)) != self._key or self._images is None:
             source = {"path": options.path, "image_size": options.image_size, "download": options.download}
             data = load(options.name, options.root, **source)  # type: ignore[arg-type]
             chosen = first_of_each_class(data.test.labels, self.count)
@@ -82,8 +94,94 @@ class Opener:
             self._images = TestImages(data, chosen, normalized.to(self.device), data.test.labels[chosen])
         return self._images
 
+    def key(self, run: Run) -> str:
+        """Return what decides the images of a run."""
+        config = parse(read_config(run.directory))
+        options = config.dataset.model_dump(exclude={"padding", "flip", "train_images"})
+        return f"{options} {config.recipe.normalization} {self.root} {self.count}"
+
     def network(self, run: Run) -> nn.Module:
         return trained_network(run.directory, "last", self.device)
+
+    def check(self, runs: Iterable[Run], probe: Callable[[nn.Module, Tensor], object]) -> None:
+        """Open every network and data set, and let `probe` see each network with one image.
+
+        Raises ValueError or OSError for what is missing, before anything is measured.
+        """
+        for run in runs:
+            probe(self.network(run), self.images(run).normalized[:1])
+
+
+Measure = Callable[[nn.Module, TestImages], Measured]
+_job: tuple[Opener, Measure, int]  # of the processes that measure, which are forks of this one
+
+
+def measure_each(
+    runs: Sequence[Run], opener: Opener, measure: Measure, folder: Path, what: str
+) -> dict[Path, Measured]:
+    """Return what `measure` finds in each run's network, by the run's directory.
+
+    Each is kept in `folder`, under a name that follows from the run's record, the images and `what` is measured; so
+    an analysis that was stopped, or has more runs to look at, goes on. On a CPU several processes measure a run each:
+    threads would wait for each other in networks as small as most here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {run.directory: folder / f"{_digest(run, opener.key(run), what)}.pt" for run in runs}
+    found = {directory: kept for directory, path in paths.items() if (kept := _read(path)) is not None}
+    if found:
+        print(f"{len(found)} of {len(runs)} networks were measured before", file=sys.stderr, flush=True)
+    todo, begun, done = [run for run in runs if run.directory not in found], time.monotonic(), 0
+    for _, group in groupby(todo, opener.key):
+        for run in _measure_all([(run, paths[run.directory]) for run in group], opener, measure):
+            done += 1
+            left = (time.monotonic() - begun) / done * (len(todo) - done)
+            name = " ".join([*run.cell[:3], f"seed {run.seed}"])
+            print(
+                f"{len(runs) - len(todo) + done}/{len(runs)}  {name}  ETA {clock(left)}", file=sys.stderr, flush=True
+            )
+    return found | {run.directory: torch.load(paths[run.directory], weights_only=True) for run in todo}
+
+
+def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Measure) -> Iterator[Run]:
+    """Measure runs that are tested on the same images; yield each when it is done."""
+    global _job
+    opener.images(jobs[0][0])  # which the forks share
+    cpus = cpu_count()
+    count = int(min(len(jobs), cpus, max(1, available_memory() // MEMORY)))
+    _job = opener, measure, cpus // count
+    if cpus == 1 or opener.device.type != "cpu" or sys.platform != "linux":
+        for job in jobs:
+            yield _measure(*job)
+        return
+    # A fork of a process whose threads have computed would wait for them for ever: this one leaves it to the forks.
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
+        try:
+            for done in as_completed([pool.submit(_measure, *job) for job in jobs]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _measure(run: Run, path: Path) -> Run:
+    opener, measure, threads = _job
+    torch.set_num_threads(threads)
+    measured = measure(opener.network(run), opener.images(run))
+    with writing(path) as file:
+        torch.save(measured, file)
+    return run
+
+
+def _digest(run: Run, *what: str) -> str:
+    record = (run.directory / "result.json").read_bytes()  # with the times of its training, so of that one alone
+    return hashlib.sha256(b"\0".join([record, *(text.encode() for text in what)])).hexdigest()[:16]
+
+
+def _read(path: Path) -> Measured | None:
+    try:
+        measured = torch.load(path, weights_only=True)
+    except Exception:  # not there, or damaged: it is measured again
+        return None
+    return measured if isinstance(measured, dict) else None
 
 
 def trained_network(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:

@@ -1,0 +1,113 @@
+"""Networks are measured by one process or several, once, and again only where they or their images are others."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from abn_exp.analysis import trained
+from abn_exp.analysis.trained import Measured, Opener, find_trained, measure_each
+from abn_exp.identity import RunPlan
+from abn_exp.training.run import run
+from tests.helpers.runs import REPOSITORY, plan_in
+from tests.helpers.scripts import load_script
+
+Make = Callable[..., RunPlan]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three trained networks on the digits."""
+    root = tmp_path_factory.mktemp("trained")
+    plans = [plan_in(root, f"seed={seed}", "recipe.epochs=1") for seed in range(3)]
+    for plan in plans:
+        run(plan, "python train.py")
+    return plans[0].directory.parents[4]
+
+
+def logits(network: nn.Module, images: trained.TestImages) -> Measured:
+    with torch.no_grad():
+        return {"logits": network(images.normalized), "threads": torch.get_num_threads()}
+
+
+def opener(count: int = 20) -> Opener:
+    return Opener(None, count, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 6])
+def test_several_processes_find_what_one_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: int
+) -> None:
+    """Each has its share of the CPUs."""
+    monkeypatch.setattr(trained, "cpu_count", lambda: cpus)
+    runs = find_trained([folder])
+    try:
+        found = measure_each(runs, opener(), logits, tmp_path, "logits")
+    finally:
+        torch.set_num_threads(1)
+    assert list(found) == [run.directory for run in runs]
+    for one in runs:
+        expected = logits(opener().network(one), opener().images(one))["logits"]
+        torch.testing.assert_close(found[one.directory]["logits"], expected)
+        assert found[one.directory]["threads"] == max(1, cpus // 3)
+
+
+def test_what_was_measured_is_kept_and_only_the_rest_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trained, "cpu_count", lambda: 1)
+    runs, calls = find_trained([folder]), 0
+
+    def stops_at(number: int) -> trained.Measure:
+        def measure(network: nn.Module, images: trained.TestImages) -> Measured:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise KeyboardInterrupt
+            return logits(network, images)
+
+        return measure
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_each(runs, opener(), stops_at(3), tmp_path, "logits")
+    assert "2/3  digits binarynet abn seed 1  ETA 0:00:0" in capsys.readouterr().err
+    calls = 0
+    found = measure_each(runs, opener(), stops_at(99), tmp_path, "logits")
+    assert calls == 1
+    assert "2 of 3 networks were measured before" in capsys.readouterr().err
+    measure_each(runs, opener(), stops_at(99), tmp_path, "logits")
+    assert calls == 1
+    for other in (opener(30), opener()):  # other images; something else that is measured
+        measure_each(runs[:1], other, stops_at(99), tmp_path, "logits" if other.count == 30 else "others")
+    assert calls == 3
+    cut = next(iter(tmp_path.glob("*.pt")))
+    cut.write_bytes(cut.read_bytes()[:100])
+    record = runs[0].directory / "result.json"
+    content = record.read_text()
+    record.write_text(json.dumps(json.loads(content) | {"train_seconds": 1.25}))  # trained again
+    calls = 0
+    again = measure_each(runs, opener(), stops_at(99), tmp_path, "logits")
+    record.write_text(content)
+    assert calls in (1, 2)  # the one that was trained again, and the damaged file where it is one of these
+    assert all(torch.equal(again[directory]["logits"], found[directory]["logits"]) for directory in found)
+
+
+def test_what_is_missing_is_told_before_anything_is_measured(folder: Path) -> None:
+    def probe(network: nn.Module, image: torch.Tensor) -> None:
+        assert image.shape == (1, 3, 32, 32)
+        raise ValueError("no map")
+
+    with pytest.raises(ValueError, match="no map"):
+        opener().check(find_trained([folder]), probe)
+    elsewhere = Opener(str(folder / "nothing"), 20, torch.device("cpu"))
+    elsewhere.check(find_trained([folder]), lambda network, image: None)  # the digits are in scikit-learn
+
+
+def test_norms_of_one_s_own_are_found_beside_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != REPOSITORY])
+    load_script("analyze")
+    assert sys.path[0] == str(REPOSITORY)
