@@ -177,6 +177,7 @@ class WandbConfig(Section):
     group: str | None = None
     tags: list[str] = []
     notes: str | None = None
+    log_model: bool = False
 
     @model_validator(mode="before")
     @classmethod

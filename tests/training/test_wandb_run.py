@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,14 +17,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
 from abn_exp.config import WandbConfig
+from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from abn_exp.results import read_metrics
+from abn_exp.results import load_network, read_checkpoint, read_metrics
 from abn_exp.training import wandb_run as tracking
 from abn_exp.training.wandb_run import Tracker
 from tests.helpers.records import finish_run, start_run
@@ -61,7 +65,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
         [
             *[sys.executable, "train.py", "-m", f"results_dir={folder / 'results'}", f"hydra.sweep.dir={folder}"],
             *[*TINY, "recipe.optimizer.name=sgd", "recipe.optimizer.lr=0.1,1e38", "seed=3"],
-            *["wandb=offline", f"wandb.dir={folder}"],
+            *["wandb=offline", f"wandb.dir={folder}", "wandb.log_model=true"],
         ],
         cwd=REPOSITORY,
         env={**ENVIRONMENT, "WANDB_API_KEY": SECRET, "HOME": str(folder)},
@@ -134,6 +138,36 @@ def test_the_summary_is_the_record(
     assert summary["best/epoch"] == result["best_epoch"]
     assert result["wandb_run_id"] == runs[0]["run"][0]["run_id"]
     assert "final/test_acc" not in summary_of(runs[1])
+
+
+def test_the_summary_has_the_accuracy_of_each_class(
+    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    result = json.loads(next((sweep[0] / "results").rglob("result.json")).read_text())
+    summary = summary_of(runs[0])
+    shares = [summary[f"class_acc/{digit}"] for digit in range(10)]
+    counts = np.bincount(load("digits", ".").test.labels.numpy())
+    assert np.average(shares, weights=counts) == pytest.approx(result["test_acc"], abs=1e-6)
+    assert len(set(shares)) > 1
+
+
+def test_weights_and_reports_are_artifacts_where_asked_for(
+    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """What is in the model's artifact, put into a folder, is one that load_network reads."""
+    named = [{artifact["type"]: artifact for artifact in run.get("artifact", [])} for run in runs]
+    assert "model" not in named[1]
+    names = {entry["path"] for entry in named[2]["report"]["manifest"]["contents"]}
+    assert {"report.md", "report.csv", "runs.csv", "figures/learning_curves.png"} <= names
+    for entry in named[0]["model"]["manifest"]["contents"]:
+        (tmp_path / entry["path"]).parent.mkdir(exist_ok=True)
+        shutil.copy(entry["local_path"], tmp_path / entry["path"])
+    trained = next((sweep[0] / "results").rglob("result.json")).parent
+    for weights in ("last", "best"):
+        ours, theirs = (load_network(folder, weights).state_dict() for folder in (trained, tmp_path))  # type: ignore[arg-type]
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    kept = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert kept["optimizer_states"] == []
 
 
 def test_a_failed_run_shows_as_failed(
@@ -355,8 +389,8 @@ def test_what_a_server_has_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found == {
         "tail": (5, True, False),
         "summary": (6, True, True),
-        "empty": (-1, False, False),
-        "none": (-1, True, False),
+        "empty": (0, False, False),
+        "none": (0, True, False),
     }
     with pytest.raises(OSError, match="refused"):
         tracking._ask(settings(tmp_path), "tail")

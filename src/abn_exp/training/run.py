@@ -16,6 +16,7 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
@@ -36,6 +37,7 @@ from abn_exp.records import RUN_FILES
 from abn_exp.results import (
     InputFormat,
     RunResult,
+    load_predictions,
     read_checkpoint,
     read_config,
     read_metrics,
@@ -232,6 +234,9 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
             raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
         result = _test(plan, trainer, classifier, loaders["test"], summary, made_with, tracker.run_id)
         tracker.log_result(result)
+        if tracker.run_id is not None:
+            predicted = load_predictions(directory).last.astype(np.int64)
+            tracker.log_class_accuracies(data.classes, loaders["test"].labels.cpu().numpy(), predicted)
     return result
 
 

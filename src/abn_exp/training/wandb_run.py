@@ -13,25 +13,28 @@ import logging
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from abn_exp.config import WandbConfig
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.files import write_text_atomic
 from abn_exp.models.cost import NetworkSummary
-from abn_exp.results import Run, RunResult, find_runs, read_config, read_metrics
+from abn_exp.results import Run, RunResult, find_runs, read_checkpoint, read_config, read_metrics
 
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30  # seconds that a server which cannot be reached may cost, once a process
 FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads
+Array = NDArray[np.int64]
 MAX_TAG, MAX_NAME = 64, 128  # characters that W&B takes
 
 _unreachable = False  # a server that did not answer is not asked again by this process
@@ -52,7 +55,8 @@ class Tracker:
         self.run: Any = None
         self.command = f"python scripts/runs.py --upload {study}"  # what brings to W&B what could not be uploaded
         self.failed = False  # whether something could not be logged or uploaded
-        self._epoch = -1  # the last one that W&B has
+        self._epoch = 0  # the last one that W&B has
+        self._log_model = settings.log_model
         if (mode := _resolve_mode(settings.mode)) == "disabled":
             return
         arguments = {
@@ -65,7 +69,9 @@ class Tracker:
             "group": _fit(settings.group if settings.group is not None else init["group"], MAX_NAME),
             "tags": [_fit(tag, MAX_TAG) for tag in dict.fromkeys([*init["tags"], *settings.tags])],
         }
-        earlier = _read_id(directory) if directory is not None else None
+        earlier = None
+        if directory is not None and not _counts_from_zero(directory):
+            earlier = _read_id(directory)
         if earlier is not None:
             arguments |= {"id": earlier, "resume": "allow"}
         self.run = _init(mode, arguments, required=settings.mode == "online")
@@ -90,7 +96,7 @@ class Tracker:
 
     def log_network(self, summary: NetworkSummary) -> None:
         """Log what the network's layers hold and cost as a table, at step 0."""
-        if self._epoch >= 0:
+        if self._epoch > 0:
             return
         rows = [{**vars(layer), "output_shape": "x".join(map(str, layer.output_shape))} for layer in summary.layers]
 
@@ -110,16 +116,33 @@ class Tracker:
             self._attempt(lambda run: run.log(dict(metrics), step=epoch, commit=True))
 
     def log_result(self, result: RunResult) -> None:
-        """Write the numbers that a finished run is remembered by into the W&B run's summary."""
+        """Write the numbers that a finished run is remembered by into the W&B run's summary.
+
+        With `wandb.log_model`, its weights become an artifact: downloaded, a folder that `load_network` reads.
+        """
         self._attempt(lambda run: run.summary.update(_headline(result)))
+        if self._log_model and result.directory is not None:
+            directory = result.directory
+            self._attempt(lambda run: _log_model(run, directory))
+
+    def log_class_accuracies(self, classes: Sequence[str], labels: Array, predicted: Array) -> None:
+        """Write the test accuracy of each class; labels and predicted classes (N,)."""
+        shares = {
+            f"class_acc/{name}": float(np.mean(predicted[labels == index] == index))
+            for index, name in enumerate(classes)
+            if (labels == index).any()
+        }
+        self._attempt(lambda run: run.summary.update(shares))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Log tables and images that belong to no epoch."""
         self._attempt(lambda run: run.log(dict(values)))
 
     def log_report(self, folder: Path) -> None:
-        """Log a report's tables and figures."""
+        """Log a report's tables and figures; with `wandb.log_model`, all its files as an artifact, too."""
         self._attempt(lambda run: _log_report(run, folder))
+        if self._log_model:
+            self._attempt(lambda run: _log_report_files(run, folder))
 
     def _attempt(self, act: Callable[[Any], object]) -> None:
         """Do something to the W&B run; the first exception is a warning, since the record is on disk."""
@@ -151,7 +174,7 @@ class Tracker:
 class Uploaded(NamedTuple):
     """What W&B has of a run."""
 
-    epoch: int  # the last one; -1 where there is none
+    epoch: int  # the last one; 0 where there is none
     ended: bool  # whether it is not running there any more
     tested: bool  # whether its test accuracy is there
 
@@ -192,12 +215,14 @@ def _upload(run: Run) -> str:
     if (mode := _resolve_mode(settings.mode)) != "online":  # without a key that is refused there
         raise ConfigError(f"W&B is {mode} here, so nothing can be uploaded; unset WANDB_MODE.")
     run_id = _read_id(run.directory)
-    there = Uploaded(-1, False, False)
+    there = Uploaded(0, False, False)
     if run_id is not None:
         try:
             there = _ask(settings, run_id)
         except (OSError, ValueError) as error:
             raise ConfigError(f"W&B does not answer: {in_a_line(error)}.") from error
+    if there.epoch > 0 and _counts_from_zero(run.directory):  # an older version's, whole when it was logged
+        return ""
     complete = bool(lines) and there.epoch >= lines[-1]["epoch"] and (run.result is None or there.tested)
     if not lines or (complete and there.ended):
         return ""
@@ -256,6 +281,15 @@ def _read_id(directory: Path) -> str | None:
     return (path.read_text(encoding="utf-8").strip() or None) if path.is_file() else None
 
 
+def _counts_from_zero(directory: Path) -> bool:
+    """Return whether an older version of this program, which counted epochs from 0, wrote the run's epochs."""
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.readline().startswith(b'{"epoch": 0,')
+
+
 def _remove_earlier_segments(run: Any) -> None:
     """Remove what an earlier process wrote offline of the same run: whatever is logged now begins at its start.
 
@@ -293,7 +327,7 @@ def _ask(settings: WandbConfig, run_id: str) -> Uploaded:
     tail = json.loads(bucket.get("historyTail") or "[]")
     summary = json.loads(bucket.get("summaryMetrics") or "{}")
     last = json.loads(tail[-1]) if tail else summary
-    return Uploaded(last.get("epoch", -1), bucket.get("state") != "running", "final/test_acc" in summary)
+    return Uploaded(last.get("epoch", 0), bucket.get("state") != "running", "final/test_acc" in summary)
 
 
 @cache
@@ -330,6 +364,28 @@ def _log_report(run: Any, folder: Path) -> None:
         run.log({name: wandb.Table(columns=list[str | int](header), data=rows)})
     figures = sorted((folder / "figures").glob("*.png"))
     run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+
+
+def _log_report_files(run: Any, folder: Path) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"report-{folder.name}", type="report")
+    for path in sorted([*folder.glob("report.*"), *folder.glob("*.csv"), *folder.glob("figures/*.png")]):
+        artifact.add_file(str(path), name=str(path.relative_to(folder)))
+    run.log_artifact(artifact)
+
+
+def _log_model(run: Any, directory: Path) -> None:
+    import torch
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", type="model")
+    for path in sorted((directory / "checkpoints").glob("[!p]*.ckpt")):  # not previous-last.ckpt
+        with artifact.new_file(f"checkpoints/{path.name}", mode="wb") as file:
+            torch.save({**read_checkpoint(path), "optimizer_states": [], "lr_schedulers": []}, file)
+    for name in ("config.yaml", "input.json"):
+        artifact.add_file(str(directory / name))
+    run.log_artifact(artifact)
 
 
 def _resolve_mode(mode: str) -> str:
