@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from abn_exp import provenance
 from abn_exp.machine import cpu_count
-from benchmarks import budget_report, report
+from benchmarks import budget_report, inference, report
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK
 from benchmarks.run import Benchmark, default_workers
 from benchmarks.time_to_accuracy import time_to_accuracy
@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUNS",
         help="instead: the time to accuracy of the runs of study=budget in this folder",
     )
+    main.add_argument(
+        "--inference",
+        action="store_true",
+        help="instead: trained networks in torch, ONNX Runtime and OpenVINO, one thread",
+    )
     main.add_argument("--out", type=Path, default=Path("results/benchmark"), help="(default: %(default)s)")
     return main
 
@@ -55,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # what it leaves out of a PDF
+    for name in ("fontTools", "onnx_ir", "onnxscript"):  # what they leave out of a PDF, or of a graph
+        logging.getLogger(name).setLevel(logging.WARNING)
     cuda = torch.cuda.is_available()
     if arguments.device == "cuda" and not cuda:
         print("--device cuda, but torch sees no CUDA device; use --device cpu.", file=sys.stderr)
@@ -71,6 +77,14 @@ def main() -> int:
     name = provenance.device_name(device, arguments.threads)
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     try:
+        if arguments.inference:
+            torch.set_num_threads(1)
+            repetitions = arguments.repetitions or (3 if arguments.quick else 7)
+            width = 0.25 if arguments.quick else None
+            measured = inference.measure(repetitions, width, peaks=not arguments.quick)
+            folder = inference.write(measured, repetitions, width, command, arguments.out)
+            print((folder / "inference.md").read_text(encoding="utf-8"))
+            return 0
         if arguments.budget is not None:
             budget = time_to_accuracy(arguments.budget, device, arguments.workers, effort.repetitions)
             name = provenance.device_name(device, budget.config.threads)

@@ -164,6 +164,35 @@ def test_signs_within_rounding_and_what_they_change_are_counted(paper, monkeypat
     assert found.images_with_differences == near.any((1, 2, 3)).sum()
 
 
+def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(paper, monkeypatch):
+    """The model as it is may decide a value near zero otherwise than the one that shows its bits."""
+    network, graph = paper
+    x = NORMALIZATION(images(COUNT))
+    bits: dict[str, np.ndarray] = {}
+    first = network.layer1[0].conv1
+    first.register_forward_pre_hook(lambda _, inputs: bits.update(stem=np.where(inputs[0].numpy() >= 0, 1, -1)))
+    network(x)
+    first._forward_pre_hooks.clear()
+    shown = {"layer1.0.conv1": bits["stem"].astype(np.int8)}
+    forced = _Forced(network, graph, Answer(np.zeros(0, np.float32), shown))
+    forced.run(x)
+    value, bound = _Bounds(forced.sums, x, NORMALIZATION).of(graph.layers[0].node.inputs[0].inputs[0])
+    ratio = value.abs() / bound
+    flipped = {"layer1.0.conv1": shown["layer1.0.conv1"].copy()}
+    flipped["layer1.0.conv1"].reshape(-1)[int(ratio.argmin())] *= -1
+    logits = _Forced(network, graph, Answer(np.zeros(0, np.float32), flipped)).run(x).numpy()
+
+    def run(batch: np.ndarray) -> Answer:
+        return Answer(logits, shown)
+
+    # Where the value is within rounding of zero, its sign explains the logits; where rounding is finer, nothing does.
+    monkeypatch.setattr(verification, "UNIT", 1.01 * float(ratio.min()) * 2.0**-24)
+    monkeypatch.setattr(verification, "SMALLEST", 0.0)
+    found = check(network, graph, run)
+    assert found.differing == {"layer1.0.conv1": 1}
+    assert found.images_with_differences == 1
+
+
 @pytest.mark.parametrize(
     ("build", "norm", "tightness"),
     # Each of the three real convolutions in the shortcuts of resnet18 may add up the worst of all its inputs.

@@ -109,15 +109,65 @@ def verify(
                 found.differing[layer.name] = found.differing.get(layer.name, 0) + count
             differs |= other.flatten(1).any(1)
         value, bound = bounds.of(graph.nodes[-1])
-        for which, given in (("the engine", torch.from_numpy(answer.logits)), ("torch", logits)):
-            _require(
-                (given.double() - value).abs() <= bound, f"a logit of {which} is off by more than rounding", start
-            )
+        _require((logits.double() - value).abs() <= bound, "a logit of torch is off by more than rounding", start)
+        fits = ((torch.from_numpy(answer.logits).double() - value).abs() <= bound).all(1)
+        for i in (~fits).nonzero().flatten().tolist():
+            flipped = _explanation(network, graph, answer, bounds, x, normalization, i)
+            for name in flipped:
+                found.differing[name] = found.differing.get(name, 0) + 1
+            fits[i], differs[i] = bool(flipped), True
+        _require(fits[:, None], "a logit of the engine is off by more than rounding", start)
         if differs.any():
             logits[differs] = network(x[differs])
         _count(found, start, differs, torch.from_numpy(answer.logits), logits, labels[start : start + len(batch)])
         progress(start + len(batch))
     return found
+
+
+MOST_FLIPS = 8  # values within rounding of zero in one image, whose signs are tried in all combinations
+
+
+def _explanation(
+    network: nn.Module,
+    graph: Graph,
+    answer: Answer,
+    bounds: "_Bounds",
+    x: Tensor,
+    normalization: Normalization,
+    image: int,
+) -> list[str]:
+    """Return the layers whose bits, of values within rounding of zero, must differ for an image to have its logits.
+
+    The bits are those of a model that shows them; the model as it is may be compiled to another order of additions.
+    Returns nothing where no combination of such signs gives the logits.
+    """
+    readers: dict[Node, list[Layer]] = {}
+    for layer in graph.layers:
+        if layer.fold is None and layer.name in answer.bits:
+            readers.setdefault(layer.node.inputs[0], []).append(layer)
+    near: list[tuple[list[Layer], int]] = []
+    for bits, layers in readers.items():
+        value, bound = (each[image].flatten() for each in bounds.of(bits.inputs[0]))
+        near += [(layers, place) for place in (value.abs() <= bound).nonzero().flatten().tolist()]
+    if not 0 < len(near) <= MOST_FLIPS:
+        return []
+    count = 2 ** len(near)
+    copies = {name: np.repeat(found[image : image + 1], count, 0) for name, found in answer.bits.items()}
+    for layer in graph.layers:
+        if layer.fold is not None:
+            copies.pop(layer.name, None)  # torch's own follow the signs that are tried
+    for k, (layers, place) in enumerate(near):
+        for layer in layers:
+            copies[layer.name].reshape(count, -1)[(np.arange(count) >> k) % 2 == 1, place] *= -1
+    images = x[image : image + 1].expand(count, -1, -1, -1)
+    forced = _Forced(network, graph, Answer(answer.logits, copies))
+    forced.run(images)
+    value, bound = _Bounds(forced.sums, images, normalization).of(graph.nodes[-1])
+    fits = ((torch.from_numpy(answer.logits[image]).double() - value).abs() <= bound).all(1)
+    if not fits.any():
+        return []
+    choice = int(fits.nonzero()[0])
+    return [layer.name for k, (layers, _) in enumerate(near) if choice >> k & 1 for layer in layers]
 
 
 def _count(found: Verification, start: int, differs: Tensor, logits: Tensor, torchs: Tensor, labels: Tensor) -> None:
