@@ -3,11 +3,13 @@
 import json
 import lzma
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from abn_exp.errors import DamagedFile
 from abn_exp.report.pack import pack
@@ -29,6 +31,7 @@ from abn_exp.results import (
     write_result,
 )
 from tests.helpers.records import finish_run, start_run, study
+from tests.helpers.runs import plan_in
 
 AUTO = "precision: auto\n"
 
@@ -89,6 +92,29 @@ def test_results_lead_to_their_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_network(results[0])
     assert "directory" not in json.loads((results[0].directory / "result.json").read_text())  # type: ignore[operator]
+
+
+def test_results_as_a_data_frame(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    short, long = (yaml.safe_dump(plan_in(tmp_path, f"recipe.epochs={n}").config.model_dump()) for n in (2, 9))
+    study(tmp_path, {"bn": [0.5, 0.7], "abn": [0.6]}, config=short)
+    finish_run(tmp_path, "abn", 0, 0.8, variant="fixed_epochs-9", config=long)
+    frame = load_runs(tmp_path, frame=True)
+    assert isinstance(frame, pandas.DataFrame)
+    results = load_runs(tmp_path)
+    assert frame["test_acc"].tolist() == [result.test_acc for result in results]
+    assert frame["directory"].tolist() == [result.directory for result in results]
+    assert frame["parameters.binary"].tolist() == [900] * 4
+    assert frame["recipe.epochs"].tolist() == [2, 9, 2, 2]  # the one option that differs
+    assert not [column for column in frame if column.startswith(("dataset.", "norm."))]
+    assert frame.groupby("norm")["test_acc"].mean()["bn"] == pytest.approx(0.6)
+
+
+def test_a_data_frame_needs_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    study(tmp_path, {"bn": [0.5]})
+    with pytest.raises(ImportError, match=r'needs pandas: pip install "abn_exp\[notebook\]"'):
+        load_runs(tmp_path, frame=True)
 
 
 # --- Predictions ---

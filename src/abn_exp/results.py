@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -39,6 +39,7 @@ from abn_exp.records import archived_runs, read_run_file
 
 if TYPE_CHECKING:  # reading records needs no torch, which takes seconds to import; reading weights does
     import numpy as np
+    import pandas
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
@@ -456,13 +457,41 @@ def _state(directory: Path) -> tuple[Status, str | None, RunResult | None]:
     return "unfinished", None, None
 
 
-def load_runs(folder: str | Path) -> list[RunResult]:
-    """Return the results of all finished runs below ``folder``, sorted by cell and seed; warn of damaged ones."""
+@overload
+def load_runs(folder: str | Path, *, frame: Literal[False] = False) -> list[RunResult]: ...
+
+
+@overload
+def load_runs(folder: str | Path, *, frame: Literal[True]) -> "pandas.DataFrame": ...
+
+
+def load_runs(folder: str | Path, *, frame: bool = False) -> "list[RunResult] | pandas.DataFrame":
+    """Return the results of all finished runs below ``folder``, sorted by cell and seed; warn of damaged ones.
+
+    With ``frame`` they are a pandas DataFrame: a row a run, a column a field of RunResult (``parameters.binary`` and
+    ``versions.torch`` of those that hold several), and one for each option in which the runs differ, by its key.
+    Raises ImportError where there is no pandas.
+    """
     runs = find_runs(Path(folder))
     for run in runs:
         if run.status == "damaged":
             log.warning("left out: %s", run.reason)
-    return [run.result for run in runs if run.result is not None]
+    results = [run.result for run in runs if run.result is not None]
+    return _frame(results) if frame else results
+
+
+def _frame(results: Sequence[RunResult]) -> "pandas.DataFrame":
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError('load_runs(frame=True) needs pandas: pip install "abn_exp[notebook]".') from error
+    from abn_exp.identity import all_options
+
+    options = [all_options(read_config(_directory_of(result))) for result in results]
+    keys = sorted({key for one in options for key in one})
+    varying = [key for key in keys if any(one.get(key) != options[0].get(key) for one in options)]
+    rows = [asdict(r) | {key: one.get(key) for key in varying} for r, one in zip(results, options, strict=True)]
+    return pandas.json_normalize(rows)
 
 
 def load_network(run: "Run | RunResult | str | Path", weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
