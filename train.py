@@ -41,6 +41,12 @@ def main(cfg: DictConfig) -> float | None:
             where = [plan.choices[group] for group in ("dataset", "model", "norm")]
             result = train_one(Job(plan, f"{' '.join(where)} s{plan.config.seed}", command)).result
             return None if result is None else result.val_acc_last
+        if plan.config.dry_run:
+            from abn_exp.training.estimate import dry_run
+
+            for line in dry_run([plan]):
+                print(line, flush=True)
+            return None
         from abn_exp.training.run import run
 
         return run(plan, command).val_acc_last

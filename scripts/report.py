@@ -68,7 +68,11 @@ def main() -> int:
             report = build_report(*arguments.folders, reference=reference)
         else:
             report = write_report(*arguments.folders, reference=reference, out=arguments.out)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        path = error.filename or arguments.folders[0]
+        print(f"error: {path}: {error.strerror}; --out=FOLDER writes elsewhere.", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_report(report)

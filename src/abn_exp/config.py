@@ -231,6 +231,7 @@ class Config(Section):
     spending: Annotated[Literal["obrien_fleming", "pocock"], NoEffect] = "obrien_fleming"
     results_dir: Annotated[str, NoEffect] = Field(min_length=1)
     force: Annotated[bool, NoEffect]
+    dry_run: Annotated[bool, NoEffect] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], NoEffect]
     devices: int = Field(1, gt=0, le=1024)
     sync_norm: Annotated[bool, NoEffect] = False

@@ -7,6 +7,7 @@ A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/s
     metrics.jsonl       one line an epoch; the first is epoch 1
     checkpoints/        last.ckpt, best.ckpt
     train.log           what was printed
+    RUNNING             while a process trains it: which; found later, it was killed
     predictions.npz     what the network predicts for each test image
     result.json         at the end of a finished run, with
     SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
@@ -384,7 +385,9 @@ def write_config(directory: Path, config: dict[str, Any], command: str) -> None:
 
 def has_begun(directory: Path) -> bool:
     """Return whether a run was ever started: a sweep writes the configurations of all its runs beforehand."""
-    return not directory.is_dir() or any(path.name not in ("config.yaml", ".lock") for path in directory.iterdir())
+    if not directory.is_dir():
+        return read_run_file(directory, "config.yaml") is not None
+    return any(path.name not in ("config.yaml", ".lock") for path in directory.iterdir())
 
 
 def remove_run(directory: Path) -> None:

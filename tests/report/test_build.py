@@ -1,5 +1,7 @@
 import csv
+import errno
 import io
+import os
 import re
 import runpy
 import shutil
@@ -17,6 +19,7 @@ from abn_exp.report.spread import pairs_needed
 from abn_exp.results import find_runs
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 from tests.helpers.runs import REPOSITORY
+from tests.helpers.scripts import run_script
 
 SCRIPT = REPOSITORY / "scripts" / "report.py"
 
@@ -335,6 +338,29 @@ def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
     alone, both = compare_cells([cells[0], cells[2]], "bn", 0.5), compare_cells(cells, "bn", 0.5)
     assert alone[0].spread.found == both[1].spread.found
     assert alone[0].mean.mean == both[1].mean.mean
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("fault", ["a directory in its place", "a read-only folder"])
+def test_a_report_that_cannot_be_written_is_a_sentence_and_goes_elsewhere(
+    folder, tmp_path, capsys, monkeypatch, fault
+):
+    def read_only(path, text):
+        if path.is_relative_to(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        path.write_text(text)
+
+    if fault == "a directory in its place":
+        (folder / "report.md").mkdir()
+    else:
+        for module in ("build", "looks"):
+            monkeypatch.setattr(f"abn_exp.report.{module}.write_text_atomic", read_only)
+    assert run_script(monkeypatch, "report", folder) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    why = "Read-only file system" if fault == "a read-only folder" else "Is a directory"
+    assert sentence == f"error: {folder / 'report.md'}: {why}; --out=FOLDER writes elsewhere."
+    assert run_script(monkeypatch, "report", folder, "--out", tmp_path / "elsewhere") == 0
+    assert "## " in (tmp_path / "elsewhere" / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from abn_exp.report.build import build_report
-from abn_exp.report.progress import clean, clock, list_runs
+from abn_exp.report.progress import clean, clock, list_runs, speed_text
 from abn_exp.report.tables import accuracy_table, missing
 from abn_exp.results import find_runs, has_begun, write_config
 from tests.helpers.records import finish_run, start_run
@@ -95,6 +95,12 @@ def test_an_interrupted_study_says_how_many_seeds_it_was_to_have(tmp_path: Path)
     (row,) = accuracy_table(report)[1]
     assert "1/3" in row
     assert missing(report) == [f"digits with binarynet, bn, seed {seed}: not begun" for seed in (1, 2)]
+
+
+def test_speeds() -> None:
+    assert [speed_text(speed) for speed in (0.0853, 7.34, 9.96, 17.2, 1886.4)] == [
+        *["0.085 img/s", "7.3 img/s", "10 img/s", "17 img/s", "1886 img/s"]
+    ]
 
 
 def test_durations() -> None:

@@ -13,7 +13,8 @@ from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network
 from abn_exp.results import load_network, load_runs, read_checkpoint
 from abn_exp.training import checkpoints
-from abn_exp.training.checkpoints import disk_use, keep_weights
+from abn_exp.training.checkpoints import keep_weights
+from abn_exp.training.estimate import disk_use
 from abn_exp.training.run import run
 from tests.helpers.runs import plan_in
 

@@ -22,6 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from abn_exp.identity import RunPlan
 from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
 from abn_exp.training.sweep import SweepCallback, expand
 from abn_exp.training.workers import Job, Outcome
@@ -229,6 +230,29 @@ def test_two_commands_that_are_one_run_count_once(tmp_path: Path) -> None:
     assert len(callback.plans) == 2
     callback.on_multirun_start(composed(*overrides, "model=resnet18_paper"))
     assert len(callback.plans) == 4
+
+
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize(("fault", "code"), [(None, 0), (RuntimeError("no such kernel"), 1)])
+def test_a_dry_run_trains_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Exception | None,
+    code: int,
+) -> None:
+    """Not even where it fails: Hydra would go on after any exception but SystemExit."""
+
+    def dry_run(plans: list[RunPlan]) -> Iterator[str]:
+        yield f"{len(plans)} runs"
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr("abn_exp.training.estimate.dry_run", dry_run)
+    with pytest.raises(SystemExit, match=str(code)):
+        SweepCallback().on_multirun_start(composed(f"results_dir={tmp_path}/results", "dry_run=true", "seed=0,1"))
+    assert "2 runs" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.usefixtures("hydra")

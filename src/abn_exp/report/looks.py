@@ -7,6 +7,7 @@ at several numbers of seeds without a plan, `looks.json` has these numbers.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -210,7 +211,8 @@ def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
     seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
     updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
-        write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
+        with suppress(OSError):  # a read-only folder, whose report is written elsewhere
+            write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
     return seen
 
 

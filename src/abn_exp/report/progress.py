@@ -99,6 +99,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
+def speed_text(images_per_second: float) -> str:
+    """Return a speed with two significant digits, or with all of those before the point."""
+    return f"{images_per_second:.2g} img/s" if images_per_second < 10 else f"{images_per_second:.0f} img/s"
+
+
 def clean(folder: Path, *, remove: bool) -> list[str]:
     """Remove, or only list, the runs that failed, are damaged, were stopped or have not begun.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.errors import STOPPED, Diverged
 from abn_exp.files import write_text_atomic
-from abn_exp.report.progress import clock
+from abn_exp.report.progress import clock, speed_text
 from abn_exp.results import count_from_one, read_metrics
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.wandb_run import Tracker
@@ -121,9 +121,7 @@ class EpochLogger(pl.Callback):
                 parts.append(f"best {self.best:.3f}")
         if "test/acc" in metrics:
             parts.append(f"test {metrics['test/acc']:.3f}")
-        speed = metrics["images_per_second"]
-        parts.append(f"{speed:.2g} img/s" if speed < 10 else f"{speed:.0f} img/s")
-        log.info(" ".join([*parts, f"ETA {clock(eta)}"]))
+        log.info(" ".join([*parts, speed_text(metrics["images_per_second"]), f"ETA {clock(eta)}"]))
 
 
 class StepProgressBar(pl.Callback):

@@ -5,17 +5,15 @@ import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from abn_exp.config import Config
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
-from abn_exp.optimizer import state_size
 from abn_exp.results import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -126,26 +124,6 @@ def keep_weights(directory: Path) -> None:
         previous(last).unlink(missing_ok=True)
     except (DamagedFile, OSError) as error:
         log.warning("%s; the optimizer's state stays in the checkpoints", error)
-
-
-class DiskUse(NamedTuple):
-    """Bytes of a run's checkpoints: what it keeps, and the most that it has while it trains."""
-
-    kept: int
-    most: int
-
-
-def disk_use(config: Config, network: torch.nn.Module) -> DiskUse:
-    """Return what the checkpoints of a run of this network will take; the network may be on the meta device."""
-    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
-    trained = sum(weight.numel() * weight.element_size() for weight in network.parameters())
-    state = round(trained * state_size(config.recipe.optimizer.model_dump()))
-    best = weights if config.recipe.val_fraction > 0 else 0
-    last = weights + state
-    several = min(config.recipe.epochs, 3)  # the last one, the one before, and the one that is being written
-    if config.keep == "all":
-        return DiskUse(min(config.recipe.epochs, 2) * last + best, several * last + best)
-    return DiskUse(weights + best, several * last + best)
 
 
 def usable_checkpoint(path: Path) -> Path | None:

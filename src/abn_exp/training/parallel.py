@@ -23,6 +23,7 @@ from abn_exp.identity import RunPlan
 from abn_exp.machine import available_memory, cpu_count
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.setup import configure_process, make_loaders, make_network, select_device
+from abn_exp.training.workers import sigint_blocked
 
 SECONDS = 3.0  # of training, for each number that is tried
 WARM = 1.0  # of training before the first number
@@ -133,7 +134,8 @@ def measure(
     rates: dict[int, float] = {}
     try:
         for process in processes:
-            process.start()
+            with sigint_blocked():
+                process.start()
         for count in counts:
             barrier.wait(PATIENCE)
             answers = [found.get(timeout=PATIENCE) for _ in range(count)]
@@ -158,12 +160,12 @@ def _process(
     """Train as one of the processes; of each count, the first that many work and the others wait."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:
-        loop, batches = _begin(config, norm)
+        loop, batches = begin(config, norm)
         for count in counts:
             synchronize(loop.device)
             barrier.wait(PATIENCE)
             if index < count:
-                found.put((_rate(loop, batches, seconds), _used_bytes(loop.device)))
+                found.put((training_rate(loop, batches, seconds), _used_bytes(loop.device)))
     except BrokenBarrierError:
         pass
     except BaseException:
@@ -172,7 +174,7 @@ def _process(
         raise
 
 
-def _begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
+def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     """Return a loop that has taken its first steps, and batches without end."""
     torch.set_num_threads(config.threads)
     recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
@@ -181,11 +183,11 @@ def _begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     config = config.model_copy(update={"recipe": recipe, "dataset": options})
     loop = StepLoop(config, data, select_device(config), norm)
     batches = cycle(loop.loaders["train"])
-    _rate(loop, batches, WARM)
+    training_rate(loop, batches, WARM)
     return loop, batches
 
 
-def _rate(loop: StepLoop, batches: Iterator[Any], seconds: float) -> float:
+def training_rate(loop: StepLoop, batches: Iterator[Any], seconds: float) -> float:
     images, start = 0, time.monotonic()
     while time.monotonic() < start + seconds:
         batch = next(batches)

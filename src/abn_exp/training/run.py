@@ -34,6 +34,7 @@ from abn_exp.files import remove_parts, write_text_atomic
 from abn_exp.identity import RunPlan, differing_options, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.records import RUN_FILES
+from abn_exp.report.progress import clock, speed_text
 from abn_exp.results import (
     InputFormat,
     RunResult,
@@ -328,7 +329,8 @@ def show(directory: Path, result: RunResult) -> None:
     for name, value in rows.items():
         if value is not None:
             table.add_row(name, f"{100 * value:.2f} %")
-    table.caption = f"{result.epochs} epochs in {result.train_seconds:.0f} s, {result.images_per_second:.0f} images/s"
+    speed = speed_text(result.images_per_second)
+    table.caption = f"{result.epochs} epochs in {clock(result.train_seconds)}, {speed}"
     log.info("%s\n%s", directory, as_text(table))
 
 

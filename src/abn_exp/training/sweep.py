@@ -27,6 +27,7 @@ from abn_exp.commandline import hydra_sentence
 from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import GROUPS, RunPlan, differing_options, plan_run, quoted, restore_quoted
+from abn_exp.machine import cpu_count
 from abn_exp.records import read_run_file, read_study_file
 from abn_exp.results import Run, RunResult, find_runs, has_begun, read_config, read_result, write_config
 from abn_exp.training.workers import Job, train
@@ -45,6 +46,13 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
         try:
+            self._start(config)
+        except Exception:  # Hydra would only warn of it, and go on
+            log.exception("the sweep cannot begin")
+            raise SystemExit(1) from None
+
+    def _start(self, config: DictConfig) -> None:
+        try:
             _check_sweeper(config)
             self._planned = expand(config)
             # Two commands may be one run, where an option has no effect on what the other one chooses.
@@ -60,6 +68,12 @@ class SweepCallback(Callback):
         force = self.plans[0].config.force
         if not force and (taken := [plan for plan in self.plans if restore_quoted(plan) is not None]):
             log.info("%d finished runs are taken from %s", len(taken), quoted(taken[0].study))
+        if self.plans[0].config.dry_run:
+            from abn_exp.training.estimate import dry_run
+
+            for line in dry_run(self.plans):
+                print(line, flush=True)
+            raise SystemExit(0)
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not force
         try:
@@ -70,6 +84,11 @@ class SweepCallback(Callback):
             raise SystemExit(f"error: {error}") from None
         runs = f"{len(self.plans)} runs{' at most' if config.looks is not None else ''}"
         log.info("%s, %d of them finished, %d to do", runs, finished, len(self.plans) - finished)
+        if pending := [plan for plan in self.plans if finished_result(plan) is None]:
+            from abn_exp.training.estimate import disk_sentence
+
+            count = pending[0].config.seeds_at_once
+            log.info(disk_sentence(pending, cpu_count() if count == "auto" else int(count)))
 
     def _write_configs(self, seeds: int | None) -> None:
         """Write the configuration of each run that is not begun, so that a report knows what is missing; of runs that

@@ -100,7 +100,7 @@ class _Worker:
         self.steps = _spawn.RawValue("Q", 0)
         # Not a daemon: torch.compile and W&B start processes of their own.
         self.process = _spawn.Process(target=_work, args=(theirs, self.steps, job_logging), name=f"worker-{number}")
-        with _sigint_blocked():  # for the life of the worker, too: a terminal sends SIGINT to both
+        with sigint_blocked():  # for the life of the worker, too: a terminal sends SIGINT to both
             self.process.start()
         theirs.close()
 
@@ -148,7 +148,8 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
+    """Let the processes that are started inside never see SIGINT, which a terminal sends to all of a command's."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

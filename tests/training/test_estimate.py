@@ -1,0 +1,77 @@
+"""What runs will take: the counts that it follows from, and what is said of it before they begin."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from abn_exp.identity import RunPlan
+from abn_exp.results import write_config
+from abn_exp.training import estimate
+from abn_exp.training.estimate import Speed, disk_sentence, dry_run, image_counts, measure_speed, seconds_left
+from abn_exp.training.setup import load_data, make_loaders
+from tests.helpers.records import start_run
+
+Make = Callable[..., RunPlan]
+
+
+@pytest.mark.parametrize("overrides", [[], ["dataset.train_images=null"], ["recipe.val_fraction=0"]])
+def test_images_are_counted_as_the_loaders_have_them(make_plan: Make, overrides: list[str]) -> None:
+    config = make_plan(*overrides).config
+    loaders = make_loaders(config, load_data(config), torch.device("cpu"))
+    counts = [len(loaders[stage].labels) if stage in loaders else 0 for stage in ("train", "val", "test")]
+    assert image_counts(config) == pytest.approx(tuple(counts), abs=1)  # the split rounds in each class
+
+
+def test_time_is_that_of_the_epochs_that_are_left(make_plan: Make) -> None:
+    """900 + 100 images an epoch at 100 and 1000 a second; the test set is read for the last and the best weights."""
+    plan = make_plan("dataset.train_images=1000", "recipe.epochs=10", "recipe.val_fraction=0.1")
+    assert seconds_left(plan, Speed(100.0, 1000.0), 3) == pytest.approx(7 * (9.0 + 0.1) + 2 * 0.359)
+    peeking = make_plan("recipe=paper", "dataset.train_images=1000", "recipe.epochs=10")
+    assert seconds_left(peeking, Speed(100.0, 1000.0), 0) == pytest.approx(10 * (10.0 + 0.359) + 0.359)
+
+
+def test_a_disk_that_is_too_small_is_said(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [make_plan(f"seed={seed}") for seed in range(3)]
+    text = disk_sentence(plans, 2)
+    found = re.fullmatch(r"checkpoints: ([\d.]+) MB kept, ([\d.]+) MB while .*; [\d.,]+ .B are free", text)
+    assert found is not None
+    assert 0 < float(found[1]) < float(found[2])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    assert disk_sentence(plans, 2).endswith("1.0 MB are free, WHICH IS NOT ENOUGH")
+
+
+def test_the_speed_is_that_of_training_and_of_evaluation(make_plan: Make) -> None:
+    speed = measure_speed(make_plan(), 0.2)
+    assert speed.evaluation > speed.train > 0
+
+
+def test_a_dry_run_lists_the_runs_and_adds_up_what_is_left(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["dataset.train_images=1000", "recipe.epochs=4", "recipe.val_fraction=0", "seeds_at_once=2"]
+    plans = [make_plan(*words, f"seed={seed}", f"norm={norm}") for seed in (0, 1) for norm in ("bn", "abn")]
+    begun = next(plan for plan in plans if plan.directory.name == "seed-0" and "/bn/" in str(plan.directory))
+    folder, variant = begun.directory.parents[4], begun.directory.parts[-2]
+    start_run(folder, "bn", 0, epochs=3, variant=variant, config="recipe: {epochs: 4}\n")
+    write_config(begun.directory.with_name("seed-1"), {"recipe": {"epochs": 4}}, "python train.py")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(100.0, 359.0))
+    monkeypatch.setattr("abn_exp.training.parallel.measure", lambda *_: {1: 100.0, 2: 160.0})
+    lines = list(dry_run(plans))
+    assert lines[:3] == [str(plans[1].directory.parent), "  seed-0    not begun", "  seed-1    not begun"]
+    assert lines[3] == "  2 to do, 0:00:41 for one, 100 img/s"  # 4 epochs of 10 s, and a second for the test set
+    assert lines[4:8] == [
+        str(begun.directory.parent),
+        "  seed-0    stopped    3/4",
+        "  seed-1    not begun",
+        "  2 to do, 0:00:41 for one, 100 img/s",
+    ]
+    assert lines[8] == "4 runs, 0 of them finished, 4 to do"
+    assert lines[9] == "time: about 0:01:24, 2 at a time, which is 1.60 times as fast as one"  # (3 * 41 + 11) / 1.6
+    assert lines[10].startswith("checkpoints: ")
+    assert sorted(tmp_path.rglob("*")) == before
