@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+@torch.no_grad()
 def main() -> int:
     arguments = parser().parse_args()
-    torch.set_grad_enabled(False)
     out = arguments.out if arguments.out is not None else arguments.run / "export"
     last = time.monotonic()
 
