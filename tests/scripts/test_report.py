@@ -33,4 +33,4 @@ def test_a_folder_without_a_finished_run_is_told(
 def test_an_empty_folder_name_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_script(monkeypatch, "report", "")
-    assert "argument folder: it is empty; give a folder that train.py wrote: results/NAME" in capsys.readouterr().err
+    assert "argument FOLDER: it is empty; give a folder that train.py wrote: results/NAME" in capsys.readouterr().err

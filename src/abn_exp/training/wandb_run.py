@@ -296,7 +296,7 @@ def _remove_earlier_segments(run: Any) -> None:
     A process that was killed leaves a file that ends `wandb sync`, even an upload of the other files.
     """
     own = Path(run.dir).parent
-    for folder in own.parent.glob(f"offline-run-*-{run.id}"):
+    for folder in own.parent.glob(f"offline-run-*-{run.id}*"):  # W&B adds -1 where two began in one second
         if folder != own:
             shutil.rmtree(folder, ignore_errors=True)
 
