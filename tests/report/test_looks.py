@@ -126,6 +126,38 @@ def test_failures_take_back_a_verdict_and_say_so(tmp_path):
     assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
 
 
+def test_failures_take_back_a_smaller_spread(tmp_path):
+    """The candidate's worst seeds diverged: what is left of it varies little, which says nothing for it."""
+    rng, config = np.random.default_rng(0), yaml.safe_dump({"dataset": {"num_classes": 10}})
+    bn = [0.7 + 0.02 * float(x) for x in rng.standard_normal(14)]
+    abn = [0.7 + 0.002 * float(x) for x in rng.standard_normal(12)]
+    study(tmp_path, {"bn": bn, "abn": abn}, config=config)
+    (c,) = build_report(tmp_path).comparisons
+    assert (c.spread.verdict, c.spread.failed) == ("better", (0, 0))
+    for seed in (12, 13):
+        (start_run(tmp_path, "abn", seed, config=config) / "FAILED").write_text("diverged: the loss is nan")
+    report = build_report(tmp_path)
+    (c,) = report.comparisons
+    assert (c.spread.failed, c.spread.without_failures, c.spread.verdict) == ((2, 0), "better", "undecided")
+    assert c.spread.found.p < 0.05
+    assert c.spread.p_holm == 1
+    assert report.spread_sentence(c.cell, c.spread, "bn").endswith(
+        "undecided; abn failed in 2 seeds, bn in 0: without them the verdict would be better, which does not hold "
+        "with them at chance."
+    )
+
+
+def test_a_cell_that_only_failed_is_not_left_out_of_the_pooled_effect(tmp_path):
+    config = yaml.safe_dump({"dataset": {"num_classes": 10}})
+    for model in ("binarynet", "vgg_small", "resnet18"):
+        study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE if model != "resnet18" else []}, model=model, config=config)
+    assert [p.judgement.verdict for p in build_report(tmp_path).pooled] == ["better"]  # of the two that were run
+    for seed in range(5):
+        (start_run(tmp_path, "abn", seed, model="resnet18", config=config) / "FAILED").write_text("diverged")
+    (pooled,) = build_report(tmp_path).pooled
+    assert (len(pooled.cells), pooled.judgement.verdict) == (3, "undecided")
+
+
 def test_chance_in_a_folder_of_images_is_that_of_the_classes_found_there(tmp_path):
     directory = finish_run(tmp_path, "abn", 0, 0.7, config=yaml.safe_dump({"dataset": {"num_classes": None}}))
     (start_run(tmp_path, "abn", 1) / "FAILED").write_text("diverged")

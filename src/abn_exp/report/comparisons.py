@@ -16,7 +16,7 @@ from abn_exp.report import stats
 from abn_exp.report.formatting import interval_text, number_text, p_equation, p_text, percent_text
 from abn_exp.report.pooled import RandomEffects, random_effects
 from abn_exp.report.spread import MIN_PAIRS, SHAPES, SpreadComparison, compare_spreads, pairs_needed, rejection_rate
-from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge
+from abn_exp.report.verdicts import Judgement, Tested, Verdict, failures_text, judge
 from abn_exp.results import Run, has_begun, load_input_format, read_config, read_metrics
 
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
@@ -91,17 +91,45 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class SpreadTested:
+    """A ratio of stds before its family is known: ``at_chance`` is the same with failures scored at chance, where one
+    side has more of them."""
+
+    found: SpreadComparison
+    failed: tuple[int, int] = (0, 0)  # runs of the candidate and of the reference without a score
+    at_chance: SpreadComparison | None = None
+
+    @property
+    def p(self) -> float:
+        """The p value; where what it shows speaks for the side that failed more often, the larger of the two."""
+        smaller = self.found.ratio < 1
+        if self.at_chance is None or math.isnan(self.found.p) or smaller != (self.failed[0] > self.failed[1]):
+            return self.found.p
+        holds = (self.at_chance.ratio < 1) == smaller and not math.isnan(self.at_chance.p)
+        return max(self.found.p, self.at_chance.p) if holds else 1.0
+
+
+@dataclass(frozen=True)
 class SpreadJudgement:
     """A ratio of stds between seeds, its p value after Holm's correction over the family, and the verdict."""
 
     found: SpreadComparison
-    p_holm: float
+    p_holm: float  # failures are counted in
     family: int
+    failed: tuple[int, int]
+    p_holm_without_failures: float  # what it would be if failures did not count
 
     @property
     def verdict(self) -> Verdict:
         """Better is the smaller spread."""
-        if self.p_holm < stats.ALPHA:
+        return self._verdict(self.p_holm)
+
+    @property
+    def without_failures(self) -> Verdict:
+        return self._verdict(self.p_holm_without_failures)
+
+    def _verdict(self, p: float) -> Verdict:
+        if p < stats.ALPHA:
             return "better" if self.found.ratio < 1 else "worse"
         return "undecided"
 
@@ -270,16 +298,20 @@ def _seeds_of(cells: Iterable[Cell], cell: Cell) -> list[int]:
     return started_seeds(other for other in cells if other.group == cell.group)
 
 
-def compare_spread(cell: Cell, base: Cell) -> SpreadComparison:
-    seeds = started_seeds([cell, base])
+def compare_spread(cell: Cell, base: Cell) -> SpreadTested:
+    seeds, failed = started_seeds([cell, base]), (len(cell.failed), len(base.failed))
     pair = cell.sample("test_acc", seeds), base.sample("test_acc", seeds)
-    return compare_spreads(*pair, np.random.default_rng(0))
+    found = compare_spreads(*pair, np.random.default_rng(0))
+    if failed[0] == failed[1]:
+        return SpreadTested(found, failed)
+    pair = cell.sample_at_chance(seeds), base.sample_at_chance(seeds)
+    return SpreadTested(found, failed, compare_spreads(*pair, np.random.default_rng(0)))
 
 
-def judge_spreads(found: Sequence[SpreadComparison]) -> list[SpreadJudgement]:
-    adjusted = stats.holm([s.p for s in found])
-    family = max(1, sum(not math.isnan(p) for p in adjusted))
-    return [SpreadJudgement(s, p, family) for s, p in zip(found, adjusted, strict=True)]
+def judge_spreads(family: Sequence[SpreadTested]) -> list[SpreadJudgement]:
+    adjusted, plain = stats.holm([t.p for t in family]), stats.holm([t.found.p for t in family])
+    size = max(1, sum(not math.isnan(p) for p in adjusted))
+    return [SpreadJudgement(t.found, p, size, t.failed, q) for t, p, q in zip(family, adjusted, plain, strict=True)]
 
 
 def pool(cells: Sequence[Cell], reference: str, delta: float) -> list[Pooled]:
@@ -288,7 +320,7 @@ def pool(cells: Sequence[Cell], reference: str, delta: float) -> list[Pooled]:
     All of these are one family: none is a part of another.
     """
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
-    found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _scored(pair)] for norm in norms}
+    found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
     found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
     judged = judge([pooled_difference(pairs) for pairs in found.values()], delta)
     return [
@@ -297,8 +329,9 @@ def pool(cells: Sequence[Cell], reference: str, delta: float) -> list[Pooled]:
     ]
 
 
-def _scored(pair: tuple[Cell, Cell]) -> bool:
-    return all(cell.scores["test_acc"] for cell in pair)
+def _ended(pair: tuple[Cell, Cell]) -> bool:
+    """Tell whether both cells have runs that came to an end; a cell that only failed is not to be left out."""
+    return all(cell.scores["test_acc"] or cell.failed for cell in pair)
 
 
 def pooled_difference(pairs: Sequence[tuple[Cell, Cell]], seeds: Sequence[int] | None = None) -> Tested:
@@ -335,8 +368,11 @@ def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) ->
         f"{p_equation(s.p)}{holm}; at 5 % this test errs in {normal} % of cases with normal scores, in {t3} % with "
     )
     text += f"t (3 df)): {j.verdict}"
+    failures = failures_text(j.failed, j.verdict, j.without_failures, (norm, reference))
     if j.verdict != "undecided":
-        return f"{text}, {'less' if s.ratio < 1 else 'more'} spread."
+        return f"{text}, {'less' if s.ratio < 1 else 'more'} spread{failures}."
+    if j.without_failures != "undecided":
+        return f"{text}{failures}."
     if s.p < stats.ALPHA:
         text += ", the interval leaves out 1, but is not corrected"
     only = "only " if j.power < 0.8 else ""

@@ -5,7 +5,7 @@ All of them are percentage points, paired by seed where the seeds match, and exp
 the rows of a table; its averages are a family of their own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class Effect:
 
     @property
     def sentence(self) -> str:
-        return sentence(self.judgement, self.what)
+        return sentence(self.judgement, self.what, ("what is added", "what is subtracted"))
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,10 @@ def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
         if not set(FACTORIAL) <= by_norm.keys():
             continue
         none, forward, backward, both = (by_norm[norm] for norm in FACTORIAL)
-        score = {cell.norm: cell.sample("test_acc", seeds) for cell in (none, forward, backward, both)}
-        change = stats.compare_means(
-            score[both.norm] - score[backward.norm],
-            score[forward.norm] - score[none.norm],
-            np.random.default_rng(0),
-            scale=100,
-        )
         found = {
             "the gate's forward shape": compare([forward, both], [none, backward], seeds),
             "the shape of the gate's gradient": compare([backward, both], [none, forward], seeds),
-            "interaction": Tested(change),
+            "interaction": compare_changes([[both, backward, forward, none]], seeds),
         }
         head = (group[0].dataset, group[0].model, *_levels(group[0], factors))
         where = f"On {describe_group(group[0], factors)}"
@@ -233,17 +226,39 @@ def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
 
 
 def _change(head: tuple[str, ...], what: str, rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Row:
-    here, base = (
-        np.mean([row[i].sample("test_acc", seeds) - row[i + 1].sample("test_acc", seeds) for row in rows], axis=0)
-        for i in (0, 2)
-    )
+    here, base = _two_differences(rows, lambda cell: cell.sample("test_acc", seeds))
     sizes = [signed_text(float(stats.present(d).mean())) if stats.present(d).size else "-" for d in (base, here)]
-    mean = stats.compare_means(here, base, np.random.default_rng(0), scale=100)
-    return (*head, *sizes), f"{what.format(*sizes)}; the change", Tested(mean), len(rows)
+    return (*head, *sizes), f"{what.format(*sizes)}; the change", compare_changes(rows, seeds), len(rows)
 
 
-def _seeds(cells: Sequence[Cell]) -> list[int]:
-    return started_seeds(cells)
+def compare_changes(rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Tested:
+    """Compare two differences of cells, a - b with c - d, over rows (a, b, c, d), each seed's mean over rows first.
+
+    What failed in a or d counts as the candidate's, what failed in b or c as the reference's: at chance it would
+    lower, or raise, the change.
+    """
+    mean = _compare_differences(rows, lambda cell: cell.sample("test_acc", seeds))
+    added, subtracted = (
+        sum(len(row[i].failed & set(seeds)) for row in rows for i in places) for places in ((0, 3), (1, 2))
+    )
+    at_chance = None
+    if added != subtracted:
+        at_chance = _compare_differences(rows, lambda cell: cell.sample_at_chance(seeds))
+    return Tested(mean, (added, subtracted), at_chance)
+
+
+def _compare_differences(
+    rows: Sequence[Sequence[Cell]], scores: Callable[[Cell], stats.Array]
+) -> stats.MeanComparison:
+    return stats.compare_means(*_two_differences(rows, scores), np.random.default_rng(0), scale=100)
+
+
+def _two_differences(
+    rows: Sequence[Sequence[Cell]], scores: Callable[[Cell], stats.Array]
+) -> tuple[stats.Array, stats.Array]:
+    """Return a - b and c - d, each seed's mean over the rows (a, b, c, d)."""
+    here, base = (np.mean([scores(row[i]) - scores(row[i + 1]) for row in rows], axis=0) for i in (0, 2))
+    return here, base
 
 
 def _matching_norms(here: Mapping[str, Cell], base: Mapping[str, Cell], reference: str) -> list[tuple[str, str]]:

@@ -225,7 +225,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
             f"{delta}, by the one-sided test against {side}{j.delta:g} ({inside}, {tested(name, j.level_delta)}); "
         )
         text += "whether there is a difference at all is undecided"
-    return f"{text}{_failures(j, sides)}."
+    return f"{text}{failures_text(j.failed, j.verdict, j.without_failures, sides)}."
 
 
 def _what_it_would_take(j: Judgement) -> str:
@@ -240,12 +240,15 @@ def _what_it_would_take(j: Judgement) -> str:
     )
 
 
-def _failures(j: Judgement, sides: tuple[str, str] | None) -> str:
-    if sides is None or j.failed == (0, 0):
+def failures_text(
+    failed: tuple[int, int], verdict: Verdict, without_failures: Verdict, sides: tuple[str, str] | None
+) -> str:
+    """Return how often each side failed, and what that took back, to be added to a sentence."""
+    if sides is None or failed == (0, 0):
         return ""
-    text = f"; {sides[0]} failed in {j.failed[0]} seeds, {sides[1]} in {j.failed[1]}"
-    if j.verdict != j.without_failures:
-        text += f": without them the verdict would be {j.without_failures}, which does not hold with them at chance"
+    text = f"; {sides[0]} failed in {failed[0]} seeds, {sides[1]} in {failed[1]}"
+    if verdict != without_failures:
+        text += f": without them the verdict would be {without_failures}, which does not hold with them at chance"
     return text
 
 
