@@ -11,8 +11,8 @@ import torch
 from abn_exp import models
 from abn_exp.config import Config, parse
 from abn_exp.data.catalog import CATALOG
-from abn_exp.identity import all_options
 from abn_exp.models.build import initialize_
+from abn_exp.options import all_options
 from abn_exp.report.stats import MeanComparison, compare_means
 from abn_exp.results import find_runs, read_config
 from abn_exp.training.parallel import random_data

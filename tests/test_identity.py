@@ -12,10 +12,11 @@ from PIL import Image
 from pydantic import Field
 from torch import nn
 
-from abn_exp import binarize, identity, models, norm
+from abn_exp import binarize, identity, models, norm, options
 from abn_exp.config import Config, RecipeConfig, parse
 from abn_exp.errors import ConfigError
-from abn_exp.identity import RunPlan, all_options, differing_options, set_options
+from abn_exp.identity import RunPlan
+from abn_exp.options import all_options, differing_options, set_options
 from abn_exp.records import RECORDS, RUN_FILES, read_records, read_run_file, write_records
 from abn_exp.report.build import build_report
 from abn_exp.report.writers import cells_csv, markdown
@@ -77,11 +78,11 @@ def target(thing: Any) -> dict[str, str]:
 
 
 def test_released_defaults_are_what_they_were() -> None:
-    found = {key: value for key, value in identity._schema_defaults(Config) if identity._has_effect(key)}
+    found = {key: value for key, value in options._schema_defaults(Config) if options._has_effect(key)}
     assert found == SCHEMA_DEFAULTS, "a new option is added to SCHEMA_DEFAULTS; a default once released stays"
     for thing, expected in SIGNATURE_DEFAULTS:
-        found = identity._node_defaults(target(thing), "x")
-        flat = dict(identity._flat(expected, "x"))
+        found = options._node_defaults(target(thing), "x")
+        flat = dict(options._flat(expected, "x"))
         assert {key: value for key, value in found.items() if key in flat} == flat, thing
 
 
@@ -147,7 +148,7 @@ def more_norm(num_features: int, eps: float = 1e-5, momentum: float = 0.1, inven
 def more_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later version: an option in the recipe, one at the top, and one in the signature of a norm."""
     monkeypatch.setattr("abn_exp.config.Config", MoreConfig)
-    monkeypatch.setattr("abn_exp.identity.Config", MoreConfig)
+    monkeypatch.setattr("abn_exp.options.Config", MoreConfig)
     monkeypatch.setattr(torch.nn, "BatchNorm2d", more_norm)
 
 

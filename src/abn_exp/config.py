@@ -287,15 +287,6 @@ def published_start_differs(plain: Mapping[str, Any]) -> bool:
     return target in ("abn_exp.models.resnet18_paper", "abn_exp.models.resnet.resnet18_paper")
 
 
-def options_without_effect(plain: Mapping[str, Any]) -> set[str]:
-    """Return the options that cannot change a result of this configuration, whatever their values.
-
-    Devices count only where each normalises its share of a batch by itself.
-    """
-    unused = {"devices"} if plain.get("sync_norm", False) else set()
-    return unused if published_start_differs(plain) else unused | {"recipe.init"}
-
-
 def read(cfg: DictConfig) -> Config:
     """Return the checked form of what Hydra composed.
 

@@ -488,7 +488,7 @@ def _frame(results: Sequence[RunResult]) -> "pandas.DataFrame":
         import pandas
     except ImportError as error:
         raise ImportError('load_runs(frame=True) needs pandas: pip install "abn_exp[notebook]".') from error
-    from abn_exp.identity import all_options
+    from abn_exp.options import all_options
 
     options = [all_options(read_config(_directory_of(result))) for result in results]
     keys = sorted({key for one in options for key in one})

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import all_options
+from abn_exp.options import all_options
 from abn_exp.records import read_command
 from abn_exp.report import figures, stats
 from abn_exp.report.checks import conditional_on, differences_in_the_making

@@ -8,7 +8,8 @@ from typing import Any
 from abn_exp.config import Config
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
-from abn_exp.identity import RunPlan, set_options
+from abn_exp.identity import RunPlan
+from abn_exp.options import set_options
 from abn_exp.results import read_checkpoint, read_config, read_result
 
 log = logging.getLogger(__name__)

@@ -31,8 +31,9 @@ from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
 from abn_exp.files import remove_parts, write_text_atomic
-from abn_exp.identity import RunPlan, differing_options, restore_quoted
+from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
+from abn_exp.options import differing_options
 from abn_exp.records import RUN_FILES
 from abn_exp.report.progress import clock, speed_text
 from abn_exp.results import (

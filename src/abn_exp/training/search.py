@@ -27,7 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from abn_exp.errors import ConfigError, Diverged
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import RunPlan, plan_run, set_options
+from abn_exp.identity import RunPlan, plan_run
+from abn_exp.options import set_options
 from abn_exp.seeding import derive_seed
 from abn_exp.training.run import run
 

@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from abn_exp.commandline import hydra_sentence
 from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import GROUPS, RunPlan, differing_options, plan_run, quoted, restore_quoted
+from abn_exp.identity import GROUPS, RunPlan, plan_run, quoted, restore_quoted
 from abn_exp.machine import cpu_count
+from abn_exp.options import differing_options
 from abn_exp.records import read_run_file, read_study_file
 from abn_exp.results import Run, RunResult, find_runs, has_begun, read_config, read_result, write_config
 from abn_exp.training.workers import Job, train
