@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
+from abn_exp.config import option_rows
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan, plan_run
 from tests.helpers.runs import REPOSITORY
@@ -195,3 +196,13 @@ def test_the_published_start_counts_for_its_network_alone(make_plan: Make) -> No
 def test_the_name_tells_what_differs(make_plan: Make) -> None:
     plan = make_plan("recipe.epochs=3", "norm.momentum=0.9", tiny=False)
     assert plan.variant == "fixed_norm.momentum-0.9_epochs-3"
+
+
+def test_every_option_says_what_it_means_and_in_which_range() -> None:
+    rows = {key: (allowed, default, text) for key, allowed, default, text in option_rows()}
+    assert not [key for key, (_, _, text) in rows.items() if not text]
+    assert rows["recipe.label_smoothing"][0] == "float, >= 0, < 1"
+    assert rows["dataset.image_size"][0] == "int, >= 8, <= 1024, multiple of 8"
+    assert rows["precision"][:2] == ("fp32 | bf16 | exact16", '"fp32"')
+    assert rows["looks"][0] == "list of int, >= 2, <= 1000 or null"
+    assert {"recipe.optimizer.lr", "wandb.project", "primary.norm", "seed"} <= rows.keys()

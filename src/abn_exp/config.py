@@ -5,9 +5,10 @@ new one needs no change here: their keys are checked against the signature of th
 """
 
 import itertools
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -62,19 +63,29 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    name: str
-    root: Annotated[str, NoEffect]
-    path: str | None = None
-    download: Annotated[bool, NoEffect]
-    num_classes: int | None = Field(ge=2)
-    image_size: int = Field(ge=8, le=1024, multiple_of=8)
-    mean: list[float] | None = Field(min_length=3, max_length=3)
-    std: list[PositiveFloat] | None = Field(min_length=3, max_length=3)
-    flip: bool
-    padding: NonNegativeInt
-    train_images: PositiveInt | None = None
-    # Training and test images of the set at hand, found out at a run's start; None: as many as the catalog says.
-    images: list[PositiveInt] | None = Field(None, min_length=2, max_length=2)
+    name: str = Field(description="a name in the catalog, or folder for images of your own")
+    root: Annotated[str, NoEffect] = Field(description="folder of the converted files and the original archives")
+    path: str | None = Field(None, description="dataset=folder: the folder that holds {train,test}/<class>/<image>")
+    download: Annotated[bool, NoEffect] = Field(description="whether the original may be downloaded")
+    num_classes: int | None = Field(ge=2, description="number of classes; null: counted")
+    image_size: int = Field(ge=8, le=1024, multiple_of=8, description="pixels a side of an image")
+    mean: list[float] | None = Field(
+        min_length=3, max_length=3, description="of the red, green and blue of pixels in [0, 1]; null: measured"
+    )
+    std: list[PositiveFloat] | None = Field(
+        min_length=3, max_length=3, description="of the red, green and blue of pixels in [0, 1]; null: measured"
+    )
+    flip: bool = Field(description="whether half of the training images are mirrored, in each epoch others")
+    padding: NonNegativeInt = Field(description="black pixels on each side before the random crop; 0: no crop")
+    train_images: PositiveInt | None = Field(
+        None, description="training images to use, the same share of each class; null: all"
+    )
+    images: list[PositiveInt] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="numbers of training and test images; filled in where they are not the catalog's",
+    )
 
     @field_validator("name")
     @classmethod
@@ -109,11 +120,11 @@ class OptimizerConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Literal["adam", "sgd"] | None = None
-    lr: PositiveFloat
-    momentum: float = Field(ge=0, lt=1)
-    weight_decay: NonNegativeFloat
-    rebuild_each_epoch: bool
+    name: Literal["adam", "sgd"] | None = Field(None, description="short name; or _target_=torch.optim.CLASS")
+    lr: PositiveFloat = Field(description="learning rate, which the schedule multiplies")
+    momentum: float = Field(ge=0, lt=1, description="of sgd and other classes that have one")
+    weight_decay: NonNegativeFloat = Field(description="as the optimizer's class defines it")
+    rebuild_each_epoch: bool = Field(description="whether the optimizer's state is discarded at each epoch's start")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,25 +143,27 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: Literal["constant", "cosine", "linear"]
-    warmup_epochs: NonNegativeInt
+    name: Literal["constant", "cosine", "linear"] = Field(description="learning rate over the steps")
+    warmup_epochs: NonNegativeInt = Field(description="epochs in which the learning rate rises linearly to lr")
 
 
 class RecipeConfig(Section):
-    epochs: int = Field(gt=0, le=100_000)
-    batch_size: int = Field(ge=2)
+    epochs: int = Field(gt=0, le=100_000, description="passes over the training images")
+    batch_size: int = Field(ge=2, description="images of a step, over all devices")
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    label_smoothing: float = Field(ge=0, lt=1)
-    clip_grad_norm: PositiveFloat | None = None
-    init: Literal["torch", "authors"] = "torch"
-    clip_latent_weights: bool
-    clip_latent_range: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 1.0], min_length=2, max_length=2)
-    val_fraction: float = Field(ge=0, lt=1)
-    split_seed: Seed
-    normalization: Literal["dataset", "imagenet"]
-    paired_init: bool
-    test_every_epoch: bool
+    label_smoothing: float = Field(ge=0, lt=1, description="share of the label that is spread over all classes")
+    clip_grad_norm: PositiveFloat | None = Field(None, description="largest 2-norm of all gradients; null: none")
+    init: Literal["torch", "authors"] = Field("torch", description="initial weights of resnet18_paper")
+    clip_latent_weights: bool = Field(description="whether latent weights are clipped to [-1, 1] after a step")
+    clip_latent_range: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.0, 1.0], min_length=2, max_length=2, description="where clipping begins and ends, as shares of all steps"
+    )
+    val_fraction: float = Field(ge=0, lt=1, description="share of the training images held out for validation")
+    split_seed: Seed = Field(description="seed of the training/validation split, the same for every seed of a run")
+    normalization: Literal["dataset", "imagenet"] = Field(description="whose channel means and stds")
+    paired_init: bool = Field(description="whether the norms of a seed start from the same weights")
+    test_every_epoch: bool = Field(description="whether the test set is evaluated each epoch, and the peak recorded")
 
     @model_validator(mode="after")
     def warmup_ends(self) -> Self:
@@ -170,14 +183,16 @@ class RecipeConfig(Section):
 
 
 class WandbConfig(Section):
-    mode: Literal["auto", "online", "offline", "disabled"]
-    project: Annotated[str, _matching(r"[^/\\#?%:]+", r"text without / \ # ? % :")] = Field("abn_exp", max_length=128)
-    entity: str | None = None
-    dir: str = "."
-    group: str | None = None
-    tags: list[str] = []
-    notes: str | None = None
-    log_model: bool = False
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(description="auto: online with a key")
+    project: Annotated[str, _matching(r"[^/\\#?%:]+", r"text without / \ # ? % :")] = Field(
+        "abn_exp", max_length=128, description="W&B project"
+    )
+    entity: str | None = Field(None, description="team or user; null: that of the key")
+    dir: str = Field(".", description="folder below which W&B writes its own files, in wandb/")
+    group: str | None = Field(None, description="W&B group; null: the study and the cell")
+    tags: list[str] = Field([], description="added to data set, model and norm")
+    notes: str | None = Field(None, description="notes of the W&B run")
+    log_model: bool = Field(False, description="whether weights and reports are logged as artifacts")
 
     @model_validator(mode="before")
     @classmethod
@@ -198,11 +213,13 @@ class PrimaryConfig(Section):
     difference over all cells, each seed averaged over them first.
     """
 
-    norm: str
-    reference: str = "bn"
-    datasets: list[str] | None = None
-    models: list[str] | None = None
-    statistic: Literal["mean", "pooled", "spread"] = "mean"
+    norm: str = Field(description="the norm in question")
+    reference: str = Field(default="bn", description="the norm that it is compared with")
+    datasets: list[str] | None = Field(
+        default=None, description="data sets that are compared; null: all of the study"
+    )
+    models: list[str] | None = Field(default=None, description="networks that are compared; null: all of the study")
+    statistic: Literal["mean", "pooled", "spread"] = Field(default="mean", description="what is compared")
 
     @model_validator(mode="after")
     def two_norms(self) -> Self:
@@ -215,34 +232,54 @@ class Config(Section):
     """One run: a cell (dataset, model, norm, recipe, precision) with one seed, and how to run it."""
 
     dataset: DatasetConfig
-    model: dict[str, Any]
-    norm: dict[str, Any]
+    model: dict[str, Any] = Field(description="_target_ and arguments of the function that makes the network")
+    norm: dict[str, Any] = Field(description="_target_ and arguments of the norm's class")
     recipe: RecipeConfig
     wandb: Annotated[WandbConfig, NoEffect]
-    seed: Annotated[Seed, NoEffect]  # counted apart: a cell has several
-    precision: Literal["fp32", "bf16", "exact16"] = "fp32"
+    # counted apart: a cell has several
+    seed: Annotated[Seed, NoEffect] = Field(description="initial weights, order of the images, crops and flips")
+    precision: Literal["fp32", "bf16", "exact16"] = Field("fp32", description="arithmetic of training")
     name: Annotated[
         str, NoEffect, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")
-    ] = Field(max_length=80)
-    question: Annotated[str | None, NoEffect] = None
+    ] = Field(max_length=80, description="first folder below results_dir; a study sets its own")
+    question: Annotated[str | None, NoEffect] = Field(None, description="what a study asks, in words")
     primary: Annotated[PrimaryConfig | None, NoEffect] = None
-    delta: Annotated[PositiveFloat, NoEffect] = 0.5
-    looks: Annotated[list[Annotated[int, Field(ge=2, le=1000)]] | None, NoEffect] = Field(None, min_length=1)
-    spending: Annotated[Literal["obrien_fleming", "pocock"], NoEffect] = "obrien_fleming"
-    results_dir: Annotated[str, NoEffect] = Field(min_length=1)
-    force: Annotated[bool, NoEffect]
-    dry_run: Annotated[bool, NoEffect] = False
-    device: Annotated[Literal["auto", "cpu", "cuda"], NoEffect]
-    devices: int = Field(1, gt=0, le=1024)
-    sync_norm: Annotated[bool, NoEffect] = False
-    compile: bool = False
-    threads: Annotated[int, NoEffect] = Field(gt=0, le=1024)
-    seeds_at_once: Annotated[int | str, NoEffect] = 1
-    deterministic: Annotated[bool, NoEffect]
-    progress: Annotated[Literal["auto", "bar", "lines"], NoEffect]
-    keep: Annotated[Literal["weights", "all"], NoEffect] = "weights"
-    init_from: Annotated[str | None, NoEffect] = Field(None, min_length=1)  # the weights count, not where they lie
-    init_digest: str | None = None  # of the weights in init_from; the plan of a run fills it in
+    delta: Annotated[PositiveFloat, NoEffect] = Field(
+        0.5, description="smallest difference of interest, in percentage points of test accuracy"
+    )
+    looks: Annotated[list[Annotated[int, Field(ge=2, le=1000)]] | None, NoEffect] = Field(
+        None, min_length=1, description="numbers of seeds at which the comparison is tested, ascending"
+    )
+    spending: Annotated[Literal["obrien_fleming", "pocock"], NoEffect] = Field(
+        "obrien_fleming", description="how the error probability is spent over the looks"
+    )
+    results_dir: Annotated[str, NoEffect] = Field(min_length=1, description="folder of all results")
+    force: Annotated[bool, NoEffect] = Field(description="whether a finished run is trained again from the start")
+    dry_run: Annotated[bool, NoEffect] = Field(
+        False, description="whether runs are only listed, with estimates of time and disk"
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda"], NoEffect] = Field(description="auto: cuda where torch sees one")
+    devices: int = Field(1, gt=0, le=1024, description="devices that one run trains on (DDP)")
+    sync_norm: Annotated[bool, NoEffect] = Field(
+        False, description="devices > 1: whether batch statistics are those of the whole batch"
+    )
+    compile: bool = Field(False, description="whether the network is compiled (torch.compile)")
+    threads: Annotated[int, NoEffect] = Field(gt=0, le=1024, description="CPU threads of a run")
+    seeds_at_once: Annotated[int | str, NoEffect] = Field(
+        1, description="runs of a multirun trained at a time, 1 to 1024; auto: as many as are fastest"
+    )
+    deterministic: Annotated[bool, NoEffect] = Field(description="whether only deterministic kernels are used")
+    progress: Annotated[Literal["auto", "bar", "lines"], NoEffect] = Field(
+        description="a progress bar, or a line an epoch; auto: a bar on a terminal"
+    )
+    keep: Annotated[Literal["weights", "all"], NoEffect] = Field(
+        "weights", description="what is kept of a finished run's checkpoints; all: also the optimizer's state"
+    )
+    # the weights count, not where they lie
+    init_from: Annotated[str | None, NoEffect] = Field(
+        None, min_length=1, description="folder of a run (.../seed-0) whose last weights are the initial ones"
+    )
+    init_digest: str | None = Field(None, description="digest of the weights in init_from; found at the start")
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -285,6 +322,35 @@ def published_start_differs(plain: Mapping[str, Any]) -> bool:
     model = plain.get("model")
     target = model.get("_target_") if isinstance(model, Mapping) else None
     return target in ("abn_exp.models.resnet18_paper", "abn_exp.models.resnet.resnet18_paper")
+
+
+def option_rows() -> list[tuple[str, str, str, str]]:
+    """Return each option's key, allowed values, default ("" where a file in conf/ sets it) and description."""
+    schema = Config.model_json_schema()
+    return list(_option_rows(schema, schema["$defs"], ""))
+
+
+def _option_rows(
+    node: Mapping[str, Any], sections: Mapping[str, Any], path: str
+) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in node["properties"].items():
+        kinds = field.get("anyOf", [field])
+        if inner := [sections[kind["$ref"].rpartition("/")[2]] for kind in kinds if "$ref" in kind]:
+            yield from _option_rows(inner[0], sections, f"{path}{name}.")
+        else:
+            default = json.dumps(field["default"]) if "default" in field else ""
+            yield f"{path}{name}", " or ".join(map(_allowed, kinds)), default, field.get("description", "")
+
+
+def _allowed(kind: Mapping[str, Any]) -> str:
+    """Return in words what a JSON schema allows."""
+    if "enum" in kind:
+        return " | ".join(map(str, kind["enum"]))
+    names = {"integer": "int", "number": "float", "string": "text", "boolean": "true | false", "object": "keys"}
+    text = f"list of {_allowed(kind['items'])}" if kind["type"] == "array" else names.get(kind["type"], kind["type"])
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds["multipleOf"] = "multiple of"
+    return ", ".join([text, *(f"{sign} {kind[key]:.10g}" for key, sign in bounds.items() if key in kind)])
 
 
 def read(cfg: DictConfig) -> Config:
@@ -377,3 +443,8 @@ def _check_parts(config: Config) -> None:
         raise ConfigError(
             f"this network has {count:,} parameters; choose a smaller model.width or dataset.image_size."
         )
+
+
+if __name__ == "__main__":
+    for key, allowed, default, description in option_rows():
+        print(f"{key}: {allowed}{f', default {default}' if default else ''}\n    {description}")
