@@ -219,6 +219,13 @@ def ratio(found: Findings, model: str, batch: int, slow: tuple[str, str], fast: 
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
+def over_bn(found: Findings, model: str, norm: str, engine: str, batch: int) -> tuple[float, float, float, str]:
+    """Return a norm's time over BN's in one engine, its 95 % interval, and what the interval says."""
+    pairs = zip(found.seconds[model, norm, engine, batch], found.seconds[model, "bn", engine, batch], strict=True)
+    mean, low, high = interval([math.log(a / b) for a, b in pairs])
+    return mean, low, high, "slower" if low > 1 else "faster" if high < 1 else "no difference seen"
+
+
 def write(found: Findings, repetitions: int, width: float | None, command: str, folder: Path) -> Path:
     """Write inference.csv and inference.md into a folder of the device's name; return it."""
     folder = device_folder(folder, provenance.device_name(torch.device("cpu"), 1))
@@ -230,9 +237,12 @@ def write(found: Findings, repetitions: int, width: float | None, command: str, 
 def _csv(found: Findings) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["network", "norm", "engine", "batch", "seconds of each repetition"])
+    times = ("time_over_bn", "time_over_bn_low", "time_over_bn_high", "verdict", "n")
+    writer.writerow(["network", "norm", "engine", "batch", *times, "seconds of each repetition"])
     for key, values in found.seconds.items():
-        writer.writerow([*key, *(f"{value:.6g}" for value in values)])
+        *ratios, verdict = over_bn(found, *key) if key[1] != "bn" else ("", "", "", "")
+        shown = [f"{ratio:.4f}" if ratio else "" for ratio in ratios]
+        writer.writerow([*key, *shown, verdict, len(values), " ".join(f"{value:.6g}" for value in values)])
     return out.getvalue()
 
 

@@ -1,7 +1,7 @@
-"""Write the README's table of claims from the quoted reports: python scripts/claims.py
+"""Write the README's table of claims from the reports quoted: python scripts/claims.py
 
-The block between the two marks in README.md is replaced. Every number in it is read from the CSV files of a report in
-results/quoted; a test compares the block with what this command would write.
+The block between the two marks in README.md is replaced. Every number in it is read from a report's CSV files below
+results; a test compares the block with what this command would write.
 """
 
 import csv
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- written by scripts/claims.py -->", "<!-- end of what scripts/claims.py writes -->"
 SPREAD = ("std_ratio", "std_ratio_low", "std_ratio_high", "spread_verdict", "spread_pairs")
+TIME = ("time_over_bn", "time_over_bn_low", "time_over_bn_high", "verdict", "n")
 MEAN = ("difference", "difference_low", "difference_high", "verdict", "n")
 
 
@@ -29,13 +30,13 @@ class Finding:
     """A number of a report: the one row of a CSV file that ``where`` names; "x*" is what begins with x."""
 
     label: str
-    file: str  # below results/quoted
+    file: str  # below results
     where: dict[str, str]
     columns: tuple[str, str, str, str, str] = MEAN  # value, low, high, verdict, n
     form: str = ".2f"
 
     def text(self) -> str:
-        with open(ROOT / "results/quoted" / self.file, encoding="utf-8", newline="") as file:
+        with open(ROOT / "results" / self.file, encoding="utf-8", newline="") as file:
             rows = [r for r in csv.DictReader(file) if all(_matches(r[k], v) for k, v in self.where.items())]
         if len(rows) != 1:
             raise ValueError(f"{self.file} has {len(rows)} rows with {self.where}; one is needed.")
@@ -58,18 +59,24 @@ class Claim:
 
 
 def _cell(study: str, label: str, columns: tuple[str, str, str, str, str] = MEAN, **where: str) -> Finding:
-    return Finding(label, f"{study}/report.csv", where, columns)
+    return Finding(label, f"quoted/{study}/report.csv", where, columns)
 
 
 def _effect(study: str, label: str, what: str, table: str = "") -> Finding:
-    return Finding(label, f"{study}/effects.csv", {"difference_of": f"{what}*", "table": f"{table}*"})
+    return Finding(label, f"quoted/{study}/effects.csv", {"difference_of": f"{what}*", "table": f"{table}*"})
 
 
 def _measure(study: str, kind: str, label: str, measure: str, form: str = ".3f") -> Finding:
-    file = f"{study}/analysis/{kind}/comparison.csv"
+    file = f"quoted/{study}/analysis/{kind}/comparison.csv"
     return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, form)
 
 
+def _inference(label: str, network: str, batch: int) -> Finding:
+    where = {"network": network, "norm": "abn, 18 %", "engine": "OpenVINO", "batch": str(batch)}
+    return Finding(label, f"{INFERENCE}/inference.csv", where, TIME)
+
+
+INFERENCE = "benchmark/cpu-intel-r-xeon-r-processor-1-thread"
 POOLED = "One effect over all cells"
 CLAIMS = (
     Claim(
@@ -162,6 +169,20 @@ CLAIMS = (
         "BinaryNet 0.125 on CIFAR-10, SMALL",
         (_effect("protocols", "change of the difference from `fixed` to `paper`", "abn - bn is"),),
         "[report](results/quoted/protocols/report.md)",
+    ),
+    Claim(
+        "what does ABN cost at inference?",
+        "`python scripts/benchmark.py --inference`",
+        "a network that takes longer",
+        "the paper's networks exported, OpenVINO, one thread of an AVX-512 CPU, time over BN's (at most one "
+        "comparison of integers more in a channel)",
+        tuple(
+            _inference(f"{network}, batch {batch}", network, batch)
+            for network in ("BinaryNet", "ResNet")
+            for batch in (1, 64)
+        ),
+        f"[benchmark](results/{INFERENCE}/inference.md)",
+        "18 % of channels with two thresholds, as in the trained networks of C5; n counts repetitions.",
     ),
 )
 

@@ -15,7 +15,7 @@ def test_the_table_in_the_readme_is_that_of_the_reports() -> None:
 
 
 def test_a_number_that_is_not_there_is_an_error() -> None:
-    absent = CLAIMS["Finding"]("x", "variance/report.csv", {"norm": "abn", "dataset": "mnist"})
+    absent = CLAIMS["Finding"]("x", "quoted/variance/report.csv", {"norm": "abn", "dataset": "mnist"})
     with pytest.raises(ValueError, match="has 0 rows with"):
         absent.text()
 

@@ -56,7 +56,9 @@ class Classifier:
         height, width, _ = pixels.shape
         if (height, width) != (self.image_size, self.image_size):
             size = self.image_size
-            raise ValueError(f"{path} has {width} x {height} pixels; this network takes {size} x {size}.")
+            raise ValueError(
+                f"{path} has {width} x {height} pixels; this network takes {size} x {size}; scale it first."
+            )
         return pixels.transpose(2, 0, 1)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -74,7 +76,10 @@ def main() -> int:
     try:
         classifier = Classifier.open(arguments.file)
         images = np.stack([classifier.read(path) for path in arguments.images])
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 1
     for path, probabilities in zip(arguments.images, classifier(images), strict=True):
