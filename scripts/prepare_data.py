@@ -17,8 +17,9 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from abn_exp.commandline import combinations, hydra_sentence, overrides_last
+from abn_exp.commandline import hydra_sentence, overrides_last
 from abn_exp.config import DatasetConfig, read_dataset
+from abn_exp.training.sweep import jobs
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -60,7 +61,7 @@ def find_datasets(overrides: list[str], config_dir: Path | None) -> list[Dataset
         assert hydra is not None
         config = hydra.compose_config("config", [*theirs, *overrides], run_mode=RunMode.MULTIRUN, from_shell=False)
         found: dict[tuple[str, ...], DatasetConfig] = {}
-        for words in combinations(config):
+        for words in jobs(config):
             key = tuple(sorted(word for word in words if word.lstrip("+~").startswith("dataset")))
             if key not in found:
                 found[key] = read_dataset(compose("config", [*theirs, *words]))

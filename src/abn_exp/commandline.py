@@ -6,11 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from abn_exp.errors import flat_keys, in_a_line, unknown_key
 
@@ -35,13 +33,6 @@ def share_config_store() -> None:
     Only for a process that prints and ends: what composes configurations needs the copies.
     """
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
-
-
-def combinations(config: DictConfig) -> list[tuple[str, ...]]:
-    """Return the overrides of every run of a multirun, in its order; `config` is what Hydra composed for it."""
-    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
-    return [tuple(overrides) for overrides in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
 def hydra_sentence(error: Exception, conf: Path | None = None) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from abn_exp.report.build import build_report, print_report, write_report
 from abn_exp.report.comparisons import collect_cells, compare_cells
-from abn_exp.report.figures import NORM_STYLES, norm_style, norm_styles
+from abn_exp.report.figures import NORM_STYLES, norm_styles
 from abn_exp.report.spread import pairs_needed
 from abn_exp.results import find_runs
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
@@ -383,8 +383,8 @@ def test_every_norm_has_its_own_style_everywhere():
     styles = norm_styles(norms)
     assert len({(s.color, s.marker, str(s.linestyle)) for s in styles.values()}) == len(norms)
     assert len({s.marker for s in NORM_STYLES.values()}) == len(NORM_STYLES)
-    assert norm_style("abn") == styles["abn"] == NORM_STYLES["abn"]
-    assert norm_style("mine") == norm_styles(["mine", "bn", "abn"])["mine"]
+    assert norm_styles(["abn"])["abn"] == styles["abn"] == NORM_STYLES["abn"]
+    assert norm_styles(["mine"])["mine"] == norm_styles(["mine", "bn", "abn"])["mine"]
 
 
 # --- Several folders, and what varies ---

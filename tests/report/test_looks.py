@@ -34,7 +34,7 @@ def first_line(folder):
 def test_what_the_runs_agree_on_was_fixed():
     primary = {"norm": "abn", "reference": "bn", "datasets": ["cifar10"], "models": None, "statistic": "pooled"}
     found = fixed_before([{"delta": 0.3, "primary": primary}] * 2)
-    assert (found.delta, found.question.datasets, found.question.statistic) == (0.3, ("cifar10",), "pooled")
+    assert (found.delta, found.question.datasets, found.question.statistic) == (0.3, ["cifar10"], "pooled")
     assert found.note == "The primary comparison and delta = 0.3 points were fixed before the runs."
     assert fixed_before([{"delta": 0.3, "primary": None}]).question is None
     older = fixed_before([{"question": "?"}])

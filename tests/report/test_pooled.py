@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.meta_analysis import combine_effects
 
-from abn_exp.report.pooled import random_effects, seed_averages
+from abn_exp.report.pooled import random_effects
 
 
 @pytest.mark.parametrize("spread", [0.05, 1.0])  # without and with heterogeneity
@@ -43,8 +43,3 @@ def test_three_cells_by_hand():
 
 def test_one_cell_has_no_mean_over_cells():
     assert random_effects([1.0, 2.0], [0.1, math.nan]) is None
-
-
-def test_a_seed_is_averaged_where_every_cell_has_it():
-    found = seed_averages([[1, 3], [2, math.nan], [4, 6]])
-    assert found == pytest.approx([2, math.nan, 5], nan_ok=True)

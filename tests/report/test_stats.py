@@ -23,8 +23,8 @@ def test_summary_of_five_scores_worked_out_by_hand():
     assert s.std_interval == pytest.approx((math.sqrt(10 / 11.1433), math.sqrt(10 / 0.484419)), rel=1e-5)
 
 
-def test_missing_seeds_are_left_out_and_columns_are_cells():
-    a, b = stats.summarize_cells([[1.0, NAN], [3.0, 10.0], [NAN, NAN]])
+def test_missing_seeds_are_left_out():
+    a, b = stats.summarize([1.0, 3.0, NAN]), stats.summarize([NAN, 10.0, NAN])
     assert (a.n, a.mean, b.n, b.mean) == (2, 2.0, 1, 10.0)
 
 

@@ -104,11 +104,6 @@ def norm_styles(norms: Iterable[str]) -> dict[str, NormStyle]:
     return styles
 
 
-def norm_style(norm: str) -> NormStyle:
-    """Return the colour, marker and linestyle of one norm, the same in every figure."""
-    return norm_styles([norm])[norm]
-
-
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name``.png and ``name``.pdf, byte for byte the same for the same data."""
     with matplotlib.rc_context(STYLE):  # ticks are made, with the style of that moment, when they are drawn

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from abn_exp.config import PrimaryConfig
 from abn_exp.errors import DamagedFile
 from abn_exp.files import write_text_atomic
 from abn_exp.records import RECORDS, read_study_file
@@ -32,36 +33,8 @@ from abn_exp.report.sequential import Spending, nominal_levels
 from abn_exp.report.stats import ALPHA
 from abn_exp.report.verdicts import Judgement, judge
 
-Statistic = Literal["mean", "pooled", "spread"]
-
 PLAN, LOOKS = "plan.json", "looks.json"
 DELTA = 0.5  # points, where none was fixed before the runs
-
-
-@dataclass(frozen=True)
-class Question:
-    """The primary comparison of a study: ``mean`` and ``spread`` ask in each cell, ``pooled`` once over all cells."""
-
-    norm: str
-    reference: str = "bn"
-    datasets: tuple[str, ...] | None = None  # None: all of the study
-    models: tuple[str, ...] | None = None
-    statistic: Statistic = "mean"
-
-    @classmethod
-    def of(cls, primary: Mapping[str, Any]) -> "Question":
-        """Read the key `primary` of a configuration."""
-        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in primary.items()}
-        return cls(**lists)
-
-    def pairs(self, cells: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
-        """Return the cells that are compared, each with its reference."""
-        return [
-            (cell, base)
-            for cell, base in pairs_of(cells, self.norm, self.reference)
-            if (self.datasets is None or cell.dataset in self.datasets)
-            and (self.models is None or cell.model in self.models)
-        ]
 
 
 @dataclass(frozen=True)
@@ -69,7 +42,7 @@ class Fixed:
     """What the runs' configurations say was fixed before them."""
 
     delta: float
-    question: Question | None
+    question: PrimaryConfig | None
     note: str  # in words, what was fixed and what was not
 
 
@@ -91,7 +64,7 @@ def fixed_before(configs: Sequence[Mapping[str, Any]]) -> Fixed:
     if primary is None:
         return Fixed(delta, None, f"No primary comparison was fixed before these runs; delta = {delta:g} points was.")
     note = f"The primary comparison and delta = {delta:g} points were fixed before the runs."
-    return Fixed(delta, Question.of(primary), note)
+    return Fixed(delta, PrimaryConfig.model_validate(primary), note)
 
 
 @dataclass(frozen=True)
@@ -220,7 +193,7 @@ def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
 class Primary:
     """The primary comparison as far as it may be judged. Keys are those of the candidate's cells."""
 
-    question: Question
+    question: PrimaryConfig
     pairs: list[tuple[Cell, Cell]]
     means: dict[Key, Judgement] = field(default_factory=dict)  # statistic mean: one family
     pooled: Judgement | None = None  # statistic pooled, and a plan's
@@ -229,9 +202,14 @@ class Primary:
     look: str = ""  # which of a plan's looks this is
 
 
-def judge_primary(cells: Sequence[Cell], question: Question, delta: float, interim: bool) -> Primary:
+def judge_primary(cells: Sequence[Cell], question: PrimaryConfig, delta: float, interim: bool) -> Primary:
     """Judge a primary comparison whose number of seeds is fixed; not while its runs are still under way."""
-    pairs = question.pairs(cells)
+    pairs = [
+        (cell, base)
+        for cell, base in pairs_of(cells, question.norm, question.reference)
+        if (question.datasets is None or cell.dataset in question.datasets)
+        and (question.models is None or cell.model in question.models)
+    ]
     if not pairs:
         return Primary(question, pairs, withheld="It has no runs in this folder.")
     if interim:
@@ -247,7 +225,8 @@ def judge_primary(cells: Sequence[Cell], question: Question, delta: float, inter
 
 def judge_planned(cells: Sequence[Cell], plan: Plan) -> Primary:
     """Judge the primary comparison of a plan by its latest look; between looks it is withheld."""
-    question = Question(plan.norm, plan.reference, statistic="pooled" if len(plan.groups) > 1 else "mean")
+    statistic: Literal["pooled", "mean"] = "pooled" if len(plan.groups) > 1 else "mean"
+    question = PrimaryConfig(norm=plan.norm, reference=plan.reference, statistic=statistic)
     pairs, done = plan.pairs(cells), len(plan.entries)
     under_way = {seed for cell in (c for pair in pairs for c in pair) for seed in cell.scores["test_acc"]}
     if not done or (not plan.decided and under_way - set(plan.seeds_at(done - 1))):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from abn_exp.report.comparisons import Cell, pairs_of
 from abn_exp.report.images import (
@@ -17,18 +16,7 @@ from abn_exp.report.images import (
     mcnemar,
     split_spread,
 )
-from abn_exp.results import Run, load_predictions
-
-
-@dataclass(frozen=True)
-class TestPredictions:
-    """What the last epoch's weights of a run predict for each test image, and whether that is right."""
-
-    __test__ = False  # not a test, whatever pytest thinks of its name
-
-    classes: NDArray[np.integer]
-    correct: NDArray[np.bool_]
-    labels_digest: str
+from abn_exp.results import Predictions, Run, load_predictions
 
 
 @dataclass(frozen=True)
@@ -57,9 +45,7 @@ class ImageEvidence:
     left_out: list[str]  # a sentence each: finished runs without predictions, or of other test images
 
 
-def image_evidence(
-    cells: Sequence[Cell], reference: str, read: Callable[[Run], TestPredictions | None]
-) -> ImageEvidence:
+def image_evidence(cells: Sequence[Cell], reference: str, read: Callable[[Run], Predictions | None]) -> ImageEvidence:
     """Gather what the runs' predictions tell; ``read`` returns those of a run, None where it has none."""
     found = {cell.key: {r.seed: p for r in cell.runs if r.result and (p := read(r)) is not None} for cell in cells}
     digests = {cell.key: _same_images(found[cell.key]) for cell in cells}
@@ -72,8 +58,8 @@ def image_evidence(
         if not digests[cell.key]:
             left_out.append(f"{where}: its runs were tested on different images.")
         elif by_seed:
-            correct = np.array([p.correct for p in by_seed.values()])
-            agreement = agreement_within([p.classes for p in by_seed.values()])
+            correct = np.array([p.last_correct for p in by_seed.values()])
+            agreement = agreement_within([p.last for p in by_seed.values()])
             evidence = crossed_mean(correct), split_spread(correct), agreement
             of_cells.append(CellImages(cell, tuple(by_seed), *evidence))
     for cell, base in pairs_of(cells, None, reference):
@@ -81,15 +67,15 @@ def image_evidence(
         seeds = tuple(sorted(ours.keys() & theirs.keys()))
         if not seeds or not _same_images({**ours, **{-1 - k: p for k, p in theirs.items()}}):
             continue
-        a, b = (np.array([side[seed].correct for seed in seeds]) for side in (ours, theirs))
-        agreement = agreement_between([ours[s].classes for s in seeds], [theirs[s].classes for s in seeds])
+        a, b = (np.array([side[seed].last_correct for seed in seeds]) for side in (ours, theirs))
+        agreement = agreement_between([ours[s].last for s in seeds], [theirs[s].last for s in seeds])
         difference = crossed_mean(a.astype(np.float64) - b)
         of_pairs.append(PairImages(cell, reference, seeds, difference, tuple(mcnemar(a, b)), agreement))
     return ImageEvidence(of_cells, of_pairs, left_out if of_cells else _none(cells))
 
 
-def _same_images(predictions: dict[int, TestPredictions]) -> bool:
-    return len({(p.labels_digest, len(p.correct)) for p in predictions.values()}) <= 1
+def _same_images(predictions: dict[int, Predictions]) -> bool:
+    return len({(p.labels_sha256, len(p.last)) for p in predictions.values()}) <= 1
 
 
 def _none(cells: Iterable[Cell]) -> list[str]:
@@ -99,10 +85,9 @@ def _none(cells: Iterable[Cell]) -> list[str]:
     return ["None of these runs has kept its predictions, so there are no numbers on single test images."]
 
 
-def read_test_predictions(run: Run) -> TestPredictions | None:
+def read_predictions(run: Run) -> Predictions | None:
     """Return what a finished run predicted; None where it has kept nothing."""
     try:
-        found = load_predictions(run)
+        return load_predictions(run)
     except FileNotFoundError:
         return None
-    return TestPredictions(found.last, found.last_correct, found.labels_sha256)

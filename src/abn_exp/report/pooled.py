@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats as st
 
-from abn_exp.report.stats import CONFIDENCE, NAN, Array, Interval
+from abn_exp.report.stats import CONFIDENCE, NAN, Interval
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,6 @@ class RandomEffects:
     q: float
     p_q: float  # of no heterogeneity: chi-square with k - 1 degrees of freedom
     i_squared: float  # share of the variance between cells that is not their own errors'
-
-
-def seed_averages(differences: ArrayLike) -> Array:
-    """Return each seed's mean over the cells of ``differences`` (num_seeds, num_cells); NaN where a cell has none."""
-    return np.asarray(np.asarray(differences, dtype=np.float64).mean(axis=1))
 
 
 def random_effects(means: ArrayLike, standard_errors: ArrayLike) -> RandomEffects | None:

@@ -103,11 +103,6 @@ def summarize(sample: ArrayLike) -> Summary:
     return Summary(n, mean, std, t_interval(values), std_interval(values), low, high)
 
 
-def summarize_cells(scores: ArrayLike) -> list[Summary]:
-    """Return one summary a column of ``scores`` (num_seeds, num_cells)."""
-    return [summarize(column) for column in np.asarray(scores, dtype=np.float64).T]
-
-
 def hedges_correction(degrees_of_freedom: float) -> float:
     """Return J = Gamma(m / 2) / (sqrt(m / 2) Gamma((m - 1) / 2)), which takes the bias out of a standardised
     effect (Hedges 1981, eq. 6e); it is 0 at m = 1, so the effect is NaN there."""
