@@ -34,7 +34,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD
-from abn_exp.errors import DamagedFile
+from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.files import write_text_atomic, writing
 from abn_exp.records import archived_runs, read_run_file
 
@@ -518,3 +518,23 @@ def load_network(run: "Run | RunResult | str | Path", weights: Literal["last", "
     except (KeyError, TypeError, RuntimeError) as error:
         raise DamagedFile(path, f"it does not fit the network in config.yaml ({_brief(error)})") from error
     return network.eval()
+
+
+def load_trained_network(directory: Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
+    """Return a run's network as `load_network` does, without gradients of its own.
+
+    Raises ConfigError, too, where the folder is not a run's or has no such weights, or where the running statistics
+    were not saved, so that it is not the network that was trained.
+    """
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
+    if not (directory / "checkpoints" / f"{weights}.ckpt").is_file():
+        raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt; train it again with force=true.")
+    network = load_network(directory, weights).requires_grad_(False)
+    for name, module in network.named_modules():
+        if module._non_persistent_buffers_set:
+            raise ConfigError(
+                f"{name} of {directory} was saved without its running statistics, so there is no trained network "
+                "(persistent_stats=true saves them)."
+            )
+    return network

@@ -129,4 +129,4 @@ def test_a_run_without_weights_is_refused(
     assert "is no run's folder; give one that holds config.yaml" in capsys.readouterr().err
     shutil.copy(trained[0] / "config.yaml", tmp_path)
     assert run_script(monkeypatch, "evaluate", tmp_path, "--weights", "best") == 1
-    assert "has no checkpoints/best.ckpt to evaluate" in capsys.readouterr().err
+    assert "has no checkpoints/best.ckpt" in capsys.readouterr().err

@@ -60,12 +60,7 @@ def evaluate(
     whatever order. Raises ConfigError where the images have another size or another number of classes, ValueError or
     OSError where the run's weights cannot be read.
     """
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
-    if not (directory / "checkpoints" / f"{weights}.ckpt").is_file():
-        raise ConfigError(
-            f"{directory} has no checkpoints/{weights}.ckpt to evaluate; train it again with force=true."
-        )
+    network = trained_network(directory, weights, torch.device(device))
     config, inputs = parse(read_config(directory)), load_input_format(directory)
     options = config.dataset if dataset is None else dataset
     size = inputs.image_size
@@ -74,7 +69,6 @@ def evaluate(
             f"{options.name} has images of {options.image_size} pixels a side, but this network takes {size}; only "
             "those of dataset=folder are scaled (dataset.image_size)."
         )
-    network = trained_network(directory, weights, torch.device(device))
     classes = network(torch.zeros(1, 3, size, size, device=device)).shape[1]
     data = load_data(config.model_copy(update={"dataset": options}))
     if len(data.classes) != classes:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from abn_exp.report.figures import PANEL_WIDTH, SKY, STYLE, VERMILLION, norm_styles
+from abn_exp.report.figures import PANEL_WIDTH, SKY, STYLE, VERMILLION, label_outer, norm_styles
 from abn_exp.report.stats import Array, t_interval
 
 PAGE = 2 * PANEL_WIDTH  # inches
@@ -28,17 +28,6 @@ def _panels(titles: Sequence[str], columns: int, height: float) -> tuple[Figure,
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title)
     return figure, axes
-
-
-def _label(axes: Sequence[Axes], xlabel: str, ylabel: str) -> None:
-    """Label the outer axes only; they are the same in all panels."""
-    for i, ax in enumerate(axes):
-        spec = ax.get_subplotspec()
-        assert spec is not None
-        if spec.is_first_col():
-            ax.set_ylabel(ylabel)
-        if i + spec.get_gridspec().ncols >= len(axes):
-            ax.set_xlabel(xlabel)
 
 
 def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
@@ -81,7 +70,7 @@ def curves(
             if limits is not None:
                 ax.set_ylim(*limits)
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
-        _label(axes, xlabel, ylabel)
+        label_outer(axes, xlabel, ylabel)
         figure.suptitle(f"{title}: mean over seeds, band 95 % interval", fontsize=8.5)
         _legend(figure, handles)
     return figure
@@ -105,7 +94,7 @@ def layer_means(panels: Mapping[str, Mapping[str, Array]], layers: Sequence[str]
                 )
             ax.set_xticks(range(len(layers)), layers, rotation=35 if len(layers) < 10 else 90, ha="right")
             ax.set_ylim(bottom=0)
-        _label(axes, "Input of the binary layer", ylabel)
+        label_outer(axes, "Input of the binary layer", ylabel)
         figure.suptitle(f"{title}:\nmean over seeds and 95 % interval", fontsize=8.5)
         _legend(figure, handles)
     return figure
@@ -123,7 +112,7 @@ def channel_spread(panels: Mapping[str, Mapping[str, Array]], xlabel: str, title
                 color, _, line = styles[norm]
                 shares = 100 * np.histogram(values, edges)[0] / len(values)
                 handles.setdefault(norm, ax.stairs(shares, edges, color=color, linestyle=line, linewidth=1.3))
-        _label(axes, xlabel, "Channels (%)")
+        label_outer(axes, xlabel, "Channels (%)")
         figure.suptitle(title, fontsize=8.5)
         _legend(figure, handles)
     return figure
@@ -170,7 +159,7 @@ def bands(norms: Mapping[str, Array], layers: Sequence[str], names: Sequence[str
                 bottom += share
             ax.set_xticks(range(len(layers)), layers, rotation=35 if len(layers) < 10 else 90, ha="right")
             ax.grid(False, axis="x")
-        _label(axes, "Norm", "Channels (%)")
+        label_outer(axes, "Norm", "Channels (%)")
         figure.suptitle(title, fontsize=8.5)
         _legend(figure, handles)
     return figure

@@ -20,7 +20,7 @@ from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count
 from abn_exp.report.progress import clock
-from abn_exp.results import Run, find_runs, load_network, read_config
+from abn_exp.results import Run, find_runs, load_trained_network, read_config
 from abn_exp.training.setup import make_loaders
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
@@ -185,18 +185,8 @@ def _read(path: Path) -> Measured | None:
 
 
 def trained_network(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:
-    """Return a run's network, in evaluation mode, without gradients of its own.
-
-    Raises ValueError where its running statistics were not saved, so that it is not the one that was trained.
-    """
-    network = load_network(directory, weights).requires_grad_(False)
-    for name, module in network.named_modules():
-        if module._non_persistent_buffers_set:
-            raise ValueError(
-                f"{directory}: {name} was saved without its running statistics; there is no trained network "
-                "to analyse (persistent_stats=true saves them)."
-            )
-    return network.to(device).to(memory_format=torch.channels_last)
+    """Return a run's network on a device, in the memory format of training; errors as in `load_trained_network`."""
+    return load_trained_network(directory, weights).to(device).to(memory_format=torch.channels_last)
 
 
 def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:

@@ -23,7 +23,7 @@ from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
-from abn_exp.results import load_network, read_config
+from abn_exp.results import load_trained_network, read_config
 from abn_exp.training.setup import normalization
 
 EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
@@ -57,19 +57,7 @@ def require_extra(*packages: str) -> None:
 
 def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> Subject:
     """Return a run's network and its test set. Raises ConfigError, DamagedFile or OSError with a sentence."""
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
-    checkpoint = directory / "checkpoints" / f"{weights}.ckpt"
-    if not checkpoint.is_file():
-        raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt to export; train it again with force=true.")
-    config = parse(read_config(directory))
-    network = load_network(directory, weights).requires_grad_(False)
-    for name, module in network.named_modules():
-        if module._non_persistent_buffers_set:
-            raise ConfigError(
-                f"{name} was saved without its running statistics, so there is no trained network to export "
-                "(persistent_stats=true saves them)."
-            )
+    network, config = load_trained_network(directory, weights), parse(read_config(directory))
     options = config.dataset
     try:
         data = load(

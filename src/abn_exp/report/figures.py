@@ -7,7 +7,7 @@ that :func:`save` writes depend on the data alone: no dates, no program versions
 
 import hashlib
 import textwrap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +144,7 @@ def learning_curves(panels: Panels) -> Figure | None:
                 title += f", from epoch {skipped + 1} on" if skipped else ""
                 shown = [curves.mean(axis=0)[skipped:] for curves in norms.values() if curves.shape[1] > skipped]
                 ax.set(xlim=(skipped + 0.5, None), ylim=(min(map(np.min, shown)) - 0.5, None))
-            ax.set(title=textwrap.fill(title, TITLE_WIDTH), ylabel="Accuracy (%)", xlabel="Epoch")
+            ax.set_title(textwrap.fill(title, TITLE_WIDTH))
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, **TICKS))
         banded = few and any(len(curves) > 1 for norms in drawn.values() for curves in norms.values())
         several = max(len(curves) for norms in drawn.values() for curves in norms.values()) > 1
@@ -152,7 +152,7 @@ def learning_curves(panels: Panels) -> Figure | None:
         figure.suptitle(title, fontsize=8.5)
         where = {"loc": "outside lower center", "ncols": len(handles)} if few else {"loc": "outside right upper"}
         figure.legend(handles.values(), handles.keys(), **where)
-        _label_outside(figure)
+        label_outer(axes, "Epoch", "Accuracy (%)")
     return figure
 
 
@@ -231,14 +231,15 @@ def _grid(
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
-def _label_outside(figure: Figure) -> None:
-    """Keep the axis labels at the figure's left and lower edge only; they are the same in all panels."""
-    for i, ax in enumerate(figure.axes):
+def label_outer(axes: Sequence[Axes], xlabel: str, ylabel: str) -> None:
+    """Label the axes at the figure's left and lower edge only; they are the same in all panels."""
+    for i, ax in enumerate(axes):
         spec = ax.get_subplotspec()
-        if spec is not None and not spec.is_first_col():
-            ax.set_ylabel("")
-        if spec is not None and i + spec.get_gridspec().ncols < len(figure.axes):
-            ax.set_xlabel("")
+        assert spec is not None
+        if spec.is_first_col():
+            ax.set_ylabel(ylabel)
+        if i + spec.get_gridspec().ncols >= len(axes):
+            ax.set_xlabel(xlabel)
 
 
 def _share_x(figure: Figure) -> tuple[float, float]:
@@ -267,12 +268,12 @@ def _rows(panels: Panels, draw: Any, xlabel: str, title: str) -> Figure | None:
             for row, norm in enumerate(names):
                 if norm in norms:
                     draw(ax, row, norms[norm], styles[norm])
-            ax.set(title=textwrap.fill(panel, TITLE_WIDTH), xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+            ax.set(title=textwrap.fill(panel, TITLE_WIDTH), ylim=(len(names) - 0.5, -0.5))
             ax.set_yticks(range(len(names)), names)
             ax.grid(False, axis="y")
             ax.xaxis.set_major_locator(MaxNLocator(**TICKS))
         figure.suptitle(title, fontsize=8.5)
-        _label_outside(figure)
+        label_outer(axes, xlabel, "")
     if not any(ax.has_data() for ax in axes):
         return None
     return figure

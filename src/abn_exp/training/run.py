@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -35,7 +34,7 @@ from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
 from abn_exp.records import RUN_FILES
-from abn_exp.report.progress import clock, speed_text
+from abn_exp.report.progress import clock, run_lock, speed_text
 from abn_exp.results import (
     InputFormat,
     RunResult,
@@ -345,15 +344,10 @@ def as_text(table: Table) -> str:
 @contextmanager
 def _lock_run_dir(directory: Path) -> Iterator[None]:
     """Keep a run's directory to one process."""
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.") from error
-    try:
+    with run_lock(directory) as free:
+        if not free:
+            raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.")
         yield
-    finally:
-        lock.release()
 
 
 class RunLog(logging.FileHandler):
