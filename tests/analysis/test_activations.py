@@ -20,6 +20,7 @@ from abn_exp.analysis.activations import (
     WIDE,
     band_shares,
     beyond_one_threshold,
+    drawn_part,
     entropy,
     imbalance,
     measure,
@@ -188,6 +189,22 @@ def test_bands_against_counted_sign_changes(layer: nn.BatchNorm2d) -> None:
         "always -1": np.mean((changes == 0) & (y[:, 0] < 0)),
     }
     assert band_shares(layer) == pytest.approx(brute)
+
+
+def test_response_curves_are_drawn_as_far_as_there_are_thresholds() -> None:
+    def ends(betas: list[float]) -> tuple[float, float]:
+        x = GRID[drawn_part(response(abn(betas)) >= 0)]
+        return float(x[0]), float(x[-1])
+
+    step = float(GRID[1] - GRID[0])
+    assert ends([-1.0, 0.25]) == (-4, 4)  # roots(0.25) are inside
+    lower = roots(0.01)[0]
+    assert lower < -6
+    assert ends([-1.0, 0.01, 0.25]) == pytest.approx((lower - 0.5, 4), abs=1.5 * step)
+    assert ends([1e-9]) == (-4, 4)  # its second threshold is beyond the grid
+    assert ends([-6.0])[1] == pytest.approx(roots(-6.0)[1] + 0.5, abs=1.5 * step)
+    shares = np.stack([(response(abn([beta])) >= 0).mean(0) for beta in (-1.0, 0.01)])
+    assert GRID[drawn_part(shares)][0] == pytest.approx(lower - 0.5, abs=1.5 * step)
 
 
 def test_no_bands_without_a_formula() -> None:

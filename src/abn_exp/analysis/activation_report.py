@@ -15,6 +15,7 @@ from abn_exp.analysis.activations import (
     Distribution,
     NetworkActivations,
     analyze,
+    drawn_part,
     imbalance,
 )
 from abn_exp.analysis.summary import (
@@ -53,7 +54,8 @@ NOTES = """\
 - "Constant" is the share of channels that have the same sign at every place of every test image.
 - A response is a norm's output for a standardised input, from its learned parameters. Where a sign follows, with or
   without a Hardtanh between, it is +1 where the response is not negative. In a network whose shortcuts are added in
-  between, the sign sees the sum, and the response is one part of it.
+  between, the sign sees the sum, and the response is one part of it. Responses and shares of signs are drawn from -4
+  to 4, and as far beyond as there are thresholds, at most to -16 and 16.
 - A gated norm, SiLU(xhat) + beta, gives a sign one threshold where beta <= 0, two where 0 < beta < 0.278, none
   above: +1 always. With a scale behind the gate, beta / gamma takes beta's place, and a negative gamma swaps the
   signs; with one inside it, beta alone decides. Norms without a gate in the forward pass have one threshold.
@@ -71,7 +73,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     check_pairs(cells, reference)
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
     opener.check(runs, lambda network, image: None)
-    measured = measure_each(runs, opener, _measure, out / "parts", "activations 1")
+    measured = measure_each(runs, opener, _measure, out / "parts", "activations 2")
     found = {directory: NetworkActivations.of_plain(plain) for directory, plain in measured.items()}
     scores = {
         run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} | _additional(each)
@@ -199,15 +201,17 @@ def _draw(
 
     shown = {layer: {norm: seeds[0].norms[layer].responses for norm, seeds in by_norm.items()} for layer in norms[:6]}
     title = "Learned responses of seven channels, first seed: solid where the sign is +1"
-    add("responses", pictures.responses(shown, GRID, title), title)
+    part = drawn_part([y >= 0 for by_norm in shown.values() for y in by_norm.values()])
+    cut = {layer: {norm: y[:, part] for norm, y in by_norm.items()} for layer, by_norm in shown.items()}
+    add("responses", pictures.responses(cut, GRID[part], title), title)
 
-    signs = of_norms(lambda each, i: each.norms[norms[i]].signs)
+    part = drawn_part([each.norms[norm].signs for seeds in by_norm.values() for each in seeds for norm in norms])
+    signs = of_norms(lambda each, i: each.norms[norms[i]].signs[part])
     title = "Share of channels whose sign is +1"
-    add(
-        "signs",
-        pictures.curves(signs, GRID, title, "Standardised input", "Share of channels", limits=(-0.05, 1.05)),
-        title,
+    figure = pictures.curves(
+        signs, GRID[part], title, "Standardised input", "Share of channels", limits=(-0.05, 1.05)
     )
+    add("signs", figure, title)
 
     shares = {
         norm: np.array([[np.mean([(n.norms[x].bands or {})[band] for n in seeds]) for x in norms] for band in BANDS])

@@ -24,7 +24,10 @@ from abn_exp.report.stats import Array
 
 RANGE, BINS = 4.0, 160  # values beyond are counted in the outermost bins
 EDGES = np.linspace(-RANGE, RANGE, BINS + 1)
-GRID = np.linspace(-4.0, 4.0, 641)  # standardised inputs of the response curves; symmetric, so of mean 0
+# Standardised inputs of the response curves; symmetric, so of mean 0. A second threshold lies the farther out the
+# smaller the shift is that makes it: at -4.8 for 0.04, at -16 for 2e-6.
+GRID = np.linspace(-16.0, 16.0, 1281)
+DRAWN = 4.0  # of it, to either side, at least
 WIDE = np.linspace(-8.0, 8.0, 2561)  # where all of a normal distribution is, for shares of it
 BATCH = 100  # images; the bookkeeping of a layer takes a few times its activations' memory
 SILU_MINIMUM = -float(lambertw(math.exp(-1)).real)  # at -1 - W(1/e) = -1.27846: -W(1/e) = -0.27846
@@ -170,6 +173,18 @@ def response(norm: nn.BatchNorm2d, xhat: ArrayLike = GRID) -> Array:
     grid = torch.as_tensor(np.asarray(xhat, dtype=np.float64))
     x = norm.running_mean[:, None] + (norm.running_var[:, None] + norm.eps).sqrt() * grid
     return norm(x[None, :, :, None])[0, :, :, 0].numpy()
+
+
+def drawn_part(plus: ArrayLike) -> slice:
+    """Return the part of GRID that holds all thresholds, with a margin, and -4 to 4 at least.
+
+    ``plus`` (..., G) is whether a sign is +1, or the share of channels whose sign is.
+    """
+    plus = np.asarray(plus, dtype=np.float64).reshape(-1, len(GRID))
+    at = np.flatnonzero((np.diff(plus, axis=1) != 0).any(0))
+    low, high = (GRID[at[0]] - 0.5, GRID[at[-1]] + 0.5) if len(at) else (0.0, 0.0)
+    first, last = np.searchsorted(GRID, [min(low, -DRAWN) - 1e-9, max(high, DRAWN) + 1e-9])
+    return slice(int(first), int(last))
 
 
 def beyond_one_threshold(y: Array, xhat: ArrayLike = WIDE) -> Array:
