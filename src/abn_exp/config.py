@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -428,17 +429,21 @@ def _check_folders(config: Config) -> None:
 
 def _check_parts(config: Config) -> None:
     """Build the network, without memory, and the optimizer: what they refuse is refused before anything starts."""
+    classes = config.dataset.num_classes if config.dataset.num_classes is not None else 2
+    parts = config.model, config.norm, config.recipe.optimizer.model_dump()
+    _check_built(*map(json.dumps, parts), classes, config.dataset.image_size)
+
+
+@lru_cache(maxsize=256)  # the runs of a sweep have few different ones
+def _check_built(model: str, norm: str, optimizer: str, classes: int, image_size: int) -> None:
     import torch  # takes seconds: only once all other values have been found right
 
     from abn_exp.models.build import build_network
     from abn_exp.optimizer import check_optimizer
 
-    check_optimizer(config.recipe.optimizer.model_dump())
+    check_optimizer(json.loads(optimizer))
     with torch.device("meta"):
-        classes = config.dataset.num_classes
-        network = build_network(
-            config.model, config.norm, classes if classes is not None else 2, config.dataset.image_size
-        )
+        network = build_network(json.loads(model), json.loads(norm), classes, image_size)
     if (count := sum(parameter.numel() for parameter in network.parameters())) > MAX_PARAMETERS:
         raise ConfigError(
             f"this network has {count:,} parameters; choose a smaller model.width or dataset.image_size."

@@ -61,11 +61,13 @@ class RunPlan:
 
 
 def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
-    """Check a composed configuration and name its cell: the recipe, and whatever differs from the groups' own.
+    """Check a composed configuration and name its cell. Raises ConfigError with one sentence for each mistake."""
+    return plan_of(read(cfg), choices)
 
-    Raises ConfigError with one sentence for each mistake.
-    """
-    config = _with_weights(_with_images(read(cfg)))
+
+def plan_of(config: Config, choices: dict[str, str]) -> RunPlan:
+    """Name the cell of a checked configuration: the recipe, and whatever differs from the groups' own."""
+    config = _with_weights(_with_images(config))
     choices = {group: choices[group] for group in GROUPS}
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name

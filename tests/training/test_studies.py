@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -88,17 +87,17 @@ def test_budget_crosses_schedules_and_epochs() -> None:
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "plan_run", lambda cfg, choices: (choices["dataset"], choices["norm"], cfg.seed, cfg))
+def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str) -> None:
     _, seeds, _, models, norms, variants = STUDIES[study]
-    own: list[Any] = [*plans(f"study={study}", "dataset=digits", "model=binarynet", "norm=abn")]
-    assert Counter(run[2] for run in own) == dict.fromkeys(range(seeds), len(variants))
-    found: list[Any] = [*plans(f"study={study}", "dataset=digits", "seeds=three", "name=mine")]
-    assert {run[0] for run in found} == {"digits"}
-    assert {run[1] for run in found} == norms
-    assert Counter(run[2] for run in found) == dict.fromkeys(range(3), len(models) * len(norms) * len(variants))
-    assert {run[3].name for run in found} == {"mine"}
-    assert all(run[3].recipe.epochs < 50 for run in found)
+    own = plans(f"study={study}", "dataset=digits", "model=binarynet", "norm=abn")
+    assert Counter(plan.config.seed for plan in own) == dict.fromkeys(range(seeds), len(variants))
+    found = plans(f"study={study}", "dataset=digits", "seeds=three", "name=mine")
+    assert {plan.choices["dataset"] for plan in found} == {"digits"}
+    assert {plan.choices["norm"] for plan in found} == norms
+    expected = dict.fromkeys(range(3), len(models) * len(norms) * len(variants))
+    assert Counter(plan.config.seed for plan in found) == expected
+    assert {plan.config.name for plan in found} == {"mine"}
+    assert all(plan.config.recipe.epochs < 50 for plan in found)
 
 
 def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:

@@ -13,16 +13,18 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from abn_exp.identity import RunPlan
+from abn_exp.errors import ConfigError
+from abn_exp.identity import RunPlan, plan_run
 from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
 from abn_exp.training.sweep import SweepCallback, expand
 from abn_exp.training.workers import Job, Outcome
@@ -264,6 +266,24 @@ def test_the_seeds_are_those_named_last() -> None:
     assert expanded("seeds=three", "seed=7") == [("abn", 7)]
     assert expanded("seed=3,4", "seeds=five") == [("abn", 3), ("abn", 4)]
     assert set(expanded("seeds=five", "norm=bn,abn")) == {(norm, seed) for norm in ("bn", "abn") for seed in range(5)}
+
+
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize("more", [[], ["name=run-${seed}", "recipe.split_seed=${seed}"], ["model.width=0.125,0.25"]])
+def test_a_cell_is_composed_once_and_its_runs_are_those_composed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    found = expand(composed(f"results_dir={tmp_path}", "seed=5,0,7", "norm=bn,abn", *more))
+    for overrides, plan in found.items():
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        assert plan == plan_run(cfg, dict(cfg.hydra.runtime.choices))
+        assert plan.config_hash == plan_run(cfg, dict(cfg.hydra.runtime.choices)).config_hash
+    composing = Mock(side_effect=compose)
+    monkeypatch.setattr("abn_exp.training.sweep.compose", composing)
+    assert expand(composed(f"results_dir={tmp_path}", "seed=5,0,7", "norm=bn,abn", *more)) == found
+    assert composing.call_count == len(found) / 3
+    with pytest.raises(ConfigError, match="seed=-1 is not allowed"):
+        expand(composed(f"results_dir={tmp_path}", "seed=0,-1", *more))
 
 
 @pytest.mark.usefixtures("hydra")
