@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from abn_exp.commandline import hydra_sentence, overrides_last, share_config_store
-from abn_exp.errors import STOPPED, ConfigError, Diverged, Stopped, in_a_line, stop
+from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Diverged, Stopped, in_a_line, stop
 from abn_exp.provenance import git_commit
 
 
@@ -41,6 +41,9 @@ def main(cfg: DictConfig) -> float | None:
             where = [plan.choices[group] for group in ("dataset", "model", "norm")]
             result = train_one(Job(plan, f"{' '.join(where)} s{plan.config.seed}", command)).result
             return None if result is None else result.val_acc_last
+        from abn_exp.training.sweep import check_looks
+
+        check_looks([plan], hydra_config.overrides.task, multirun=False)
         if plan.config.dry_run:
             from abn_exp.training.estimate import dry_run
 
@@ -50,7 +53,7 @@ def main(cfg: DictConfig) -> float | None:
         from abn_exp.training.run import run
 
         return run(plan, command).val_acc_last
-    except (ConfigError, Diverged, OSError) as error:
+    except (ConfigError, DamagedFile, Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

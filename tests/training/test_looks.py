@@ -9,9 +9,9 @@ from omegaconf import OmegaConf, flag_override
 
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from abn_exp.report.looks import read_plan
+from abn_exp.report.looks import read_plan, write_plan
 from abn_exp.training import looks
-from abn_exp.training.looks import check_plan, is_decided
+from abn_exp.training.looks import check_command, is_decided
 from abn_exp.training.sweep import jobs
 from tests.helpers.records import finish_run, start_run
 from tests.helpers.runs import REPOSITORY
@@ -25,9 +25,16 @@ def pair(make_plan: Compose) -> list[RunPlan]:
     return [make_plan(f"norm={norm}", *LOOKS) for norm in ("bn", "abn")]
 
 
-def refused(runs: list[RunPlan], *typed: str) -> str:
+def accept(runs: list[RunPlan], *typed: str, multirun: bool = True) -> None:
+    """Check a command as a sweep does, and write the plan that it makes."""
+    plan = check_command(runs, set(typed), multirun=multirun)
+    if plan is not None:
+        write_plan(runs[0].study, plan)
+
+
+def refused(runs: list[RunPlan], *typed: str, multirun: bool = True) -> str:
     with pytest.raises(ConfigError) as error:
-        check_plan(runs, set(typed))
+        check_command(runs, set(typed), multirun=multirun)
     return str(error.value)
 
 
@@ -72,14 +79,52 @@ def test_several_cells_need_a_pooled_comparison(make_plan: Compose) -> None:
 def test_the_plan_is_written_once_and_not_contradicted(pair: list[RunPlan], make_plan: Compose) -> None:
     folder = pair[0].directory.parents[4]
     assert "leave out seed=" in refused(pair, "seed")
-    check_plan(pair, set())
+    accept(pair)
     written = (folder / "plan.json").read_bytes()
-    check_plan(pair, set())
+    assert check_command(pair, set(), multirun=True) is None
     assert (folder / "plan.json").read_bytes() == written
     other = [make_plan(f"norm={norm}", *LOOKS, "delta=1.0") for norm in ("bn", "abn")]
     assert "written before the first run, which has delta 0.5, not 1.0. Use another name=." in refused(other)
-    assert "adds runs to them in another way" in refused([make_plan("norm=abn", "seed=9")])
-    check_plan([make_plan("norm=iebn", "seed=9")], set())  # another norm is no part of the comparison
+    fixed = [make_plan("norm=abn", f"seed={seed}") for seed in (0, 1)]
+    assert "adds runs to them in another way" in refused(fixed)
+    names = [make_plan(f"norm={norm}", *LOOKS, f"name={name}") for norm in ("bn", "abn") for name in ("a", "b")]
+    assert "has one plan, and this command has name=a,b" in refused(names)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_run_alone_is_one_that_the_present_look_asks_for(
+    pair: list[RunPlan], make_plan: Compose, multirun: bool
+) -> None:
+    def alone(seed: int, *more: str) -> list[RunPlan]:
+        return [make_plan("norm=abn", f"seed={seed}", *more)]
+
+    accept(pair)
+    folder, variant = pair[0].study, pair[0].variant
+    accept(alone(1), multirun=multirun)
+    assert "its looks have not asked for seed 2; use seeds=until_decided as it was" in refused(
+        alone(2), multirun=multirun
+    )
+    assert "has delta 0.5, not 1.0" in refused(alone(1, "delta=1"), multirun=multirun)
+    accept([make_plan("norm=iebn", "seed=9")], multirun=multirun)  # another norm is no part of the comparison
+    for norm, seed, score in (("bn", 0, 0.7), ("abn", 0, 0.75), ("bn", 1, 0.71), ("abn", 1, 0.7)):
+        finish_run(folder, norm, seed, score, variant=variant)
+    assert not is_decided(folder, 1)
+    accept(alone(2), multirun=multirun)  # the second look asks for it
+    assert "would train again what" in refused(alone(0, "force=true"), multirun=multirun)
+    plan = read_plan(folder)
+    assert plan is not None
+    plan.entries[0]["verdict"] = "better"  # it ended there
+    write_plan(folder, plan)
+    assert "have not asked for seed 2" in refused(alone(2), multirun=multirun)
+
+
+def test_what_plans_looks_is_refused_where_there_are_none(make_plan: Compose) -> None:
+    one = [make_plan("norm=abn")]
+    sentence = "is for seeds=until_decided, which this command lacks; leave it out."
+    assert refused(one, "looks", multirun=False) == f"looks= {sentence}"
+    for multirun in (False, True):
+        assert refused(one, "spending", multirun=multirun) == f"spending= {sentence}"
+    assert "this command is one run; use seeds=until_decided" in refused([make_plan(*LOOKS)], "looks", multirun=False)
 
 
 def test_runs_that_were_there_before_the_plan_are_refused(pair: list[RunPlan]) -> None:
@@ -89,7 +134,7 @@ def test_runs_that_were_there_before_the_plan_are_refused(pair: list[RunPlan]) -
 
 def test_it_ends_at_the_first_verdict_and_stays_there(pair: list[RunPlan], caplog: pytest.LogCaptureFixture) -> None:
     folder, variant = pair[0].directory.parents[4], pair[0].variant
-    check_plan(pair, set())
+    accept(pair)
     for seed, (bn, abn) in enumerate([(0.70, 0.75), (0.71, 0.70)]):
         finish_run(folder, "bn", seed, bn, variant=variant)
         if seed == 0:

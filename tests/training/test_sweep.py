@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -235,13 +236,18 @@ def test_two_commands_that_are_one_run_count_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize(
+    ("words", "count"), [(["seed=0,1"], 2), (["norm=bn,abn", "seeds=until_decided", "looks=[2,3]"], 6)]
+)
 @pytest.mark.parametrize(("fault", "code"), [(None, 0), (RuntimeError("no such kernel"), 1)])
-def test_a_dry_run_trains_nothing(
+def test_a_dry_run_trains_and_plans_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     fault: Exception | None,
     code: int,
+    words: list[str],
+    count: int,
 ) -> None:
     """Not even where it fails: Hydra would go on after any exception but SystemExit."""
 
@@ -252,8 +258,8 @@ def test_a_dry_run_trains_nothing(
 
     monkeypatch.setattr("abn_exp.training.estimate.dry_run", dry_run)
     with pytest.raises(SystemExit, match=str(code)):
-        SweepCallback().on_multirun_start(composed(f"results_dir={tmp_path}/results", "dry_run=true", "seed=0,1"))
-    assert "2 runs" in capsys.readouterr().out
+        SweepCallback().on_multirun_start(composed(f"results_dir={tmp_path}/results", "dry_run=true", *words))
+    assert f"{count} runs" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 
@@ -370,6 +376,18 @@ def test_seeds_until_decided_end_the_same_after_a_kill(undisturbed: Path, tmp_pa
     assert [entry["seeds"] for entry in entries()] == [2, 3]
     text = (tmp_path / "results" / "runs" / "report.md").read_text()
     assert "**Primary comparison: abn against bn (look 2 of 2, at 3 seeds). On digits with binarynet" in text
-    refused = finish(sweep(tmp_path, "norm=bn,abn", "seeds=until_decided", "looks=[2,4]", "delta=0.01"))
-    assert refused.returncode == 1
-    assert "which has looks 2, 3, not 2, 4" in refused.stderr
+    for words, sentence in [
+        ((*command[:2], "looks=[2,4]", "delta=0.01"), "which has looks 2, 3, not 2, 4"),
+        (("norm=abn", "seed=3"), "its looks have not asked for seed 3"),
+        (("norm=abn", "looks=[2,3]", "name=other"), "this command is one run"),
+        (("norm=bn,abn", "seed=0,1", "-m", "spending=pocock", "name=other"), "spending= is for seeds=until_decided"),
+    ]:
+        refused = finish(sweep(tmp_path, *words))
+        assert refused.returncode == 1
+        assert sentence in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    typed = (runs_of(tmp_path)["abn", 2].directory / "config.yaml").read_text().splitlines()[0]
+    words = shlex.split(typed.removeprefix("# python train.py "))
+    again = finish(sweep(tmp_path, *words))  # the run alone, as its record says
+    assert again.returncode == 0, again.stderr
+    assert "finished before" in again.stdout

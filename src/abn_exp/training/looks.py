@@ -1,7 +1,7 @@
 """Seeds until decided: the plan of the looks, written before the first run, and each look as its runs have ended."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,27 +10,62 @@ from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan, quoted
 from abn_exp.provenance import git_commit
 from abn_exp.report.comparisons import collect_cells
-from abn_exp.report.looks import PLAN, Plan, look, read_plan, write_plan
+from abn_exp.report.looks import PLAN, Plan, look, read_plan
 from abn_exp.report.verdicts import sentence
 from abn_exp.results import find_runs, has_begun
+
+FORCED = "force=true would train again what {} has judged; use another name=."
 
 log = logging.getLogger(__name__)
 
 
-def check_plan(runs: Sequence[RunPlan], typed: set[str]) -> None:
-    """Write the plan of a multirun with looks, or refuse what contradicts the one that is there.
+def check_command(runs: Sequence[RunPlan], typed: Collection[str], *, multirun: bool) -> Plan | None:
+    """Refuse a command that contradicts the plan of its folder; return the plan that it makes, where there is none.
 
-    ``typed`` are the keys that the command line sets. Raises ConfigError.
+    ``typed`` are the keys that the command line sets. Raises ConfigError, or DamagedFile where a plan cannot be read.
     """
-    config, folder = runs[0].config, runs[0].directory.parents[4]
-    existing = read_plan(folder) or read_plan(quoted(folder))
-    if config.looks is None:
-        if existing is not None and any(_belongs(run, existing) for run in runs):
-            raise ConfigError(
-                f"{folder / PLAN} plans the seeds of {existing.norm} against {existing.reference}, and this command "
-                "adds runs to them in another way; use seeds=until_decided as it was, or another name=."
-            )
+    looks, folders = runs[0].config.looks, list(dict.fromkeys(run.study for run in runs))
+    if not multirun and looks is not None:
+        raise ConfigError("looks= plans the seeds of a sweep, and this command is one run; use seeds=until_decided.")
+    if looks is None and (idle := [key for key in ("looks", "spending") if key in typed]):
+        raise ConfigError(f"{idle[0]}= is for seeds=until_decided, which this command lacks; leave it out.")
+    if looks is not None:
+        if len(folders) > 1:
+            names = ",".join(folder.name for folder in folders)
+            raise ConfigError(f"seeds=until_decided has one plan, and this command has name={names}; give one.")
+        return _plan_looks(runs, typed)
+    for folder in folders:
+        if (plan := _existing(folder)) is not None:
+            _check_without_looks([run for run in runs if run.study == folder and _belongs(run, plan)], plan)
+    return None
+
+
+def _existing(folder: Path) -> Plan | None:
+    plan = read_plan(folder)
+    return plan if plan is not None else read_plan(quoted(folder))
+
+
+def _check_without_looks(runs: Sequence[RunPlan], plan: Plan) -> None:
+    """Let runs of the comparison pass that the present look asks for, one seed at a time; refuse others."""
+    if not runs:
         return
+    path, seeds = runs[0].study / PLAN, {run.config.seed for run in runs}
+    what = f"{path} plans the seeds of {plan.norm} against {plan.reference}"
+    instead = "use seeds=until_decided as it was, or another name=."
+    asked = plan.seeds_at(len(plan.entries) - 1 if plan.decided else len(plan.entries))
+    if len(seeds) > 1:
+        raise ConfigError(f"{what}, and this command adds runs to them in another way; {instead}")
+    if outside := seeds - set(asked):
+        raise ConfigError(f"{what}, and its looks have not asked for seed {min(outside)}; {instead}")
+    if (delta := runs[0].config.delta) != plan.delta:
+        raise ConfigError(f"{path}, written before the first run, has delta {plan.delta}, not {delta}; {instead}")
+    if runs[0].config.force and plan.entries:
+        raise ConfigError(FORCED.format(path))
+
+
+def _plan_looks(runs: Sequence[RunPlan], typed: Collection[str]) -> Plan | None:
+    config, folder = runs[0].config, runs[0].study
+    existing = _existing(folder)
     if "seed" in typed:
         raise ConfigError("seeds=until_decided takes seeds 0, 1, 2, ... look by look; leave out seed=.")
     plan = make_plan(runs)
@@ -41,16 +76,15 @@ def check_plan(runs: Sequence[RunPlan], typed: set[str]) -> None:
                 f"{folder} holds {len(begun)} runs of this comparison that were begun without a plan; a plan made "
                 "after them would not hold. Use another name=."
             )
-        write_plan(folder, plan)
-    elif config.force and existing.entries:
-        raise ConfigError(f"force=true would train again what {folder / PLAN} has judged; use another name=.")
-    elif different := existing.contradictions(plan):
+        return plan
+    if config.force and existing.entries:
+        raise ConfigError(FORCED.format(folder / PLAN))
+    if different := existing.contradictions(plan):
         raise ConfigError(
             f"This command contradicts {folder / PLAN}, written before the first run, which has "
             f"{'; '.join(different)}. Use another name=."
         )
-    elif not (folder / PLAN).is_file():
-        write_plan(folder, existing)
+    return None if (folder / PLAN).is_file() else existing
 
 
 def make_plan(runs: Sequence[RunPlan]) -> Plan:

@@ -7,7 +7,7 @@ is used.
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -37,6 +37,7 @@ from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
     from abn_exp.report.build import Report
+    from abn_exp.report.looks import Plan
 
 LABEL = 20  # characters of a run's label on the console, in front of lines of up to 57
 
@@ -63,7 +64,7 @@ class SweepCallback(Callback):
             self.errors = dict[Path, str]()
             _check_devices(self.plans)
             _check_launcher(self.plans, config)
-            self._check_looks(config)
+            looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
         except (ConfigError, DamagedFile) as error:
             raise SystemExit(f"error: {error}") from None
         except (HydraException, OmegaConfBaseException) as error:
@@ -80,6 +81,10 @@ class SweepCallback(Callback):
         finished = sum(run.status == "finished" for run in self._runs())
         self.complete = finished == len(self.plans) and not force
         try:
+            if looks is not None:
+                from abn_exp.report.looks import write_plan
+
+                write_plan(self.plans[0].study, looks)
             for folder in {plan.directory.parents[4] for plan in self.plans}:
                 record_command(folder, command(config))
             self._write_configs(config.looks[0] if config.looks is not None else None)
@@ -101,16 +106,6 @@ class SweepCallback(Callback):
                 continue
             if read_run_file(plan.directory, "config.yaml") is None:
                 write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
-
-    def _check_looks(self, config: DictConfig) -> None:
-        """Check a multirun against the plan of its folder, where it has looks or the folder has a plan."""
-        folders = {plan.directory.parents[4] for plan in self.plans}
-        if config.looks is None and not any(read_study_file(folder, "plan.json") for folder in folders):
-            return
-        from abn_exp.training.looks import check_plan
-
-        typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        check_plan(self.plans, {override.key_or_group for override in typed})
 
     def decided(self, looked: int) -> bool:
         """Tell the sweeper, after so many batches of runs, whether the primary comparison needs no more."""
@@ -234,6 +229,19 @@ def _check_devices(plans: list[RunPlan]) -> None:
         )
 
 
+def check_looks(plans: Sequence[RunPlan], overrides: Iterable[str], *, multirun: bool) -> "Plan | None":
+    """Check a command against the plan of the looks in its folder; return the plan that is to be written before the
+    first run, if one is. Raises ConfigError for what contradicts a plan, DamagedFile where it cannot be read."""
+    typed = {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
+    folders = {place for plan in plans for place in (plan.study, quoted(plan.study))}
+    planned = any(read_study_file(folder, "plan.json") for folder in folders)
+    if plans[0].config.looks is None and not planned and not typed & {"looks", "spending"}:
+        return None
+    from abn_exp.training.looks import check_command
+
+    return check_command(plans, typed, multirun=multirun)
+
+
 def _check_sweeper(config: DictConfig) -> None:
     """Refuse a sweeper that searches for the best run where the seed is part of the search: it finds a lucky seed."""
     sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
@@ -266,8 +274,11 @@ def command(config: DictConfig) -> str:
 
 
 def _single_command(overrides: Sequence[str]) -> str:
-    """Return what would be typed to start one run of a multirun."""
-    return shlex.join(["python", "train.py", *filter_overrides(overrides)])
+    """Return what would be typed to start one run of a multirun; its seed is given, so that no looks are."""
+    words = filter_overrides(overrides)
+    if "seeds=until_decided" in words:
+        words = [word for word in words if word.split("=")[0] not in ("seeds", "looks", "spending")]
+    return shlex.join(["python", "train.py", *words])
 
 
 def record_command(folder: Path, typed: str) -> None:
