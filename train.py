@@ -24,7 +24,7 @@ from abn_exp.provenance import git_commit
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """Run what Hydra composed; return the validation accuracy, which is what a sweeper of Hydra's may optimise.
+    """Run what Hydra composed; return the validation accuracy, which Hydra's sweepers may optimise.
 
     None where there is no validation split, and for a run that failed inside a multirun; never the test accuracy.
     """
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> float | None:
         from abn_exp.identity import plan_run
 
         plan = plan_run(cfg, dict(hydra_config.runtime.choices))
-        if hydra_config.mode == RunMode.MULTIRUN:  # of a launcher that is not this project's own
+        if hydra_config.mode == RunMode.MULTIRUN:  # with another launcher than this project's
             from abn_exp.training.workers import Job, train_one
 
             where = [plan.choices[group] for group in ("dataset", "model", "norm")]
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # unless ignored, as in a script's background
         signal.signal(signal.SIGINT, stop)
     git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     try:
         main()
     except Stopped as stopped:
-        if not stopped.told:
+        if not stopped.reported:
             print(STOPPED.format(stopped.signal), file=sys.stderr)
         raise
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -89,6 +89,6 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # unless ignored, as in a script's background
         signal.signal(signal.SIGINT, stop)
     sys.exit(main())

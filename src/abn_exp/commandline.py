@@ -1,4 +1,4 @@
-"""The command line that Hydra parses: its words in any order, and what is wrong with them in one sentence."""
+"""Hydra's command line: arguments in any order, and each error in one sentence."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ OPEN = ("model.", "norm.", "recipe.optimizer.")  # sections that take any argume
 
 
 def overrides_last(words: Sequence[str]) -> list[str]:
-    """Return a command's words, its overrides behind its options: Hydra's parser takes them only in one piece."""
+    """Return a command's arguments with the overrides last: Hydra's parser takes them only in one piece."""
 
     def is_override(number: int) -> bool:
         word, before = words[number], words[number - 1] if number else ""
@@ -36,9 +36,9 @@ def share_config_store() -> None:
 
 
 def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
-    """Return what Hydra, OmegaConf or YAML says of a wrong command or file, in a sentence that says what is allowed.
+    """Return an error of Hydra, OmegaConf or YAML as a sentence that says what is allowed.
 
-    `conf` is the folder of the configuration, for where Hydra is no longer at work.
+    `conf` is the folder of the configuration, needed where Hydra is not initialised any more.
     """
     text = in_a_line(error)
     if match := re.search(r"Could not override '(.+?)'", text):

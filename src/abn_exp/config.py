@@ -176,7 +176,7 @@ class RecipeConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def clipping_lasts(self) -> Self:
+    def clip_range_ascends(self) -> Self:
         start, end = self.clip_latent_range
         if start >= end:
             raise ValueError(f"recipe.clip_latent_range={self.clip_latent_range} must begin before it ends")
@@ -203,7 +203,7 @@ class WandbConfig(Section):
 
     @field_validator("tags", mode="before")
     @classmethod
-    def words_with_commas(cls, value: Any) -> Any:
+    def split_at_commas(cls, value: Any) -> Any:
         return [tag for part in value.split(",") if (tag := part.strip())] if isinstance(value, str) else value
 
 
@@ -284,7 +284,7 @@ class Config(Section):
 
     @field_validator("precision", mode="before")
     @classmethod
-    def says_which(cls, value: Any) -> Any:
+    def auto_is_gone(cls, value: Any) -> Any:
         if value == "auto":
             raise ValueError(
                 "precision=auto is gone, since one name stood for two kinds of arithmetic: leave it out for fp32, "
@@ -400,7 +400,7 @@ def _validated(plain: Any, schema: type[S]) -> S:
         return schema.model_validate(plain)
     except ValidationError as error:
         sentences = [validation_sentence(dict(item), flat_keys(plain)) for item in error.errors()]
-        more = [f"{len(sentences) - 4} more keys should be mended."] if len(sentences) > 5 else []
+        more = [f"{len(sentences) - 4} more keys are wrong."] if len(sentences) > 5 else []
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
 
 

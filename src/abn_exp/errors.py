@@ -33,7 +33,7 @@ class Stopped(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = Signals(number).name
-        self.told = False  # whether the user has been told what is done and how it goes on
+        self.reported = False  # whether the user has been told what is done and how to go on
 
 
 def stop(number: int, _: object = None) -> None:
@@ -42,7 +42,7 @@ def stop(number: int, _: object = None) -> None:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return what Hydra, OmegaConf or YAML says of a wrong command line or file, without its search path or links."""
+    """Return the message of Hydra, OmegaConf or YAML in one line, without search paths and links."""
     return " ".join(re.split(r"\nConfig search path|\n?See https?:", str(error))[0].split())
 
 
@@ -54,8 +54,9 @@ def flat_keys(node: object, prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return the sentence on a key that the configuration does not have, with the one of `known` that is meant most
-    likely: first of those with the same last part ("epochs": recipe.epochs), then of those written alike.
+    """Return a sentence on a key that the configuration does not have, with the most similar key of `known`.
+
+    Keys with the same last part come first ("epochs": recipe.epochs), then keys of similar spelling.
     """
     known = sorted(other for other in set(known) if not f"{key}.".startswith(f"{other}."))
     same = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -65,7 +66,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def validation_sentence(error: dict[str, Any], known: Iterable[str] = ()) -> str:
-    """One mistake that pydantic found, in one sentence with the key and the value as they were typed.
+    """Return a sentence on one mistake that pydantic found, with the key and the value as they were typed.
 
     `known` are the keys that a misspelt one is compared with.
     """

@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a part beside `path` that takes its place at the end, flushed to the disk; on an exception it is removed.
+    """Open a temporary file beside `path` that replaces it at the end, flushed to the disk; removed on an exception.
 
     Raises OSError that names `path`, which a full disk's own error does not.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.unlink(missing_ok=True)
-        with open(part, "xb") as file:  # never through a link that somebody has put there
+        with open(part, "xb") as file:  # "x": never through a link that was put there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,6 +35,6 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def remove_parts(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files they were writing. For who alone writes them: see `FileLock`."""
+    """Remove the temporary files of killed processes. The caller holds `FileLock` under which they are written."""
     for part in folder.glob(f".{name}.*.part"):
         part.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A run's identity: the hash, names and folder that follow from the options that decide its result (`options`).
 
 A hash is computed from the configuration, never taken from a record. The folder's name shows in what a run differs
-from its groups' own options. A cell that an earlier version recorded under another name keeps that name.
+from its groups' files. A cell that an earlier version recorded under another name keeps that name.
 """
 
 import hashlib
@@ -66,13 +66,13 @@ def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
 
 
 def plan_of(config: Config, choices: dict[str, str]) -> RunPlan:
-    """Name the cell of a checked configuration: the recipe, and whatever differs from the groups' own."""
-    config = _with_weights(_with_images(config))
+    """Name the cell of a checked configuration: the recipe, and what differs from its groups' files."""
+    config = _with_init_digest(_with_images(config))
     choices = {group: choices[group] for group in GROUPS}
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name
             raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
-    own = _own_options(GlobalHydra.instance().config_loader(), tuple(choices.items()))
+    own = _group_options(GlobalHydra.instance().config_loader(), tuple(choices.items()))
     ours, everything = set_options(config.model_dump()), all_options(config.model_dump())
     changes = {key: everything.get(key) for key in ours.keys() | own.keys() if ours.get(key) != own.get(key)}
     variant = variant_name(choices["recipe"], changes)
@@ -80,8 +80,8 @@ def plan_of(config: Config, choices: dict[str, str]) -> RunPlan:
 
 
 @lru_cache(maxsize=1024)  # composing takes a quarter of a second, and a sweep has hundreds of runs
-def _own_options(loader: object, choices: tuple[tuple[str, str], ...]) -> Options:
-    """Return the options that the files of the chosen groups set; `loader` stands for where these files are."""
+def _group_options(loader: object, choices: tuple[tuple[str, str], ...]) -> Options:
+    """Return the options that the files of the chosen groups set. `loader` is a key of the cache."""
     composed = compose("config", [f"{group}={choice}" for group, choice in choices])
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
@@ -89,7 +89,7 @@ def _own_options(loader: object, choices: tuple[tuple[str, str], ...]) -> Option
 
 
 def _with_images(config: Config) -> Config:
-    """Set `dataset.images` where the set at hand has not as many as the catalog says: it is another data set."""
+    """Set `dataset.images` where the set has not as many images as the catalog says: it is another data set then."""
     from abn_exp.data.catalog import CATALOG
     from abn_exp.data.prepare import count_images
 
@@ -102,7 +102,7 @@ def _with_images(config: Config) -> Config:
     return config.model_copy(update={"dataset": options.model_copy(update={"images": list(held or ())})})
 
 
-def _with_weights(config: Config) -> Config:
+def _with_init_digest(config: Config) -> Config:
     """Set `init_digest`, which counts instead of the place where the initial weights lie."""
     digest = None
     if config.init_from is not None:
@@ -115,8 +115,8 @@ def _with_weights(config: Config) -> Config:
 def variant_name(recipe: str, changes: Mapping[str, Any]) -> str:
     """Return the folder name of a recipe with overrides: ``fixed_epochs-3_model.width-1``.
 
-    ``changes`` maps dotted keys to the values in which a configuration differs from its groups' own. A name
-    that had to lose something (a character, its end) carries a digest of all changes, so that no two are equal.
+    ``changes`` maps dotted keys to the values in which a configuration differs from its groups' files. A name
+    in which characters were replaced or cut off ends in a digest of all changes, so that no two are equal.
     """
     parts = [recipe]
     for key, value in sorted(changes.items()):
@@ -162,8 +162,8 @@ def _run_directories(folder: Path) -> Iterator[Path]:
 def restore_quoted(plan: RunPlan) -> Path | None:
     """Write the record of a run that was quoted into the run's own folder, and return the archive that it is from.
 
-    None, and nothing is written, where the folder has begun a run, or where no finished run of the same identity was
-    quoted. Its weights are not there.
+    None, and nothing is written, where a run has begun in the folder, or where no finished run of the same identity
+    was quoted. The archive has no weights.
     """
     directory, study = plan.directory, quoted(plan.study)
     source = study / directory.relative_to(plan.study)

@@ -19,7 +19,7 @@ def cpu_count() -> int:
 
 
 def available_memory() -> float:
-    """Return the bytes of memory that are still to be had: the machine's, or what a cgroup leaves of its limit.
+    """Return the bytes of memory that are available: of the machine, or within the limit of a cgroup.
 
     Infinity where neither is known.
     """
@@ -28,10 +28,10 @@ def available_memory() -> float:
 
 
 def _limits(controller: str, name: str, read: Callable[[Path], float]) -> Iterator[float]:
-    """Yield what `read` makes of the file of every cgroup that this process is in, up to the outermost one.
+    """Yield `read(file)` for the file of every cgroup that this process is in, up to the outermost one.
 
-    Version 2 has one tree of cgroups, version 1 one for each controller. Inside a container, the path that
-    /proc/self/cgroup tells may be that outside; then what is there begins at the root.
+    Version 2 has one tree of cgroups, version 1 one for each controller. Inside a container, the path in
+    /proc/self/cgroup may be the one outside; the container's own cgroup is then the root of the tree.
     """
     try:
         lines = (ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -72,13 +72,13 @@ def _memory_v1(path: Path) -> float:
 
 
 def _left(path: Path, usage: str, cache: str) -> float:
-    """Return what a limit leaves: pages of files that nobody used of late count as used, but are given back."""
+    """Return what is left of a limit; the inactive page cache counts as used there, but can be reclaimed."""
     used = int(path.with_name(usage).read_text(encoding="ascii"))
     return int(path.read_text(encoding="ascii")) - used + _table(path.with_name("memory.stat")).get(cache, 0)
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Read lines of a name, a number, and perhaps a unit."""
+    """Read lines of a name, a number and an optional unit."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -72,7 +72,7 @@ class _FeatureMapNorm(nn.BatchNorm2d):
         if self.unbiased:
             mean, var, momentum = self.running_mean, self.running_var, self.momentum
         else:
-            # With momentum 1 the kernel hands over this batch's own statistics; it still adds 0 times the old ones,
+            # With momentum 1 the kernel returns this batch's own statistics; it still adds 0 times the old ones,
             # so those must be finite.
             mean, var, momentum = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var), 1.0
         y = F.batch_norm(x, mean, var, weight, None, True, momentum, self.eps)

@@ -16,7 +16,7 @@ SHORT_NAMES: dict[str, dict[str, Any]] = {
     "adam": {"_target_": "torch.optim.Adam", "fused": True},  # one pass over the weights; last bits differ
     "sgd": {"_target_": "torch.optim.SGD"},
 }
-SHARED_OPTIONS = ("name", "_target_", "momentum", "weight_decay", "rebuild_each_epoch")  # not passed as they are
+SHARED_OPTIONS = ("name", "_target_", "momentum", "weight_decay", "rebuild_each_epoch")  # not passed on unchanged
 PATH = "recipe.optimizer"
 
 
@@ -24,8 +24,8 @@ def build_optimizer(options: Mapping[str, Any], parameters: Iterable[Tensor]) ->
     """Return the optimizer that `recipe.optimizer` describes, for these parameters.
 
     Its class is `_target_`, or what `name` stands for. `lr` is always passed; `momentum` where the class has such an
-    argument; `weight_decay` too, and it must be 0 where the class has none. `rebuild_each_epoch` is not the
-    optimizer's business. Every other key is an argument of the class, a list standing for a tuple.
+    argument; `weight_decay` too, and it must be 0 where the class has none. `rebuild_each_epoch` is not passed.
+    Every other key is an argument of the class, a list standing for a tuple.
 
     Raises ConfigError for a class or an argument that is not allowed.
     """
@@ -65,9 +65,9 @@ def check_optimizer(options: Mapping[str, Any]) -> None:
 
 
 def state_size(options: Mapping[str, Any]) -> float:
-    """Return how many numbers the optimizer keeps for each weight, of which it is given some for a step.
+    """Return how many numbers the optimizer stores for each weight, found by one step on a few weights.
 
-    Raises ConfigError for an optimizer that cannot take one.
+    Raises ConfigError for an optimizer that cannot take a step.
     """
     weights = [nn.Parameter(torch.ones(shape)) for shape in ((2, 2, 3, 3), (2,))]
     optimizer = build_optimizer(options, weights)
@@ -76,7 +76,7 @@ def state_size(options: Mapping[str, Any]) -> float:
     try:
         with warnings.catch_warnings(action="ignore"):
             optimizer.step()
-    except Exception as error:  # there is no end to what a foreign class may raise
+    except Exception as error:  # any class may raise anything
         raise ConfigError(f"{PATH}: {type(optimizer).__name__} cannot take a step ({in_a_line(error)}).") from error
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     return sum(value.numel() for value in state if value.dim()) / sum(weight.numel() for weight in weights)

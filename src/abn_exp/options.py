@@ -33,8 +33,8 @@ Options = dict[str, Any]  # by dotted key
 def all_options(plain: Mapping[str, Any], *, signatures: bool = True) -> Options:
     """Return every option of a configuration that can change a result: as it is set, or else at its default.
 
-    `plain` may be an older record, without some of today's options or with some that are gone. 3 and 3.0 are the same
-    number. `signatures` says whether to fill in the defaults of a network and a norm, which imports them.
+    `plain` may be an older record that lacks options or has options that are gone. 3 and 3.0 are the same number.
+    `signatures`: whether to fill in the defaults of a network and a norm, which imports them.
     """
     options = _defaults(plain, signatures) | {key: value for key, value in _flat(plain) if _has_effect(key)}
     return {key: value for key, value in options.items() if key not in _options_without_effect(plain)}
@@ -47,7 +47,7 @@ def set_options(plain: Mapping[str, Any]) -> Options:
 
 
 def differing_options(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the options in which two configurations differ; of one that is gone, say so."""
+    """Return the keys of the options in which two configurations differ, with a remark on those that are gone."""
     own, other = set_options(ours), set_options(theirs)
     known = _defaults(ours, signatures=True).keys() | own.keys()
     different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
@@ -78,7 +78,7 @@ def _plain_number(value: Any) -> Any:
 
 
 def _has_effect(key: str) -> bool:
-    """Tell whether neither an option nor its section is marked NoEffect; one that the schema lacks may have one."""
+    """Return whether neither an option nor its section is marked NoEffect; true for one that the schema lacks."""
     section: Any = Config
     for name in key.split("."):
         if not (inspect.isclass(section) and issubclass(section, BaseModel)) or name not in section.model_fields:
@@ -108,9 +108,9 @@ def _schema_defaults(section: type[BaseModel], path: str = "") -> Iterator[tuple
 
 
 def _node_defaults(node: Any, path: str) -> Options:
-    """Return the defaults in the signature of what a `_target_` names, and of the nodes among its arguments.
+    """Return the defaults in the signature of what a `_target_` names, and those of nested nodes.
 
-    An argument whose default is a data class has the options of that, which a node in its place may leave out.
+    Where an argument's default is a data class, its fields are options, too, which a nested node may leave out.
     """
     target = _find(node.get("_target_")) if isinstance(node, Mapping) else None
     try:
@@ -136,7 +136,7 @@ def _node_defaults(node: Any, path: str) -> Options:
 
 
 def _find(name: Any) -> Any:
-    """Return what a `_target_` names if that takes no import of foreign code: a record may come from anywhere."""
+    """Return what a `_target_` names. Only this package and torch are imported: a record may be of unknown origin."""
     module, _, attribute = str(name).rpartition(".")
     if module.split(".")[0] in OWN_PACKAGES:
         try:

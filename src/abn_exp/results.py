@@ -127,7 +127,7 @@ class Run:
 
 
 def write_result(directory: Path, result: RunResult) -> None:
-    """Write the record, and before it the checksums of all that it stands on: with it, the run is finished."""
+    """Write the record, after the checksums of the run's other files: with it, the run is finished."""
     record = {key: value for key, value in asdict(result).items() if key != "directory"}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     found = [path for name in CHECKED if name != "result.json" and (path := directory / name).is_file()]
@@ -141,8 +141,7 @@ def write_result(directory: Path, result: RunResult) -> None:
 def read_result(directory: Path) -> RunResult | None:
     """Return the directory's result, or None where the run has not come to its end.
 
-    Raises DamagedFile where one of the run's files is not what was written, ValueError where the record is one of
-    another version.
+    Raises DamagedFile where a file of the run is not what was written, ValueError for a record of another version.
     """
     path = directory / "result.json"
     content = read_run_file(directory, path.name)
@@ -176,10 +175,10 @@ def _no_number(name: str) -> float:
 
 
 def _verify(directory: Path) -> None:
-    """Raise DamagedFile for the first file that is not the one whose checksum was written."""
+    """Raise DamagedFile for the first file whose checksum is not the one in SHA256SUMS."""
     sums = directory / "SHA256SUMS"
     content = read_run_file(directory, sums.name)
-    if content is None:  # a record of before there were any
+    if content is None:  # an older record has none
         return
     try:
         lines = [line.split("  ", 1) for line in content.decode().splitlines()]
@@ -277,13 +276,13 @@ def load_predictions(run: "Run | RunResult | str | Path") -> Predictions:
             if predicted is not None and (predicted.dtype.kind != "u" or predicted.shape != (count,)):
                 raise ValueError(f"{name} is {predicted.dtype} {predicted.shape}")
         return Predictions(**{**found, "labels_sha256": str(found["labels_sha256"])})
-    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+    except Exception as error:  # decoding unknown bytes may raise anything
         raise DamagedFile(path, _brief(error)) from error
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a run's network takes: images of ``image_size`` pixels a side, normalised by ``mean`` and ``std`` of the
+    """The input of a run's network: images of ``image_size`` pixels a side, normalised by ``mean`` and ``std`` of the
     channels red, green and blue for pixels in [0, 1]. ``classes``: their names, None where an older run has not kept
     them."""
 
@@ -306,7 +305,7 @@ def write_input_format(directory: Path, inputs: InputFormat) -> None:
 
 
 def load_input_format(run: "Run | RunResult | str | Path") -> InputFormat:
-    """Return what a run's network takes; of an older run, what its configuration says of it.
+    """Return the input format of a run's network; for an older run, from its configuration.
 
     Raises DamagedFile where it cannot be read, ValueError where the configuration does not say it: an older run on
     dataset=folder, whose mean and standard deviation were measured.
@@ -418,7 +417,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(checkpoint.get("state_dict"), dict):
                 raise ValueError("it holds no weights")
-        except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+        except Exception as error:  # decoding unknown bytes may raise anything
             raise DamagedFile(path, f"it is not a whole checkpoint of weights ({_brief(error)})") from error
     return checkpoint
 

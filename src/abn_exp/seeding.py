@@ -1,7 +1,7 @@
 """Random generators of a run: one for each purpose, a pure function of (seed, purpose, epoch).
 
-That is what pairs two runs of one seed: whatever one of them draws more or less of (an initial weight, a
-dropout mask) cannot shift what the other sees. It also makes resuming exact: no generator has a state to save.
+This pairs two runs of one seed: an extra draw in one of them (an initial weight, a dropout mask) does not shift the
+draws of the other. It also makes resuming exact: no generator has a state to save.
 """
 
 import hashlib

@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def initial_weights_digest(config: Config) -> str:
-    """Return the digest of the weights in `config.init_from`, once it is known that they fit the network.
+    """Return the digest of the weights in `config.init_from`, after a check that they fit the network.
 
     Raises ConfigError, in one sentence, where there are none or where they do not fit.
     """
     weights = _read_weights(config)
-    if config.dataset.num_classes is not None:  # else it is known when the data are there
+    if config.dataset.num_classes is not None:  # else checked when the data are loaded
         with torch.device("meta"):
             network = build_network(config.model, config.norm, config.dataset.num_classes, config.dataset.image_size)
         _common_names(network, weights, config)
@@ -32,7 +32,7 @@ def initial_weights_digest(config: Config) -> str:
 def load_initial_weights_(network: nn.Module, config: Config) -> nn.Module:
     """Load the weights in `config.init_from` into `network`, in place, and log what did not fit; return the network.
 
-    Parameters and buffers (running statistics) are taken over by their names; those of one side alone are left.
+    Parameters and buffers (running statistics) are matched by name; names of one side alone are skipped.
     Raises ConfigError where a shape differs, no name is common, or the weights are not those of the plan.
     """
     weights = _read_weights(config)

@@ -1,4 +1,4 @@
-"""Hydra sweeper `study`: Hydra's basic one, with cases that are no product, and with looks at which a sweep may end.
+"""Hydra sweeper `study`: the basic one, with lists of cases besides products, and with looks at which it may end.
 
 Hydra finds sweepers in packages of this name alone and imports them at the start of every command, so that nothing
 heavy is imported here.

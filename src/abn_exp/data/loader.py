@@ -1,4 +1,4 @@
-"""Batches from a data set that lies on the device whole, cropped and flipped there, a batch at a time."""
+"""Batches of a data set that is kept on the device, cropped and flipped there batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -98,9 +98,9 @@ class BatchLoader:
         padded[:, 0, middle, middle] = pixels
         if flip:
             padded[:, 1, middle, middle] = pixels.flip(2)
-        # Every window of every image, (n, 1 or 2, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is one
+        # Every crop of every image, (n, 1 or 2, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is one
         # indexing operation.
-        self._windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+        self._crops = padded.unfold(2, size, 1).unfold(3, size, 1)
         colour = torch.tensor([1, 256, 256**2], dtype=torch.int32, device=self.device).view(3, 1, 1)
         std_ = torch.tensor(std, device=self.device).view(3, 1, 1)
         self._mask = 255 * colour
@@ -123,7 +123,7 @@ class BatchLoader:
         order, top, left, mirror = self._draw(self.epoch)
         for step in range(len(self)):
             mine = self.share(step)
-            pixels = self._windows[order[mine], mirror[mine], top[mine], left[mine]]
+            pixels = self._crops[order[mine], mirror[mine], top[mine], left[mine]]
             images = (pixels[:, None] & self._mask).float()
             yield images.mul_(self._scale).add_(self._shift), self.labels[order[mine]]
 

@@ -152,7 +152,7 @@ def count_images(name: str, root: str | Path, image_size: int, num_classes: int 
             train, test = (_length(archive, f"{split}_labels.npy") for split in ("train", "test"))
         return train, test
     except (ValueError, OSError, KeyError, zipfile.BadZipFile):
-        return None  # whoever needs the images says why
+        return None  # the error is raised where the images are needed
 
 
 def _length(archive: zipfile.ZipFile, member: str) -> int:
@@ -260,7 +260,7 @@ def _check(arrays: Arrays, num_classes: int | None = None) -> None:
 
 
 def _write(target: Path, arrays: Arrays, num_classes: int | None) -> None:
-    """Write the arrays so that the target is always whole: to a part beside it, flushed, then renamed."""
+    """Write the arrays atomically: to a file beside the target, flushed, then renamed."""
     try:
         _check(arrays, num_classes)
     except ValueError as error:
@@ -285,7 +285,7 @@ def _read(file: Path, only: str | None = None) -> Arrays:
                         arrays[key] = np.lib.format.read_array(stream, allow_pickle=False)
                         stream.read()  # the checksum is verified at the end, which a damaged header may hide
         return arrays if only is None else {only: arrays[only]}
-    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+    except Exception as error:  # decoding unknown bytes may raise anything
         raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error
 
 

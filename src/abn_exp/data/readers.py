@@ -148,7 +148,7 @@ def _read_cifar(archive: Path, layout: CifarLayout) -> Arrays:
             "test_images": test[b"data"].reshape(shape),
             "test_labels": np.asarray(test[layout.labels], np.int64),
         }
-    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+    except Exception as error:  # decoding unknown bytes may raise anything
         raise ValueError(f"{archive} cannot be read: {error!s}") from error
     if classes != sorted(classes):  # image folders are numbered alphabetically: the two must agree
         raise ValueError(f"{archive} lists its classes in another order than the alphabetical one")
@@ -174,7 +174,7 @@ def read_tinyimagenet(archive: Path) -> Arrays:
             return _read_tinyimagenet(zipped)
     except ValueError as error:
         raise ValueError(f"{archive}: {error}") from error
-    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+    except Exception as error:  # decoding unknown bytes may raise anything
         raise ValueError(f"{archive} is cut or damaged ({error}): delete it and get the original") from error
 
 
@@ -296,7 +296,7 @@ def list_image_folder(folder: Path) -> FolderListing:
 
 
 def _shown(name: str) -> str:
-    """Return a foreign name so that a terminal prints it and does nothing else."""
+    """Return a file's name, escaped where a terminal would not print it as it is."""
     return name if name.isprintable() else ascii(name)
 
 
@@ -340,7 +340,7 @@ def _decode(stream: IO[bytes], where: str, image_size: int, *, resize: bool = Fa
             rgb = _large_images.submit(_in_colours, image, image_size).result()
         else:
             rgb = _in_colours(image, image_size)
-    except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+    except Exception as error:  # decoding unknown bytes may raise anything
         raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
     if not right:
         allowed = f"{MAX_PIXELS} or less" if resize else f"{image_size} x {image_size}"
@@ -351,7 +351,7 @@ def _decode(stream: IO[bytes], where: str, image_size: int, *, resize: bool = Fa
 
 
 def _in_colours(image: Image.Image, size: int) -> Image.Image:
-    with image:  # its pixels are given back before the next image's are taken
+    with image:  # its memory is freed before the next image is decoded
         rgb = image.convert("RGB")
     return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
 

@@ -35,7 +35,7 @@ class Classifier:
         try:
             session = onnxruntime.InferenceSession(content, options)
             metadata = session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # there is no end to what foreign bytes may raise in a decoder
+        except Exception as error:  # decoding unknown bytes may raise anything
             raise ValueError(f"{path} is damaged, or no ONNX file: {str(error).splitlines()[0]}") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} was not written by scripts/export.py: it names no classes and no image size.")

@@ -23,9 +23,9 @@ from abn_exp.seeding import derive_seed
 def check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
     """Check a `_target_` node, before anything that it names is called.
 
-    `result` is what it is to make: a class, or None where that is for its caller to see. `given` are the arguments
-    that the program itself will pass. A configuration may come from elsewhere, together with a trained network, so
-    that nothing is called but classes of the kind that is needed and functions that take a network's arguments.
+    `result` is the class of what it makes, None where the caller checks that. `given` are the arguments that the
+    program itself will pass. A configuration may be of unknown origin, with a trained network, so that only classes
+    of the required kind and functions with a network's arguments are called.
     """
     if not isinstance(node, dict):
         raise ConfigError(
@@ -69,7 +69,7 @@ def get_object_or_explain(node: dict[str, Any], path: str) -> Callable[..., Any]
         return get_object(node["_target_"])
     except KeyError as error:
         raise ConfigError(f"{path} needs a _target_, the class or function that makes it.") from error
-    except Exception as error:  # importing is running: there is no end to what it may raise
+    except Exception as error:  # an import runs code, which may raise anything
         raise ConfigError(
             f"{path}._target_={node['_target_']} cannot be imported: it should be package.module.Name."
         ) from error
@@ -109,7 +109,7 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
 def initialize_(
     network: nn.Module, seed: int, purpose: str = "init", init: Literal["torch", "authors"] = "torch"
 ) -> nn.Module:
-    r"""Draw the parameters anew, in place, each layer's from its own generator; return the network.
+    r"""Initialise the parameters, in place, each layer's from its own generator; return the network.
 
     A layer's initial weights are a function of (seed, purpose, its name in the network, their shape) alone, so two
     networks that differ only in their norms start from the same weights. The distributions are the layers'
@@ -117,7 +117,7 @@ def initialize_(
 
     .. math:: w \sim N\left(0, \frac{2}{k^2\, \text{out\_channels}}\right)
 
-    (a variance), as in the published code of doi 10.3390/e27060645. torch's global generator is left as it was.
+    (a variance), as in the published code of doi 10.3390/e27060645. torch's global generator is not changed.
 
     Raises ValueError for a network that is not on the CPU, whose generator would be another one.
     """

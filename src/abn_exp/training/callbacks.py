@@ -32,14 +32,14 @@ class EpochLogger(pl.Callback):
 
     flip_ratio of a layer: the share of its binary weights whose sign at the epoch's end is not the one at its
     start. latent_beyond_one: the share of its latent weights with |w| > 1.
-    What was written so far is also in every checkpoint, under its checksums: a run that goes on writes the file anew
-    from there, so that nothing that befell the file, and no epoch that has to be repeated, is left in it.
+    The lines so far are also in every checkpoint, under its checksums. A resumed run rewrites the file from there, so
+    that no damage to the file, and no epoch that is trained again, is left in it.
 
     Raises Diverged where a loss, a weight or a running statistic is not finite, OSError where the disk is full.
     """
 
     def __init__(self, directory: Path, tracker: Tracker, *, brief: bool = False) -> None:
-        """`brief` leaves room in a line of 80 characters for the name of one of several runs."""
+        """`brief`: shorter lines, so that a run's label fits into 80 characters, too."""
         self.path = directory / "metrics.jsonl"
         self.tracker = tracker
         self.brief = brief
@@ -57,7 +57,7 @@ class EpochLogger(pl.Callback):
             self._write(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if len(self.lines) < trainer.current_epoch:  # a checkpoint of before it held the lines
+        if len(self.lines) < trainer.current_epoch:  # a checkpoint of an older version, without lines
             self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] <= trainer.current_epoch]
         self._write(trainer)
         self.best = max((line["val/acc"] for line in self.lines if "val/acc" in line), default=None)
@@ -153,7 +153,7 @@ class StepProgressBar(pl.Callback):
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line, or nothing of it. Raises OSError that names the file, which a full disk's own error does not."""
+    """Append a line completely or not at all. Raises OSError that names the file, as a full disk's error does not."""
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         content = line.encode() + b"\n"
@@ -166,13 +166,15 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _not_finite(metrics: dict[str, Any], module: torch.nn.Module) -> str | None:
-    """Name a loss, a weight or a running statistic that is not finite: a sign hides a NaN weight from the loss."""
+    """Return the name of a loss, weight or running statistic that is not finite, or None.
+
+    The loss alone does not show it: the sign of a NaN weight is finite."""
     for key, value in metrics.items():
         if key.endswith("/loss") and not math.isfinite(value):
             return key
     values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     finite = torch.stack([value.isfinite().all() for value in values.values()])
-    if finite.all():  # the one wait for the device
+    if finite.all():  # the only wait for the device
         return None
     return list(values)[finite.tolist().index(False)].removeprefix("network.")
 
@@ -187,7 +189,7 @@ def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class KillAllRanks(pl.Callback):
-    """Lets SIGTERM and SIGINT end a run of several processes at once, as a kill would: what is on disk is whole.
+    """Ends all processes of a run on SIGTERM or SIGINT, as SIGKILL would: what is on disk is complete.
 
     Lightning's own handlers wait for the other processes, which may be waiting for this one in the middle of a step.
     """

@@ -25,8 +25,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning writes to the system's temporary folder; where that is another file system, its "rename" is a copy,
     and a full disk or a kill leaves half a file under the final name.
 
-    The disk is written to while training goes on: the bytes are fixed before `save_checkpoint` returns, and the
-    next one, or the end of the run, waits until they are there. An error comes up then, too.
+    A thread writes to the disk while training goes on. The bytes are final before `save_checkpoint` returns; the next
+    save, or the end of the run, waits until they are written, and raises an error of the disk.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             pending.result()
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove nothing: a checkpoint replaces its older self; other paths are what a (foreign) file says."""
+        """Remove nothing: a new checkpoint replaces the old one, and other paths may come from an unknown file."""
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Return what `read_checkpoint` does: verified, and without executing anything, whatever is asked for."""
+        """Return `read_checkpoint(path)`: verified, and nothing in it is executed."""
         return read_checkpoint(path)
 
 
@@ -73,7 +73,7 @@ def previous(path: Path) -> Path:
 def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
     """Return the callbacks that save `last.ckpt` after every epoch and, if asked, `best.ckpt` by `val/acc`.
 
-    Only ends of epochs are saved: what Lightning saves inside an epoch resumes on other batches.
+    Only ends of epochs are saved: a checkpoint inside an epoch resumes on other batches.
     """
     best_weights = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
     kinds: list[dict[str, Any]] = [best_weights, {"filename": "last"}] if keep_best else [{"filename": "last"}]
@@ -90,9 +90,9 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
 
 
 class _Checkpoint(ModelCheckpoint):
-    """Goes on in any folder: its files lie in its own, whichever they were written in.
+    """A ModelCheckpoint that may be resumed in another folder than the one in which it was saved.
 
-    Lightning forgets the best score where the folder has another name than it had.
+    Lightning's own forgets the best score where the folder's name has changed.
     """
 
     @property
@@ -111,10 +111,10 @@ class _Checkpoint(ModelCheckpoint):
 
 
 def keep_weights(directory: Path) -> None:
-    """Leave of a finished run's checkpoints the weights: without the optimizer's state, which is most of them.
+    """Remove the optimizer's state, most of the bytes, from a finished run's checkpoints.
 
-    Such a `last.ckpt` is still one to go on from where all epochs are done, so that a damaged record is made again.
-    What cannot be read or written stays as it is, with a warning: the run's record is there.
+    A run whose epochs are all done can still be resumed from such a `last.ckpt`: a damaged record is written again.
+    What cannot be read or written is left, with a warning: the run's record exists.
     """
     last = directory / "checkpoints" / "last.ckpt"
     try:
@@ -127,7 +127,7 @@ def keep_weights(directory: Path) -> None:
 
 
 def usable_checkpoint(path: Path) -> Path | None:
-    """Return `path` where it is whole, else the checkpoint before it, else None; say so where there was one."""
+    """Return `path` where it is whole, else the checkpoint before it, else None; warn of a damaged one."""
     for candidate in (path, previous(path)):
         try:
             read_checkpoint(candidate)

@@ -30,7 +30,7 @@ class LitClassifier(pl.LightningModule):
 
     Each stage adds up loss, top-1 and top-5 on the device and gives means over images once an epoch
     (`epoch_metrics`), so that no step waits for the device. Training takes groups of batches (`BatchGroups`), so that
-    what Lightning costs is spent once a group and not once a step.
+    Lightning's overhead is paid once a group, not once a step.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LitClassifier(pl.LightningModule):
         return loss, likeliest[:, 0]
 
     def epoch_metrics(self, stage: Stage) -> dict[str, float]:
-        """Return the stage's means since the last call, over the images of all devices, and start anew."""
+        """Return the stage's means since the last call, over the images of all devices, and reset them."""
         sums = self.trainer.strategy.reduce(self._sums.pop(stage), reduce_op="sum")
         loss, top1, top5, count = (float(value) for value in sums)
         return {
@@ -88,7 +88,7 @@ class LitClassifier(pl.LightningModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        # Whatever a network draws while it trains is a function of (seed, epoch): a resumed run draws the same.
+        # Random numbers drawn in training are a function of (seed, epoch): a resumed run draws the same.
         torch.manual_seed(derive_seed(self.seed, "train", self.current_epoch))
         if self.recipe.optimizer.rebuild_each_epoch:
             fresh = build_optimizer(self.recipe.optimizer.model_dump(), self.parameters())
@@ -122,7 +122,7 @@ class LitClassifier(pl.LightningModule):
         self.predicted = torch.zeros_like(self._test_loader.labels)
 
     def _share_buffers(self) -> None:
-        """Evaluate the first process's running statistics everywhere: they are what a checkpoint holds."""
+        """Use the first process's running statistics in all processes: a checkpoint holds those."""
         if self.trainer.world_size > 1:
             for buffer in self.network.buffers():
                 dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""What runs will take, told before they begin: their disk, and with `dry_run=true` their time by a few steps."""
+"""Estimates before runs begin: the disk space of checkpoints and, with `dry_run=true`, the time from a few steps."""
 
 import math
 import shutil
@@ -40,7 +40,7 @@ def disk_use(config: Config, network: torch.nn.Module) -> DiskUse:
 
 
 def disk_sentence(plans: Sequence[RunPlan], count: int) -> str:
-    """Say what the checkpoints of these runs will take, `count` trained at a time, and what is free."""
+    """Return a sentence on the disk space of these runs, `count` trained at a time, and on what is free."""
     cells = {plan.directory.parent: plan for plan in plans}
     uses = {cell: disk_use(plan.config, _on_meta(plan)) for cell, plan in cells.items()}
     kept = sum(uses[plan.directory.parent].kept for plan in plans)

@@ -1,4 +1,4 @@
-"""Raise `recipe.epochs`: a run whose first epochs were trained before, as a shorter one, begins where that ended."""
+"""Continue a finished shorter run of the same first epochs, where `recipe.epochs` is raised."""
 
 import logging
 import shutil
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def begin_with_shorter_run(plan: RunPlan) -> None:
-    """Copy into a run's folder the checkpoints of the longest finished run of the same first epochs; say so.
+    """Copy the checkpoints of the longest finished run with the same first epochs into a run's folder, and log it.
 
-    Its record stays as it is. Where there is such a run and it cannot be gone on from, say why: training begins at
-    the start.
+    The shorter run's record is not changed. Where there is such a run that cannot be continued, the log says why, and
+    training begins at the start.
     """
     shorter = _shorter_runs(plan)
     if not shorter:
@@ -35,7 +35,7 @@ def begin_with_shorter_run(plan: RunPlan) -> None:
             if not read_checkpoint(source / "last.ckpt")["optimizer_states"]:
                 log.info("%s has %d of these epochs, but only its weights (keep=all keeps more)", directory, epochs)
                 continue
-            for name in ("best.ckpt", "last.ckpt"):  # the last one last: with it the run has begun
+            for name in ("best.ckpt", "last.ckpt"):  # last.ckpt last: with it the run has begun
                 if (source / name).is_file():
                     _copy(source / name, plan.directory / "checkpoints" / name)
         except (DamagedFile, KeyError, OSError) as error:
@@ -64,7 +64,7 @@ def _shorter_runs(plan: RunPlan) -> list[tuple[int, Path]]:
             if same and read_result(path.parent) is not None:
                 found.append((epochs, path.parent))
         except (ValueError, KeyError, TypeError, OSError):
-            continue  # it cannot be read, or is of another version: not one to go on from
+            continue  # unreadable, or of another version: it cannot be continued
     return found
 
 

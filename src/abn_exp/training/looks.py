@@ -1,4 +1,4 @@
-"""Seeds until decided: the plan of the looks, written before the first run, and each look as its runs have ended."""
+"""seeds=until_decided: write the plan of the looks before the first run, take each look when its runs have ended."""
 
 import logging
 from collections.abc import Collection, Sequence

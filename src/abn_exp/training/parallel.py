@@ -27,8 +27,8 @@ from abn_exp.training.workers import sigint_blocked
 
 SECONDS = 3.0  # of training, for each number that is tried
 WARM = 1.0  # of training before the first number
-PATIENCE = 180.0  # for the slowest process to begin: it imports, builds, compiles
-WORTH, AS_GOOD = 1.1, 0.95  # so much faster than one at a time; not worth more processes than that share of the best
+PATIENCE = 180.0  # seconds for the slowest process to start: it imports, builds, compiles
+WORTH, AS_GOOD = 1.1, 0.95  # times faster than one at a time; share of the best that makes fewer processes preferable
 CONTEXT_BYTES = 600e6  # what a process takes of a GPU before its first tensor
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def memory(key: str) -> int:
-    """Return a size in bytes that Linux says of this process: VmRSS or VmHWM. Raises OSError elsewhere."""
+    """Return the bytes of this process in /proc/self/status: VmRSS or VmHWM. Raises OSError where it is not Linux."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
-    """Return random images: how long a step takes does not depend on what is in them."""
+    """Return random images: the time of a step does not depend on their content."""
     random = torch.Generator().manual_seed(0)
 
     def split(n: int) -> Split:
@@ -88,9 +88,9 @@ def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
 
 
 def measure_best_count(plan: RunPlan, pending: int) -> int:
-    """Return how many runs like `this` to train at a time, where `pending` are to be trained; say why.
+    """Return how many runs like the plan's to train at a time, of `pending` ones; log the measurements.
 
-    As many as give the most images a second in all, or fewer that are nearly as fast; 1 where several gain nothing.
+    The number with the most images a second in all, or a smaller one nearly as fast; 1 where more gain little.
     """
     config = plan.config
     device = select_device(config)
@@ -175,7 +175,7 @@ def _process(
 
 
 def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
-    """Return a loop that has taken its first steps, and batches without end."""
+    """Return a loop after its first steps, and an endless iterator of batches."""
     torch.set_num_threads(config.threads)
     recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
     options = config.dataset.model_copy(update={"train_images": None})
@@ -214,7 +214,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _data_bytes(config: Config) -> float:
-    """Return what a run's training images take (`BatchLoader`), which is not there while the speed is measured."""
+    """Return what a run's training images take (`BatchLoader`), which are not loaded while the speed is measured."""
     known = CATALOG.get(config.dataset.name)
     count = config.dataset.train_images or (known.train_count if known is not None else 0)
     side = config.dataset.image_size + 2 * config.dataset.padding

@@ -68,7 +68,7 @@ from abn_exp.training.setup import (
 from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
 
-SLOWER = 1.1  # times fp32, from where on a precision's speed is told
+SLOWER = 1.1  # warn where a precision takes this many times as long as fp32
 
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # "GPU available: ..." and tips, before every run
@@ -82,10 +82,10 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.
 def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
     """Train and test one network, or go on with it, or show its result where it is already finished.
 
-    `steps` counts the run's steps for somebody who watches it; without it, this process watches the run itself.
+    `steps` is a counter that another process watches; without it, this process watches the run itself.
 
-    Raises ConfigError for what the user can mend: where training had not begun, nothing is left. What else ends a
-    run without a result is left in `FAILED`.
+    Raises ConfigError for what the user can correct; where training had not begun, the run's folder is removed. Any
+    other error is recorded in `FAILED`.
     """
     config, directory = plan.config, plan.directory
     if process_rank(config) > 0:
@@ -103,11 +103,11 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
             log.info("taken from %s", source)
         if finished is not None:
             if read_config(directory).get("keep") == "weights" and list(directory.glob("checkpoints/previous-*")):
-                keep_weights(directory)  # it was stopped between its record and this
+                keep_weights(directory)  # stopped between writing the record and this
             log.info("finished before; force=true runs it again")
             show(directory, finished)
             return finished
-        _tell_last_attempt(plan)
+        _log_last_attempt(plan)
         write_config(directory, config.model_dump(), command)
         for name in ("result.json", "SHA256SUMS", "FAILED"):
             (directory / name).unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
             raise
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
-            _tell_stop(plan, stopped)
+            _log_stop(plan, stopped)
             raise stopped from None
         finally:
             with suppress(OSError):
@@ -145,8 +145,8 @@ def _has_trained(directory: Path) -> bool:
     return (metrics.is_file() and metrics.stat().st_size > 0) or (directory / "checkpoints" / "last.ckpt").exists()
 
 
-def _tell_last_attempt(plan: RunPlan) -> None:
-    """Say how the last attempt at this run ended, where it left no result."""
+def _log_last_attempt(plan: RunPlan) -> None:
+    """Log how the last attempt at this run ended, where it left no result."""
     try:
         for name, sentence in (("RUNNING", "was killed {where} (it was {what})"), ("FAILED", "failed: {what}")):
             path = plan.directory / name
@@ -157,12 +157,12 @@ def _tell_last_attempt(plan: RunPlan) -> None:
         log.warning("%s", error)
 
 
-def _tell_stop(plan: RunPlan, stopped: Stopped) -> None:
-    """Say what is done and how it goes on."""
+def _log_stop(plan: RunPlan, stopped: Stopped) -> None:
+    """Log what is done and how it goes on."""
     done = len(read_metrics(plan.directory))
     how = f"goes on from the end of epoch {done}" if done else "begins the run again"
     log.warning("stopped by %s %s; the same command %s", stopped.signal, epoch_reached(plan), how)
-    stopped.told = True
+    stopped.reported = True
 
 
 def _run_worker_rank(plan: RunPlan) -> RunResult:
@@ -171,7 +171,7 @@ def _run_worker_rank(plan: RunPlan) -> RunResult:
     try:
         return _train_and_test(plan, None)
     except Diverged:
-        raise SystemExit(0) from None  # with any other code, Lightning would kill the first before it has said why
+        raise SystemExit(0) from None  # with any other code, Lightning would kill the first process before it reports
 
 
 def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
@@ -193,7 +193,7 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
             times,
         )
     summary = summarize(network, config.dataset.image_size)
-    made_with = {  # before hours of training, so that nothing here can end a run after its last epoch
+    made_with = {  # read before training, so that an error here cannot end a run after its last epoch
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
         "device": provenance.device_name(device, config.threads),
@@ -351,7 +351,7 @@ def _lock_run_dir(directory: Path) -> Iterator[None]:
 
 
 class RunLog(logging.FileHandler):
-    """A log that says once, in a sentence, that it cannot be written: no traces on a full disk."""
+    """A log file that reports once, in one line, that it cannot be written: no tracebacks on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         print(f"{self.baseFilename} cannot be written: {sys.exception()}", file=sys.stderr)
@@ -382,7 +382,7 @@ def _clear_run_dir(directory: Path) -> None:
 def _check_same_config(plan: RunPlan) -> RunResult | None:
     """Return the directory's result if there is one; refuse a directory that another configuration has written.
 
-    A damaged record is made again: the checkpoint, which has checksums of its own, holds all that it says.
+    A damaged record is written again: the checkpoint, with checksums of its own, holds all of it.
     """
     directory, finished = plan.directory, None
     if not (directory / "config.yaml").is_file():

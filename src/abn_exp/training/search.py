@@ -1,8 +1,8 @@
 """Search hyper-parameters on validation accuracy, with the same budget for each norm; Optuna proposes the values.
 
-A trial is a set of values; what it is judged by is the mean, over seeds, of the last epoch's validation accuracy. Its
-runs are ordinary runs, each in its folder, so that a search that was stopped goes on with the same command, and a
-second process with the same command shares the work. The test accuracies in their records are not looked at.
+A trial is a set of values. It is judged by the mean over seeds of the last epoch's validation accuracy. Its runs are
+ordinary runs in their own folders: a search that was stopped goes on with the same command, and a second process with
+the same command shares the work. The test accuracies in their records are not used.
 """
 
 import csv
@@ -100,7 +100,7 @@ class Search:
     """A search in its folder, `results/<name>`; several processes may work on it."""
 
     def __init__(self, space: Space) -> None:
-        """Raises ConfigError where a run of the search cannot be right, or where the folder holds another search."""
+        """Raises ConfigError where a run of the search is not allowed, or where the folder holds another search."""
         self.space = space
         chosen = [[f"norm={norm}"] for norm in space.norms] or [[]]  # none: the configuration's own
         first = self.values({key: _first(options) for key, options in space.options.items()})
@@ -170,12 +170,12 @@ class Search:
             say(f"{study.study_name} {' '.join(values)}: {came}")
 
     def _claim(self, count: int) -> tuple[optuna.Study, optuna.Trial, FileLock] | None:
-        """Return a trial and the lock that holds it: one that a stopped process left, or a new one; else None."""
+        """Return a trial to train and its lock: one that a stopped process left, else a new one, else None."""
         with FileLock(self.locks / "lock"):
             for study in sorted(self.studies.values(), key=lambda study: len(_begun(study))):
                 for trial in _begun(study):
                     if trial.state == TrialState.RUNNING and (lock := self._lock(study, trial.number)) is not None:
-                        lock.release()  # whoever trained it is gone: its values are tried again, its runs go on
+                        lock.release()  # its process has ended: the values are tried again, its runs go on
                         study.tell(trial.number, state=TrialState.FAIL)
                         study.enqueue_trial(trial.params)
                 begun = _begun(study)

@@ -27,7 +27,7 @@ from abn_exp.warm_start import load_initial_weights_
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # one of them is there where a driver is loaded
-BATCHES_PER_GROUP = 20  # steps for which what Lightning costs, 0.3 ms and more, is spent once
+BATCHES_PER_GROUP = 20  # steps that share Lightning's overhead of 0.3 ms or more
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,11 @@ def _cuda_build() -> str:
 
 
 def configure_process() -> None:
-    """Let the process leave out work that no number depends on."""
+    """Turn off work of this process that no result depends on."""
     # Deterministic kernels write every value of a result: filling it with NaN first is a pass for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # A step frees its maps and the next one takes as many. Giving them back to the system in between, to get them
-    # anew and filled with zeros, is up to a third of a narrow network's step on a CPU.
+    # A step frees its feature maps and the next one allocates as many. Returning the memory to the system in between,
+    # which fills it with zeros, is up to a third of a narrow network's step on a CPU.
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):

@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 
 
 class SweepCallback(Callback):
-    """Hydra calls it around a multirun. SystemExit is the one exception of a callback that Hydra lets through."""
+    """Hydra calls it around a multirun. SystemExit is the only exception of a callback that Hydra does not catch."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse the whole sweep where one of its runs cannot be right; say what there is to do."""
+        """Refuse the whole sweep where one of its runs is not allowed; log what there is to do."""
         try:
             self._start(config)
         except Exception:  # Hydra would only warn of it, and go on
@@ -108,7 +108,7 @@ class SweepCallback(Callback):
                 write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
 
     def decided(self, looked: int) -> bool:
-        """Tell the sweeper, after so many batches of runs, whether the primary comparison needs no more."""
+        """Return whether, after so many batches of runs, the primary comparison needs no more."""
         from abn_exp.training.looks import is_decided, seeds_of_looks
 
         folder, looks = self.plans[0].directory.parents[4], self.plans[0].config.looks
@@ -120,7 +120,7 @@ class SweepCallback(Callback):
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
         seeds = seeds_of_looks(folder)
-        self.plans = [plan for plan in self.plans if plan.config.seed in seeds]  # the others are not asked for
+        self.plans = [plan for plan in self.plans if plan.config.seed in seeds]  # the others are not needed
         return True
 
     def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
@@ -154,7 +154,7 @@ class SweepCallback(Callback):
                 print(
                     f"{done} of {len(results)} runs are finished; {STOPPED.format(stopped.signal)}", file=sys.stderr
                 )
-                stopped.told = True
+                stopped.reported = True
                 raise
         found = [results[plan.directory] for plan in plans]
         values = [None if result is None else result.val_acc_last for result in found]
@@ -164,7 +164,7 @@ class SweepCallback(Callback):
         ]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Let go of the run's configuration, a thousand objects that Hydra would keep to the end of the sweep."""
+        """Drop the run's configuration, a thousand objects that Hydra would keep until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
@@ -257,7 +257,7 @@ def _check_sweeper(config: DictConfig) -> None:
 
 
 def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
-    """Refuse two answers to the question of who launches the runs."""
+    """Refuse `seeds_at_once` together with another launcher."""
     launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
     if launcher != "WorkerLauncher" and any(plan.config.seeds_at_once != 1 for plan in plans):
         raise ConfigError(
@@ -291,7 +291,7 @@ def record_command(folder: Path, typed: str) -> None:
 
 
 def finished_result(plan: RunPlan) -> RunResult | None:
-    """Return the result of a run that need not be trained; what is damaged or another's is for the run to judge."""
+    """Return the result of a run that need not be trained; `run` deals with damage and other configurations."""
     if plan.config.force:
         return None
     try:

@@ -2,7 +2,7 @@
 
 Without a key a run is written offline; a server that cannot be reached costs one wait a process, and then everything
 goes offline. W&B's step is the epoch, and a run that goes on logs all its epochs again, so that W&B has each once.
-`upload` brings there later what records hold and W&B lacks. `wandb` is imported only where it is used.
+`upload` adds later what W&B lacks of the records. `wandb` is imported only where it is used.
 """
 
 import base64
@@ -37,7 +37,7 @@ FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads
 Array = NDArray[np.int64]
 MAX_TAG, MAX_NAME = 64, 128  # characters that W&B takes
 
-_unreachable = False  # a server that did not answer is not asked again by this process
+_unreachable = False  # whether a server did not answer: this process does not ask again
 
 
 class Tracker:
@@ -53,7 +53,7 @@ class Tracker:
         the same W&B run goes on. `init` goes to `wandb.init`: group, job_type, tags, config.
         """
         self.run: Any = None
-        self.command = f"python scripts/runs.py --upload {study}"  # what brings to W&B what could not be uploaded
+        self.command = f"python scripts/runs.py --upload {study}"  # uploads what could not be uploaded
         self.failed = False  # whether something could not be logged or uploaded
         self._epoch = 0  # the last one that W&B has
         self._log_model = settings.log_model
@@ -116,7 +116,7 @@ class Tracker:
             self._attempt(lambda run: run.log(dict(metrics), step=epoch, commit=True))
 
     def log_result(self, result: RunResult) -> None:
-        """Write the numbers that a finished run is remembered by into the W&B run's summary.
+        """Write a finished run's headline numbers into the W&B run's summary.
 
         With `wandb.log_model`, its weights become an artifact: downloaded, a folder that `load_network` reads.
         """
@@ -145,7 +145,7 @@ class Tracker:
             self._attempt(lambda run: _log_report_files(run, folder))
 
     def _attempt(self, act: Callable[[Any], object]) -> None:
-        """Do something to the W&B run; the first exception is a warning, since the record is on disk."""
+        """Call `act` with the W&B run; the first exception is a warning, since the record is on disk."""
         global _unreachable
         if self.run is None:
             return
@@ -180,10 +180,11 @@ class Uploaded(NamedTuple):
 
 
 def upload(folder: Path) -> Iterator[str]:
-    """Bring to W&B what the records of the runs below a folder hold and it lacks; yield a line for each such run.
+    """Upload to W&B what it lacks of the runs below a folder; yield a line for each such run.
 
-    It can be repeated as often as one likes: what is complete there is asked for and left alone. A study's report
-    follows its runs. Raises ConfigError where there is no key, or no server that takes it, ValueError without runs.
+    It may be repeated: runs that are complete there are skipped. A study's report follows its runs.
+
+    Raises ConfigError where there is no key, or no server that takes it, ValueError without runs.
     """
     runs = find_runs(folder)
     if not runs:
@@ -261,7 +262,7 @@ def report_arguments(study: str) -> dict[str, Any]:
 
 
 def _headline(result: RunResult) -> dict[str, float]:
-    """Return the numbers that a run is remembered by; those the recipe does not ask for are left out."""
+    """Return a run's headline numbers; those that the recipe does not ask for are left out."""
     values = {
         "final/test_acc": result.test_acc,
         "final/test_acc_top5": result.test_acc_top5,
@@ -309,7 +310,7 @@ QUERY = """query RunResumeStatus($project: String, $entity: String, $name: Strin
 
 
 def _ask(settings: WandbConfig, run_id: str) -> Uploaded:
-    """Ask the server what it has of a run: with the query by which W&B's own client goes on with one.
+    """Ask the server what it has of a run, with the query by which W&B's own client resumes one.
 
     Raises OSError where it does not answer, ValueError where the answer is not one to this question.
     """
@@ -389,7 +390,7 @@ def _log_model(run: Any, directory: Path) -> None:
 
 
 def _resolve_mode(mode: str) -> str:
-    """Turn "auto" into what this machine can do without asking anybody; WANDB_MODE=disabled wins over everything."""
+    """Resolve "auto" without a prompt: online with a key, else offline; WANDB_MODE=disabled wins over everything."""
     variable = os.environ.get("WANDB_MODE", "")
     variable = {"dryrun": "offline", "run": "online"}.get(variable, variable)  # W&B's own older names
     if "disabled" in (mode, variable):

@@ -1,4 +1,4 @@
-"""A warning for a run that takes no step any more: a library's endless loop raises no error."""
+"""Warn of a run that has stopped taking steps: an endless loop in a library raises no error."""
 
 import logging
 import os
@@ -32,34 +32,34 @@ class Counter(Protocol):
 class StepWatch:
     """Says when a run has begun no new step for FACTOR times its mean step so far, and for FLOOR seconds at least.
 
-    Nothing is said before the first step: data may have to be downloaded and converted. The first step itself may
+    Nothing is reported before the first step: data may have to be downloaded and converted. The first step itself may
     take FLOOR seconds, in which a network is compiled.
     """
 
     def __init__(self) -> None:
         self.count, self.changed = 0, 0.0
         self.first: tuple[int, float] | None = None
-        self.told = False
+        self.reported = False
 
     def standstill(self, count: int, now: float) -> str | None:
         """Return how long there has been no step, in words, where it is too long; once for each standstill."""
         if count != self.count:
-            self.count, self.changed, self.told = count, now, False
+            self.count, self.changed, self.reported = count, now, False
             self.first = self.first if self.first is not None else (count, now)
-        if self.first is None or self.told:
+        if self.first is None or self.reported:
             return None
         steps = self.count - self.first[0]
         mean = (self.changed - self.first[1]) / steps if steps else 0.0
         waited = now - self.changed
         if waited < max(FLOOR, FACTOR * mean):
             return None
-        self.told = True
+        self.reported = True
         usual = f", where one takes {mean:.2g} s" if steps else ""
         return f"no step for {waited:.0f} s{usual}"
 
 
 def warn_of_standstill(plan: RunPlan, standstill: str, pid: int | None) -> None:
-    """Name the run, its directory, and what to do: whether it will ever go on is for a person to judge."""
+    """Log the run, its directory and what to do; whether to kill it is for the user to decide."""
     log.warning(
         "%s in %s: this run may never end. `kill -9 %s` ends it, and the same command goes on from its last whole "
         "epoch.",
@@ -71,7 +71,7 @@ def warn_of_standstill(plan: RunPlan, standstill: str, pid: int | None) -> None:
 
 @contextmanager
 def watching(plan: RunPlan, steps: Counter) -> Iterator[None]:
-    """Look at a run of this process, from a thread, for as long as the context lasts."""
+    """Watch a run of this process, from a thread, while the context is open."""
     ended = threading.Event()
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that train the runs of a multirun: each many runs, and one that dies fails only its own."""
+"""Worker processes that train the runs of a multirun, one after another; one that dies fails only its current run."""
 
 import logging
 import multiprocessing
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its result, or why there is none."""
+    """The outcome of a job: its result, or why there is none."""
 
     result: RunResult | None = None
     error: str = ""
@@ -107,7 +107,7 @@ class _Worker:
     def begin(self, job: Job) -> None:
         self.job, self.watch = job, StepWatch()
         self.steps.value = 0
-        with suppress(OSError):  # it has died just now, which the next look finds
+        with suppress(OSError):  # it has just died, which the next check finds
             self.connection.send(job)
 
     def messages(self) -> Iterator[Outcome | None]:
@@ -149,7 +149,7 @@ def _stop(workers: list[_Worker]) -> None:
 
 @contextmanager
 def sigint_blocked() -> Iterator[None]:
-    """Let the processes that are started inside never see SIGINT, which a terminal sends to all of a command's."""
+    """Block SIGINT for processes that are started inside: a terminal sends it to all processes of a command."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -168,7 +168,7 @@ def _record_death(job: Job, how: str) -> str:
 
 
 def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> None:
-    """Be a worker: train one job after another, until the parent closes the connection or is gone."""
+    """Train one job after another until the parent closes the connection or has ended; runs in the worker process."""
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     git_commit()  # of the code that is imported now
@@ -185,7 +185,7 @@ def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> No
 
 
 def _die_with_parent() -> None:
-    """A parent that was killed cannot say so; a run that went on without it would hold its lock."""
+    """End with the parent: a killed one sends no message, and a run that went on would keep its lock."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -195,7 +195,7 @@ def _die_with_parent() -> None:
 def train_one(job: Job, steps: Counter | None = None) -> Outcome:
     """Train one run of a multirun in this process. An error ends this run alone; it is logged and returned.
 
-    `steps` is what somebody else watches; without it, this process watches the run itself.
+    `steps` is a counter that another process watches; without it, this process watches the run itself.
     """
     from abn_exp.report.build import update_page
     from abn_exp.training.run import run
