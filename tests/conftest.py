@@ -1,8 +1,8 @@
-"""What several test files share: composing a configuration as the command line would, on a small machine."""
+"""What test files share: a small machine, a configuration as the command line composes it, the command itself."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from abn_exp.identity import RunPlan  # noqa: E402  (the environment must be set before)
+from tests.helpers.cli import Cli  # noqa: E402
 from tests.helpers.runs import plan_in  # noqa: E402
 
 
@@ -22,3 +23,11 @@ from tests.helpers.runs import plan_in  # noqa: E402
 def make_plan(tmp_path: Path) -> Callable[..., RunPlan]:
     """Return a function from overrides to a plan whose results go to the test's own folder."""
     return partial(plan_in, tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """Return what runs `python train.py`."""
+    made = Cli(tmp_path_factory.mktemp("cli"))
+    yield made
+    made.close()

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from tests.faults.conftest import FULL, Account, Cli
+from tests.helpers.cli import Cli
+from tests.helpers.faults import FULL, Account
 from tests.helpers.runs import REPOSITORY, TINY
 
 Make = Callable[..., RunPlan]

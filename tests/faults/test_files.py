@@ -16,7 +16,8 @@ from abn_exp.report import build as report
 from abn_exp.results import find_runs, load_network, load_runs, read_checkpoint, read_metrics
 from abn_exp.training.callbacks import append_line
 from abn_exp.training.checkpoints import usable_checkpoint
-from tests.faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
+from tests.helpers.cli import Cli, until
+from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 
 def directory_of(folder: Path) -> Path:

@@ -27,8 +27,9 @@ from PIL import Image
 
 from abn_exp.data.readers import read_tinyimagenet
 from abn_exp.results import read_checkpoint
-from tests.faults.conftest import FULL, Account, Cli, Done, differences, on_images
+from tests.helpers.cli import Cli, Done
 from tests.helpers.datasets import CIFAR10_NAMES, jpeg, pixels, python2_pickle, tinyimagenet_members, write_zip
+from tests.helpers.faults import FULL, Account, differences, on_images
 from tests.helpers.runs import REPOSITORY
 
 # Notes every program that is started, every connection, and every change of a file outside the folders of the case.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import FULL, SMALL, Account, Cli, differences, on_images, until
+from tests.helpers.cli import Cli, until
+from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 SHARES = 2
 

@@ -7,7 +7,8 @@ import pytest
 
 from abn_exp.report import build as report
 from abn_exp.results import find_runs
-from tests.faults.conftest import SMALL, Account, Cli, differences
+from tests.helpers.cli import Cli
+from tests.helpers.faults import SMALL, Account, differences
 
 # What befalls a run in its second epoch, and what the run says of it.
 FAULT = """

@@ -15,7 +15,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from abn_exp.report import figures
 from abn_exp.results import find_runs, read_metrics
-from tests.faults.conftest import FULL, RESULTS, SMALL, Account, Cli, differences
+from tests.helpers.cli import Cli
+from tests.helpers.faults import FULL, RESULTS, SMALL, Account, differences
 
 SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn", "bn_noscale"])
 COUNT = 2 * SEEDS * len(NORMS)

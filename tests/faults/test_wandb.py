@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from abn_exp.results import read_metrics
-from tests.faults.conftest import FULL, SMALL, Account, Cli, differences, until
+from tests.helpers.cli import Cli, until
+from tests.helpers.faults import FULL, SMALL, Account, differences
 from tests.helpers.runs import REPOSITORY
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"

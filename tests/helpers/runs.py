@@ -1,8 +1,16 @@
 """A run of a few seconds, its plan, and where the repository is."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
 
 from abn_exp.identity import RunPlan, plan_run
 
@@ -12,9 +20,42 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = ["dataset.train_images=200", "model.width=0.0625", "recipe.epochs=2", "recipe.batch_size=32"]
 
 
+@cache
+def _hydra() -> Hydra:
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return hydra
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Let `compose` read conf/, with what this process has found out about it before."""
+    hydra = _hydra()  # which puts another instance in the place of the one that is there
+    instance = GlobalHydra.instance()
+    before, instance.hydra = instance.hydra, hydra
+    try:
+        yield
+    finally:
+        instance.hydra = before
+
+
 def plan_in(folder: Path, *overrides: str, tiny: bool = True) -> RunPlan:
     """Compose a configuration as the command line would; its results go to `folder`."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+    with composing():
         words = [f"results_dir={folder}", *(TINY if tiny else []), *overrides]
         cfg = compose("config", words, return_hydra_config=True)
         return plan_run(cfg, dict(cfg.hydra.runtime.choices))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that `make` has filled, for all processes of a test run; a test that changes it copies it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            part = folder.with_name(f"{folder.name}.part")
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder

@@ -7,9 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,32 +26,33 @@ from abn_exp.identity import RunPlan, plan_run
 from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
 from abn_exp.training.sweep import SweepCallback, expand
 from abn_exp.training.workers import Job, Outcome
+from tests.helpers.cli import FORKED_WORKERS, Cli, Started, until
 from tests.helpers.records import finish_run
-from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.runs import REPOSITORY, TINY, once
 
 OPTUNA = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 SIX = ["seeds=three", "norm=bn,abn"]
 
 
-def sweep(folder: Path, *arguments: str, new_group: bool = False) -> subprocess.Popen[str]:
+# A report without drawing its figures, for a sweep of which only its tables are read.
+NO_FIGURES = "import abn_exp.report.figures; abn_exp.report.figures.save = lambda *_: None\n"
+
+
+def sweep(cli: Cli, folder: Path, *arguments: str, figures: bool = False, new_group: bool = False) -> Started:
     """Start train.py in a folder of its own; paths are relative, so that two such commands are the same."""
     options = [argument for argument in arguments if argument == "-m"]
     overrides = [argument for argument in arguments if argument != "-m"]
-    command = [sys.executable, str(REPOSITORY / "train.py"), *options, "device=cpu", *TINY, *overrides]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=new_group)
-
-
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    inject = FORKED_WORKERS + ("" if figures else NO_FIGURES)
+    return cli.start(*options, "device=cpu", *TINY, *overrides, inject=inject, cwd=folder, new_group=new_group)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    assert until(condition, 300)
+
+
+def killed(cli: Cli, started: Started) -> None:
+    os.kill(started.pid, signal.SIGKILL)
+    assert cli.wait(started).code == -signal.SIGKILL
 
 
 def runs_of(folder: Path) -> dict[tuple[str, int], Run]:
@@ -73,115 +71,117 @@ def report(folder: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = finish(sweep(folder, "-m", *SIX))
-    assert done.returncode == 0, done.stderr
-    assert "6 runs, 0 of them finished, 6 to do" in done.stdout
-    lines = done.stdout.splitlines()
-    assert max(len(line) for line in lines if "results/" not in line) <= 80
-    for label in ("bn s0", "bn s1", "bn s2", "abn s0", "abn s1", "abn s2"):
-        (line,) = [line for line in lines if line.startswith(f"[{label}] test ")]
-        assert re.fullmatch(r"\[.*\] test [\d.]+ %, validation [\d.]+ %, 2 epochs in \d+:\d\d:\d\d", line)
-    return folder
+def undisturbed(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        done = cli.wait(sweep(cli, folder, "-m", *SIX, figures=True))
+        assert done.code == 0, done.err
+        (folder / "stdout").write_text(done.out)
+
+    return once(tmp_path_factory, "undisturbed-sweep", make)
 
 
 def test_a_sweep_runs_every_cell_with_every_seed(undisturbed: Path) -> None:
     assert scores(undisturbed).keys() == {(norm, seed) for norm in ("bn", "abn") for seed in (0, 1, 2)}
     assert "| bn | 3 |" in report(undisturbed)[0]
+    out = (undisturbed / "stdout").read_text()
+    assert "6 runs, 0 of them finished, 6 to do" in out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "results/" not in line) <= 80
+    for label in ("bn s0", "bn s1", "bn s2", "abn s0", "abn s1", "abn s2"):
+        (line,) = [line for line in lines if line.startswith(f"[{label}] test ")]
+        assert re.fullmatch(r"\[.*\] test [\d.]+ %, validation [\d.]+ %, 2 epochs in \d+:\d\d:\d\d", line)
 
 
-def test_a_second_time_nothing_is_trained(undisturbed: Path) -> None:
+def test_a_second_time_nothing_is_trained(cli: Cli, undisturbed: Path) -> None:
     records = [path for path in undisturbed.rglob("*") if path.name in ("result.json", "last.ckpt", "metrics.jsonl")]
     assert len(records) == 18
     before = [path.stat().st_mtime_ns for path in records]
     files = [undisturbed / "results" / "runs" / f for f in ("report.md", "report.csv", "runs.csv", "report.tex")]
     texts = [path.read_bytes() for path in files]
-    done = finish(sweep(undisturbed, "-m", *SIX))
-    assert done.returncode == 0
-    assert "6 runs, 6 of them finished, 0 to do" in done.stdout
-    assert "seed" not in done.stdout.split("test accuracy")[0]  # no title for each run
+    done = cli.wait(sweep(cli, undisturbed, "-m", *SIX))
+    assert done.code == 0
+    assert "6 runs, 6 of them finished, 0 to do" in done.out
+    assert "seed" not in done.out.split("test accuracy")[0]  # no title for each run
     assert [path.stat().st_mtime_ns for path in records] == before
     assert [path.read_bytes() for path in files] == texts
 
 
-def test_a_killed_sweep_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_where_it_was(cli: Cli, undisturbed: Path, tmp_path: Path) -> None:
     """Killed in its third run, without -m; gone on with two at a time."""
 
     def third_has_begun() -> bool:
         others = [run for run in find_runs(tmp_path / "results") if run.result is None]
         return len(scores(tmp_path)) == 2 and any(len(read_metrics(run.directory)) == 1 for run in others)
 
-    process = sweep(tmp_path, *SIX)
+    started = sweep(cli, tmp_path, *SIX)
     wait_for(third_has_begun)
-    process.kill()
-    process.communicate()
+    killed(cli, started)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert 2 <= len(finished) < 6
     assert not (tmp_path / "results" / "runs" / "report.md").exists()
-    two = ["seeds_at_once=2"]
-    done = finish(sweep(tmp_path, *SIX, *two))
-    assert done.returncode == 0, done.stderr
+    done = cli.wait(sweep(cli, tmp_path, *SIX, "seeds_at_once=2"))
+    assert done.code == 0, done.err
     assert all(path.stat().st_mtime_ns == modified for path, modified in finished.items())
     assert scores(tmp_path) == scores(undisturbed)
     assert report(tmp_path) == report(undisturbed)
 
 
-def test_one_failure_stops_no_other_run(tmp_path: Path, undisturbed: Path) -> None:
+def test_one_failure_stops_no_other_run(cli: Cli, tmp_path: Path, undisturbed: Path) -> None:
     directory = runs_of(undisturbed)["abn", 1].directory.relative_to(undisturbed)
     (tmp_path / directory).mkdir(parents=True)
     (tmp_path / directory / "checkpoints").touch()  # where a folder belongs
-    done = finish(sweep(tmp_path, "seeds=three", "norm=abn"))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    done = cli.wait(sweep(cli, tmp_path, "seeds=three", "norm=abn"))
+    assert done.code == 1
+    assert "Traceback" not in done.err
     assert scores(tmp_path) == {
         key: score for key, score in scores(undisturbed).items() if key in (("abn", 0), ("abn", 2))
     }
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    (line,) = [line for line in done.out.splitlines() if line.startswith("FAILED")]
     assert str(directory) in line
     assert "checkpoints" in line.split(":", 1)[1]
     assert "| abn | 2/3 |" in report(tmp_path)[0]
 
 
-def test_a_run_that_dies_is_named_and_the_others_finish(tmp_path: Path) -> None:
+def test_a_run_that_dies_is_named_and_the_others_finish(cli: Cli, tmp_path: Path) -> None:
     """SIGSEGV to the worker, as of a library that writes beyond its memory; then SIGTERM to the command."""
     words = ["-m", "recipe.epochs=5000,1", "norm=abn"]
 
     def dying_has_begun() -> bool:
         return any(len(read_metrics(path.parent)) >= 1 for path in tmp_path.rglob("*epochs-5000*/seed-0/RUNNING"))
 
-    process = sweep(tmp_path, *words)
+    started = sweep(cli, tmp_path, *words)
     wait_for(dying_has_begun)
     (running,) = tmp_path.rglob("RUNNING")
     os.kill(int(running.read_text().split()[1]), signal.SIGSEGV)
-    done = finish(process)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    done = cli.wait(started)
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith("FAILED")]
     assert re.search(r"epochs-5000/seed-0: killed by SIGSEGV, in epoch \d+ of 5000$", line)
     assert [run.status for run in find_runs(tmp_path)] == ["finished", "failed"]
 
-    process = sweep(tmp_path, *words)
+    started = sweep(cli, tmp_path, *words)
     wait_for(dying_has_begun)
-    process.send_signal(signal.SIGTERM)
-    done = finish(process)
-    assert done.returncode == 143
-    assert "Traceback" not in done.stderr
-    assert "1 of 2 runs are finished; stopped by SIGTERM; the same command goes on" in done.stderr
-    assert "] the last attempt failed: killed by SIGSEGV, in epoch" in done.stdout
-    assert re.search(r"\] stopped by SIGTERM in epoch \d+ of 5000; the same command goes on from", done.stdout)
+    os.kill(started.pid, signal.SIGTERM)
+    done = cli.wait(started)
+    assert done.code == 143
+    assert "Traceback" not in done.err
+    assert "1 of 2 runs are finished; stopped by SIGTERM; the same command goes on" in done.err
+    assert "] the last attempt failed: killed by SIGSEGV, in epoch" in done.out
+    assert re.search(r"\] stopped by SIGTERM in epoch \d+ of 5000; the same command goes on from", done.out)
 
 
-def test_ctrl_c_stops_a_sweep_of_several_runs_at_once(tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_sweep_of_several_runs_at_once(cli: Cli, tmp_path: Path) -> None:
     """A terminal sends SIGINT to every process of the command."""
-    process = sweep(tmp_path, "-m", "seed=0,1,2", "seeds_at_once=2", "recipe.epochs=5000", new_group=True)
+    words = ["-m", "seed=0,1,2", "seeds_at_once=2", "recipe.epochs=5000"]
+    started = sweep(cli, tmp_path, *words, new_group=True)
     wait_for(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2)
-    os.killpg(process.pid, signal.SIGINT)
-    done = finish(process)
-    assert done.returncode == 130
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "0 of 3 runs are finished; stopped by SIGINT; the same command goes on" in done.stderr
-    assert len(re.findall(r"^\[s\d\] stopped by SIGTERM in epoch", done.stdout, re.MULTILINE)) == 2
+    os.killpg(started.pid, signal.SIGINT)
+    done = cli.wait(started)
+    assert done.code == 130
+    assert "Traceback" not in done.out + done.err
+    assert "0 of 3 runs are finished; stopped by SIGINT; the same command goes on" in done.err
+    assert len(re.findall(r"^\[s\d\] stopped by SIGTERM in epoch", done.out, re.MULTILINE)) == 2
     assert [run.status for run in find_runs(tmp_path)] == ["unfinished"] * 3
     assert [has_begun(run.directory) for run in find_runs(tmp_path)] == [True, True, False]
     for run in find_runs(tmp_path)[:2]:
@@ -299,6 +299,7 @@ def test_a_run_without_a_result_of_its_own_is_told(
 ) -> None:
     """As where a worker was killed, or where a folder holds what another configuration found."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("abn_exp.report.figures.save", lambda *_: None)
     shutil.copytree(undisturbed / "results", "results", ignore=shutil.ignore_patterns("checkpoints"))
     config = composed("device=cpu", "wandb=disabled", *TINY, *SIX)
     callback = SweepCallback()
@@ -355,7 +356,7 @@ def test_a_run_s_configuration_is_let_go() -> None:
     assert (job.cfg, job.hydra_cfg, job.overrides) == (None, None, ["seed=1"])
 
 
-def test_seeds_until_decided_end_the_same_after_a_kill(undisturbed: Path, tmp_path: Path) -> None:
+def test_seeds_until_decided_end_the_same_after_a_kill(cli: Cli, undisturbed: Path, tmp_path: Path) -> None:
     """Two looks at the cells of the undisturbed sweep; killed after the first, typed again."""
     command = ["norm=bn,abn", "seeds=until_decided", "looks=[2,3]", "delta=0.01"]
     plan = tmp_path / "results" / "runs" / "plan.json"
@@ -363,14 +364,13 @@ def test_seeds_until_decided_end_the_same_after_a_kill(undisturbed: Path, tmp_pa
     def entries() -> list[dict[str, Any]]:
         return list(json.loads(plan.read_text())["entries"]) if plan.is_file() else []
 
-    process = sweep(tmp_path, *command)
+    started = sweep(cli, tmp_path, *command)
     wait_for(lambda: entries() and len(runs_of(tmp_path)) > 4)
-    process.kill()
-    process.communicate()
+    killed(cli, started)
     (first,) = entries()
     assert (first["seeds"], first["verdict"]) == (2, "undecided")
-    done = finish(sweep(tmp_path, *command))
-    assert done.returncode == 0, done.stderr
+    done = cli.wait(sweep(cli, tmp_path, *command))
+    assert done.code == 0, done.err
     assert scores(tmp_path) == scores(undisturbed)
     assert entries()[0] == first
     assert [entry["seeds"] for entry in entries()] == [2, 3]
@@ -382,12 +382,12 @@ def test_seeds_until_decided_end_the_same_after_a_kill(undisturbed: Path, tmp_pa
         (("norm=abn", "looks=[2,3]", "name=other"), "this command is one run"),
         (("norm=bn,abn", "seed=0,1", "-m", "spending=pocock", "name=other"), "spending= is for seeds=until_decided"),
     ]:
-        refused = finish(sweep(tmp_path, *words))
-        assert refused.returncode == 1
-        assert sentence in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+        refused = cli.wait(sweep(cli, tmp_path, *words))
+        assert refused.code == 1
+        assert sentence in refused.err
+        assert len(refused.err.splitlines()) == 1
     typed = (runs_of(tmp_path)["abn", 2].directory / "config.yaml").read_text().splitlines()[0]
     words = shlex.split(typed.removeprefix("# python train.py "))
-    again = finish(sweep(tmp_path, *words))  # the run alone, as its record says
-    assert again.returncode == 0, again.stderr
-    assert "finished before" in again.stdout
+    again = cli.wait(sweep(cli, tmp_path, *words))  # the run alone, as its record says
+    assert again.code == 0, again.err
+    assert "finished before" in again.out

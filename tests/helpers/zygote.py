@@ -4,6 +4,7 @@ Reads jobs from stdin, a JSON object a line, and answers each with a line. {"sta
 {"wait": pid, "timeout": seconds} its return code, negative for a signal as in `subprocess`, null at the timeout.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -50,6 +51,8 @@ def watch(job: dict[str, Any]) -> None:
 
 def run(job: dict[str, Any]) -> int:
     os.chdir(job["cwd"])
+    if job["new_group"]:
+        os.setsid()
     for stream, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
@@ -92,11 +95,20 @@ def main() -> None:
     sys.path.insert(0, str(repository))
     import sklearn.datasets
     import wandb  # noqa: F401
+    from hydra import compose, initialize_config_dir
 
+    import abn_exp.report.build
     import abn_exp.training.run
-    import abn_exp.training.sweep  # noqa: F401
+    import abn_exp.training.sweep
+    import abn_exp.training.wandb_run  # noqa: F401
+    from abn_exp.identity import plan_run
 
     sklearn.datasets.load_digits()
+    with initialize_config_dir(version_base="1.3", config_dir=str(repository / "conf")):  # Hydra's parser learns
+        cfg = compose("config", ["seed=0", "seeds=three"], return_hydra_config=True)
+        plan_run(cfg, dict(cfg.hydra.runtime.choices))
+    gc.collect()
+    gc.freeze()  # what is here is in each fork: none looks at it again, and copies its pages by that
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print("ready", flush=True)
     for line in sys.stdin:
@@ -117,6 +129,7 @@ def main() -> None:
                 if not done:
                     time.sleep(0.005)
             print(json.dumps(os.waitstatus_to_exitcode(status) if done else None), flush=True)
+    os._exit(0)  # without the seconds in which torch's extensions count what they leave behind
 
 
 if __name__ == "__main__":
