@@ -72,7 +72,7 @@ def make_network(model: str, norm: str, width: float | None = None) -> nn.Module
 
 
 def binarize_once_(network: nn.Module) -> nn.Module:
-    """Put the binary weights in place of the latent ones, in place, so that no pass makes them anew."""
+    """Replace the latent weights by the binary ones, in place, so that no pass binarizes them again."""
     for layer in network.modules():
         if isinstance(layer, BinaryConv2d | BinaryLinear):
             layer.weight.data = layer.binarization.weights(layer.weight)
@@ -107,9 +107,9 @@ def make_engine(name: str, network: nn.Module, batch: int) -> Engine:
     if name == "OpenVINO":
         return _openvino(trace(network, 32), batch)
     if name == "network.onnx":
-        from abn_exp.deploy.onnx import Writer, sealed
+        from abn_exp.deploy.onnx import Writer, with_digest
 
-        return _onnx_runtime(sealed(Writer(trace(network, 32)).model(NORMALIZATION, {})))
+        return _onnx_runtime(with_digest(Writer(trace(network, 32)).model(NORMALIZATION, {})))
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(folder) / "float32.onnx"
@@ -166,7 +166,7 @@ class Findings:
 
 
 def measure(repetitions: int, width: float | None, peaks: bool) -> Findings:
-    """Measure everything in turn, so that a disturbance of the machine meets all alike."""
+    """Measure everything in turn, so that a disturbance of the machine affects all alike."""
     require_extra("onnx", "onnxruntime", "openvino")
     found = Findings({}, {}, {})
     device = torch.device("cpu")

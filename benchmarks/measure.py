@@ -30,7 +30,7 @@ def quartiles(values: list[float]) -> Quartiles:
 
 
 def interleaved(calls: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Call everything in turn, `repetitions` times, so that a disturbance of the machine meets all alike."""
+    """Call everything in turn, `repetitions` times, so that a disturbance of the machine affects all alike."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
@@ -66,7 +66,7 @@ def saved_bytes(call: Callable[[], Tensor], network: nn.Module) -> int:
 
 
 def trim() -> None:
-    """Give what is free back to the system, so that what is left is in use."""
+    """Return free memory to the system, so that the rest is in use."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -82,7 +82,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         trim()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         before = memory("VmRSS")
         call()
         return memory("VmHWM") - before

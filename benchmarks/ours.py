@@ -1,4 +1,4 @@
-"""This project's training loop under a clock: its configuration, its loader, Lightning's trainer."""
+"""This project's training loop, timed: its configuration, its loader, Lightning's trainer."""
 
 import time
 import warnings

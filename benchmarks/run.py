@@ -100,8 +100,8 @@ class Benchmark:
         for repetition in range(effort.repetitions):
             log.info("%s: %d of %d", model, repetition + 1, effort.repetitions)
             for row in rows:
-                # In a process where other loops have left their holes, the conventional one takes half as long again;
-                # so each is made anew, but those that would have to be compiled anew.
+                # Where other loops have fragmented the memory, the conventional one takes half as long again; so each
+                # is built again, except those that would have to be compiled again.
                 loop = compiled.get(row.name) or self.loop(row, model, width, size, data)
                 if row.compile and row.name not in compiled:
                     compiled[row.name] = loop
@@ -249,7 +249,7 @@ class Benchmark:
         for axis, (sizes, make) in axes.items():
             log.info("growth: %s", axis)
             calls = {(row.name, size): make(row, size) for row in rows for size in sizes}
-            if axis != "images":  # whose epochs begin cold, as a run's does
+            if axis != "images":  # whose epochs include the start, as a run's do
                 for call in calls.values():
                     call()
             repetitions = {str(key): call for key, call in calls.items()}

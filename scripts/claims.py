@@ -198,7 +198,7 @@ def block() -> str:
 
 
 def replaced(text: str) -> str:
-    """Return the README's text with the block written anew. Raises ValueError where it lacks the marks."""
+    """Return the README's text with the block replaced. Raises ValueError where it lacks the marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md should hold the lines {BEGIN} and {END} once each.")
     before, rest = text.split(BEGIN)

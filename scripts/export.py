@@ -41,9 +41,9 @@ def main() -> int:
             print(f"{engine}: {done:,} test images agree so far", flush=True)
 
     try:
-        subject = open_run(arguments.run, arguments.weights, arguments.root)
+        run = open_run(arguments.run, arguments.weights, arguments.root)
         options = {"qonnx": arguments.qonnx, "openvino": arguments.openvino, "strict": arguments.strict}
-        summary = export(subject, out, **options, progress=progress)
+        summary = export(run, out, **options, progress=progress)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from abn_exp.report.build import PAGE_SECONDS, build_report, print_report, update_page, write_report
-from abn_exp.report.watch import serve
+from abn_exp.report.serve import serve
 from abn_exp.results import find_runs
 
 
 def watch(folder: Path, reference: str, port: int) -> None:
-    """Serve report.html until Ctrl-C; it is written again at most once a minute, and only while somebody looks."""
+    """Serve report.html until Ctrl-C; it is written again at most once a minute, and only while it is requested."""
     checked = 0.0
 
     def refresh() -> None:

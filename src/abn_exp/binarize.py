@@ -150,7 +150,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ..
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-# From a layer, its input and its latent weights to its sums, without its bias: abn_exp.exact16 has ways of its own.
+# From a layer, its input and its latent weights to its sums, without its bias: abn_exp.exact16 has its own.
 Product = Callable[["BinaryConv2d | BinaryLinear", Tensor, Tensor], Tensor]
 
 

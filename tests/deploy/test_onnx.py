@@ -13,7 +13,7 @@ from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear
 from abn_exp.deploy import verify as verification
 from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import Graph, trace
-from abn_exp.deploy.onnx import OnnxRuntime, Writer, sealed
+from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
 from abn_exp.deploy.verify import Answer, Engine, Mismatch, Verification, _Bounds, _Forced, verify
 from abn_exp.models import binarynet, resnet18, resnet18_paper, vgg_small
 from tests.helpers.deploy import NORMALIZATION, images, trained
@@ -24,7 +24,7 @@ LABELS = torch.zeros(COUNT, dtype=torch.int64)
 
 def engine_of(graph: Graph) -> OnnxRuntime:
     writer = Writer(graph)
-    return OnnxRuntime(sealed(writer.model(NORMALIZATION, {})), writer.codes, 1)
+    return OnnxRuntime(with_digest(writer.model(NORMALIZATION, {})), writer.codes, 1)
 
 
 def check(network: nn.Module, graph: Graph, engine: Engine) -> Verification:
@@ -50,7 +50,7 @@ def test_the_file_decides_as_torch_does(build, norm, options):
     network = trained(build, norm, **options)
     graph = trace(network, 16)
     writer = Writer(graph)
-    content = sealed(writer.model(NORMALIZATION, {}))
+    content = with_digest(writer.model(NORMALIZATION, {}))
     found = check(network, graph, OnnxRuntime(content, writer.codes, 1))
     bits = {True: 0, False: 0}
     for layer in graph.layers:
@@ -74,7 +74,7 @@ def test_weights_are_a_bit_each_in_the_file():
     model = Writer(trace(network, 16)).model(NORMALIZATION, {})
     sizes = [len(tensor.raw_data) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
     assert binary / 8 <= sum(sizes) <= binary / 8 + 1024
-    assert len(sealed(model)) < binary / 8 + 4 * (sum(p.numel() for p in network.parameters()) - binary) + 12_000
+    assert len(with_digest(model)) < binary / 8 + 4 * (sum(p.numel() for p in network.parameters()) - binary) + 12_000
 
 
 @pytest.fixture(scope="module")

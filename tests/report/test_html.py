@@ -15,7 +15,7 @@ import pytest
 from abn_exp.report import build
 from abn_exp.report.build import build_report, update_page
 from abn_exp.report.html import page_of, render
-from abn_exp.report.watch import serve
+from abn_exp.report.serve import serve
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -74,7 +74,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
     opener.check(runs, lambda network, image: None)
     measured = measure_each(runs, opener, _measure, out / "parts", "activations 2")
-    found = {directory: NetworkActivations.of_plain(plain) for directory, plain in measured.items()}
+    found = {directory: NetworkActivations.from_plain(plain) for directory, plain in measured.items()}
     scores = {
         run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} | _additional(each)
         for run, each in found.items()
@@ -150,7 +150,7 @@ def _layer_table(
 
 
 def _norm_table(by_norm: dict[str, list[NetworkActivations]]) -> tuple[list[str], list[list[str]]]:
-    """What each norm layer has learned; shares of its channels by how many thresholds a sign behind it has."""
+    """Shares of each norm layer's channels by how many thresholds a sign behind it has."""
     rows = []
     for layer in next(iter(by_norm.values()))[0].norms:
         for norm, seeds in by_norm.items():

@@ -93,7 +93,7 @@ class Distribution:
 
 @contextmanager
 def hooks(handles: list[Any]) -> Iterator[None]:
-    """Take hooks away again, whatever happens."""
+    """Remove hooks on leaving the context."""
     try:
         yield
     finally:
@@ -232,8 +232,8 @@ def band_shares(norm: nn.Module) -> dict[str, float] | None:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What a norm on feature maps has learned, from its parameters alone."""
+class LearnedNorm:
+    """The function of a norm on feature maps, from its learned parameters alone."""
 
     responses: Array  # (7, G): of channels spread evenly from the lowest mean response to the highest
     signs: Array  # (G,): the share of channels whose sign is +1
@@ -242,13 +242,13 @@ class Learned:
     beta: float  # mean over channels, 0 where there is none
 
 
-def learned(norm: nn.BatchNorm2d) -> Learned:
+def learned_norm(norm: nn.BatchNorm2d) -> LearnedNorm:
     """Describe one norm."""
     y = response(norm)
     order = np.argsort(y.mean(1), kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, CHANNELS).astype(int)]
     beta = 0.0 if norm.bias is None else float(norm.bias.detach().mean())
-    return Learned(
+    return LearnedNorm(
         y[chosen], (y >= 0).mean(0), float(beyond_one_threshold(response(norm, WIDE)).mean()), band_shares(norm), beta
     )
 
@@ -259,7 +259,7 @@ class NetworkActivations:
 
     places: list[Distribution]
     accuracy: float
-    norms: dict[str, Learned]
+    norms: dict[str, LearnedNorm]
 
     def layers(self, kind: Kind = "binary input") -> list[Distribution]:
         """Return the places of a kind that a norm on feature maps feeds."""
@@ -274,8 +274,8 @@ class NetworkActivations:
         return {"places": [dict(vars(place)) for place in self.places], "accuracy": self.accuracy, "norms": norms}
 
     @classmethod
-    def of_plain(cls, plain: dict[str, Any]) -> Self:
-        """Return what `plain` was made of."""
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        """Return the object that `plain` describes."""
         places = []
         for values in plain["places"]:
             place = Distribution(*(values[key] for key in ("name", "kind", "feature_map", "channels")))
@@ -284,7 +284,7 @@ class NetworkActivations:
         norms = {}
         for name, values in plain["norms"].items():
             arrays: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
-            norms[name] = Learned(**arrays)
+            norms[name] = LearnedNorm(**arrays)
         return cls(places, plain["accuracy"], norms)
 
     def scores(self) -> dict[str, float]:
@@ -296,6 +296,6 @@ class NetworkActivations:
 def analyze(network: nn.Module, images: Tensor, labels: Iterable[int] | Tensor) -> NetworkActivations:
     """Measure one network on normalised images (N, 3, S, S) with labels (N,)."""
     found, predicted = measure(network, images)
-    norms = {name: learned(norm) for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    norms = {name: learned_norm(norm) for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     accuracy = float((predicted == torch.as_tensor(labels)).double().mean())
     return NetworkActivations(found, accuracy, norms)

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import gaussian_blur
 from abn_exp.analysis.activations import hooks
 from abn_exp.seeding import generator
 
-SMALLEST = 4  # a map of fewer pixels a side tells nothing about where
+SMALLEST = 4  # a map of fewer pixels a side is too coarse to locate anything
 STEPS = 16  # of the deletion and insertion curves
 BATCH = 100  # images
 
@@ -84,7 +84,7 @@ def inside(boxes: Tensor, size: int) -> Tensor:
 
 
 def box_area(boxes: Tensor, size: int) -> Tensor:
-    """Return each box's share of the image, (B,): what a map that knows nothing scores."""
+    """Return each box's share of the image, (B,): the score of an uninformative map."""
     return inside(boxes, size).float().mean((1, 2))
 
 
@@ -105,7 +105,7 @@ def pointing_game(maps: Tensor, boxes: Tensor) -> Tensor:
 
 
 def random_maps(indices: Tensor, cells: tuple[int, int], size: int) -> Tensor:
-    """Return a map that knows nothing for each image, (B, size, size), from the image's index alone.
+    """Return an uninformative map for each image, (B, size, size), from the image's index alone.
 
     As smooth as a Grad-CAM of `cells`: uniform noise of that many, enlarged in the same way. (Single pixels in random
     order would be noise that no network has seen, and any map would look good or bad beside them.)
@@ -159,7 +159,7 @@ def area_under(curves: Tensor) -> Tensor:
 
 
 def blur(images: Tensor) -> Tensor:
-    """Return the images, blurred until nothing but colour is left: a Gaussian of an eighth of their size."""
+    """Return the images, blurred by a Gaussian of an eighth of their size, which leaves little but colour."""
     size = images.shape[-1]
     return gaussian_blur(images, [size // 2 + 1 - size // 2 % 2] * 2, [size / 8] * 2)
 

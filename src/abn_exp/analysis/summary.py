@@ -1,6 +1,6 @@
 """The report of an analysis: norms compared over runs, paired by seed, judged, and written down.
 
-A number is measured once a run. The same runs give the same bytes.
+A number is measured once for each run. The same runs give the same bytes.
 """
 
 import math
@@ -187,7 +187,7 @@ def command_line(kind: str, folders: Sequence[str | Path], options: Mapping[str,
 
 @dataclass
 class AnalysisWriter:
-    """What is written into a folder, bit by bit: tables and figures as files, all of it as summary.md."""
+    """Collects an analysis and writes it into a folder: tables and figures as files, all of it as summary.md."""
 
     out: Path
     title: str

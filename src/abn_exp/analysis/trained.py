@@ -24,7 +24,7 @@ from abn_exp.results import Run, find_runs, load_trained_network, read_config
 from abn_exp.training.setup import make_loaders
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
-MEMORY = 2**30  # bytes that a process is reckoned with
+MEMORY = 2**30  # bytes that one process is assumed to need
 
 
 def find_trained(folders: Iterable[str | Path]) -> list[Run]:
@@ -95,7 +95,7 @@ class Opener:
         return self._images
 
     def key(self, run: Run) -> str:
-        """Return what decides the images of a run."""
+        """Return a key that runs share if they are tested on the same images."""
         config = parse(read_config(run.directory))
         options = config.dataset.model_dump(exclude={"padding", "flip", "train_images"})
         return f"{options} {config.recipe.normalization} {self.root} {self.count}"
@@ -119,11 +119,11 @@ _job: tuple[Opener, Measure, int]  # of the processes that measure, which are fo
 def measure_each(
     runs: Sequence[Run], opener: Opener, measure: Measure, folder: Path, what: str
 ) -> dict[Path, Measured]:
-    """Return what `measure` finds in each run's network, by the run's directory.
+    """Return `measure` of each run's network, by the run's directory.
 
-    Each is kept in `folder`, under a name that follows from the run's record, the images and `what` is measured; so
-    an analysis that was stopped, or has more runs to look at, goes on. On a CPU several processes measure a run each:
-    threads would wait for each other in networks as small as most here.
+    Each is kept in `folder`, under a name that depends on the run's record, the images and `what` is measured: an
+    analysis that was stopped, or that has more runs, goes on. On a CPU several processes measure one run each, since
+    threads gain little in networks as small as most here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {run.directory: folder / f"{_digest(run, opener.key(run), what)}.pt" for run in runs}
@@ -153,7 +153,7 @@ def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Meas
         for job in jobs:
             yield _measure(*job)
         return
-    # A fork of a process whose threads have computed would wait for them for ever: this one leaves it to the forks.
+    # A fork of a process whose threads have computed would deadlock, so this process only forks.
     with ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
         try:
             for done in as_completed([pool.submit(_measure, *job) for job in jobs]):
@@ -172,7 +172,7 @@ def _measure(run: Run, path: Path) -> Run:
 
 
 def _digest(run: Run, *what: str) -> str:
-    record = (run.directory / "result.json").read_bytes()  # with the times of its training, so of that one alone
+    record = (run.directory / "result.json").read_bytes()  # it has the training times, so it identifies the run
     return hashlib.sha256(b"\0".join([record, *(text.encode() for text in what)])).hexdigest()[:16]
 
 

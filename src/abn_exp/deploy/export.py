@@ -33,7 +33,7 @@ SUMS_IMAGES = 100  # of which OpenVINO shows the sums of every binary layer, one
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainedRun:
     """A run's network, and what it is tested on."""
 
     directory: Path
@@ -55,7 +55,7 @@ def require_extra(*packages: str) -> None:
             ) from error
 
 
-def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> Subject:
+def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> TrainedRun:
     """Return a run's network and its test set. Raises ConfigError, DamagedFile or OSError with a sentence."""
     network, config = load_trained_network(directory, weights), parse(read_config(directory))
     options = config.dataset
@@ -70,11 +70,11 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
     mean, std = normalization(config, data)
-    return Subject(directory, weights, config, network, data, Normalization.of(mean, std))
+    return TrainedRun(directory, weights, config, network, data, Normalization.of(mean, std))
 
 
 def export(
-    subject: Subject,
+    run: TrainedRun,
     out: Path,
     *,
     qonnx: bool = False,
@@ -90,22 +90,22 @@ def export(
     left out, and the summary says why.
     """
     require_extra("onnx", "onnxruntime", *["qonnx"] * qonnx, *["openvino"] * openvino)
-    from abn_exp.deploy.onnx import OnnxRuntime, Writer, sealed
+    from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
 
-    graph = trace(subject.network, subject.config.dataset.image_size)
+    graph = trace(run.network, run.config.dataset.image_size)
     if strict:
         _refuse_real(graph)
     writer = Writer(graph)
     contents: dict[str, bytes] = {}
     verifications: dict[str, Verification | str] = {}
     notes: list[str] = []
-    contents["network.onnx"] = sealed(writer.model(subject.normalization, _metadata(subject)))
+    contents["network.onnx"] = with_digest(writer.model(run.normalization, _metadata(run)))
     engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
 
     def check(name: str, engine: Engine, count: int | None = None) -> Verification:
-        images, labels = subject.data.test.images[:count], subject.data.test.labels[:count]
+        images, labels = run.data.test.images[:count], run.data.test.labels[:count]
         shown = partial(progress, name)
-        return verify(subject.network, graph, engine, images, labels, subject.normalization, shown)
+        return verify(run.network, graph, engine, images, labels, run.normalization, shown)
 
     try:
         verifications["ONNX Runtime"] = check("ONNX Runtime", engine)
@@ -116,14 +116,14 @@ def export(
     for wanted, name, other in ((qonnx, "qonnx", _qonnx), (openvino, "OpenVINO", _openvino)):
         if wanted:
             try:
-                found, files, of_engine = other(subject, graph, partial(check, name))
+                found, files, of_engine = other(run, graph, partial(check, name))
             except Mismatch as error:
                 verifications[name] = str(error)
             else:
                 verifications[name] = found
                 contents |= files
                 notes += of_engine
-    summary = summarized(subject, graph, contents, verifications, notes)
+    summary = summarized(run, graph, contents, verifications, notes)
     contents["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     contents["summary.md"] = markdown(summary).encode()
     out.mkdir(parents=True, exist_ok=True)
@@ -133,28 +133,28 @@ def export(
     return summary
 
 
-Found = tuple[Verification, dict[str, bytes], list[str]]  # what was compared, files, what is to be told
+Found = tuple[Verification, dict[str, bytes], list[str]]  # what was compared, files, notes
 
 
-def _qonnx(subject: Subject, graph: Graph, check: Callable[..., Verification]) -> Found:
+def _qonnx(run: TrainedRun, graph: Graph, check: Callable[..., Verification]) -> Found:
     from abn_exp.deploy.qonnx import Executor, QonnxWriter
 
-    found = check(Executor(graph, subject.normalization), QONNX_IMAGES)
-    content = QonnxWriter(graph).qonnx_model(subject.normalization).SerializeToString(deterministic=True)
+    found = check(Executor(graph, run.normalization), QONNX_IMAGES)
+    content = QonnxWriter(graph).qonnx_model(run.normalization).SerializeToString(deterministic=True)
     return found, {"network.qonnx.onnx": content}, []
 
 
-def _openvino(subject: Subject, graph: Graph, check: Callable[..., Verification]) -> Found:
+def _openvino(run: TrainedRun, graph: Graph, check: Callable[..., Verification]) -> Found:
     from abn_exp.deploy.openvino import OpenVINO, Writer, serialized
 
     threads = torch.get_num_threads()
-    with OpenVINO(graph, subject.normalization, threads) as engine:
+    with OpenVINO(graph, run.normalization, threads) as engine:
         found = check(engine)
     for layer in graph.layers:
-        with OpenVINO(graph, subject.normalization, threads, sums=layer) as engine:
+        with OpenVINO(graph, run.normalization, threads, sums=layer) as engine:
             found.sums += check(engine, SUMS_IMAGES).sums
     writer = Writer(graph)
-    xml, binary = serialized(writer.model(subject.normalization))
+    xml, binary = serialized(writer.model(run.normalization))
     notes = [f"OpenVINO has no binary kernel for {name}: {reason}." for name, reason in writer.real_layers.items()]
     return found, {"network.xml": xml, "network.bin": binary}, notes
 
@@ -168,28 +168,26 @@ def _refuse_real(graph: Graph) -> None:
             )
 
 
-def _metadata(subject: Subject) -> dict[str, str]:
-    config = subject.config
-    run = "/".join(subject.directory.resolve().parts[-5:])
+def _metadata(run: TrainedRun) -> dict[str, str]:
     return {
         "format": "abn_exp 1",
-        "classes": json.dumps(subject.data.classes),
-        "image_size": str(config.dataset.image_size),
-        "run": run,
-        "weights": subject.weights,
+        "classes": json.dumps(run.data.classes),
+        "image_size": str(run.config.dataset.image_size),
+        "run": "/".join(run.directory.resolve().parts[-5:]),
+        "weights": run.weights,
         "commit": provenance.git_commit() or "",
     }
 
 
 def summarized(
-    subject: Subject,
+    run: TrainedRun,
     graph: Graph,
     contents: dict[str, bytes],
     verifications: Mapping[str, Verification | str],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what is told of an export, as it is written to summary.json."""
-    totals = summarize(subject.network, subject.config.dataset.image_size).totals
+    """Return the summary of an export, as it is written to summary.json."""
+    totals = summarize(run.network, run.config.dataset.image_size).totals
     layers = []
     for layer in graph.layers:
         counts = None if layer.fold is None else np.bincount(layer.fold.counts, minlength=3).tolist()
@@ -229,8 +227,8 @@ def summarized(
         for name, v in verifications.items()
     }
     return {
-        "run": str(subject.directory),
-        "weights": subject.weights,
+        "run": str(run.directory),
+        "weights": run.weights,
         "bytes": {"float32": totals["bytes_real"], "file": size, "theory": totals["bytes_packed"]},
         "files": {name: len(content) for name, content in contents.items()},
         "times_smaller": totals["bytes_real"] / size,

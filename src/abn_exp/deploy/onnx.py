@@ -19,7 +19,7 @@ from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import MOVES, Graph, Layer, Node, Normalization
 from abn_exp.deploy.verify import Answer
 
-OPSET, IR_VERSION = 18, 8  # the first opset with all that is used; what is older reads it not, what is newer does
+OPSET, IR_VERSION = 18, 8  # the first opset with all that is used; older engines do not read it, newer ones do
 NO_DIGEST = "0" * 64
 MIDDLE = 128  # the code of a sum at its threshold, and the zero point of a folded convolution's result
 OUTSIDE = 64  # the bit of a code that says: outside the interval
@@ -315,7 +315,7 @@ def _pool(node: Node) -> dict[str, Any]:
     return {"kernel_shape": options["kernel"], "strides": options["stride"], "pads": [*options["padding"]] * 2}
 
 
-def sealed(model: onnx.ModelProto) -> bytes:
+def with_digest(model: onnx.ModelProto) -> bytes:
     """Return the bytes of a model whose metadata have the SHA-256 of all of them, with zeros in its own place."""
     properties = {prop.key: prop.value for prop in model.metadata_props}
     helper.set_model_props(model, properties | {"sha256": NO_DIGEST})

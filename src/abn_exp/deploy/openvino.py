@@ -287,12 +287,12 @@ class Process:
             self.process.stdin.flush()
             return [receive(self.process.stdout) for _ in range(self.results)]
         except (OSError, EOFError) as error:
-            raise Mismatch(self.last_words()) from error
+            raise Mismatch(self.exit_message()) from error
 
-    def last_words(self) -> str:
+    def exit_message(self) -> str:
         """Return how the process ended."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)  # what it has said is gone, so it is about to end by itself
+            self.process.wait(10)  # its output is closed, so it is about to end by itself
         self.process.kill()
         _, errors = self.process.communicate()
         lines = errors.decode(errors="replace").strip().splitlines()

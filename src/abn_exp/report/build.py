@@ -27,7 +27,7 @@ from abn_exp.files import write_text_atomic
 from abn_exp.options import all_options
 from abn_exp.records import read_command
 from abn_exp.report import figures, stats
-from abn_exp.report.checks import conditional_on, differences_in_the_making
+from abn_exp.report.checks import conditional_on, provenance_differences
 from abn_exp.report.comparisons import (
     Cell,
     Key,
@@ -62,7 +62,7 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     folder, *more = (Path(path).resolve() for path in (folder, *others))
     found = [run for path in (folder, *more) for run in _runs_below(path)]
     options = _options(found)
-    cells = collect_cells(_one_name_each(found, options) if more else found, reference)
+    cells = collect_cells(_unique_variants(found, options) if more else found, reference)
     configs = [read_config(run.directory) for cell in cells for run in cell.runs if run.status != "damaged"]
     devices = {cell.key: cell.device for cell in cells if cell.device is not None}
     settings = {cell.key: _settings(cell, options) for cell in cells}
@@ -73,7 +73,7 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     primary = judge_planned(cells, plan) if plan is not None else None
     if plan is None and fixed.question is not None:
         primary = judge_primary(cells, fixed.question, delta, interim)
-    shown, withheld = _of_the_reference(primary, reference)
+    shown, withheld = _primary_against(primary, reference)
     return Report(
         name=" and ".join(path.name for path in (folder, *more)),
         question=next((config["question"] for config in configs if "question" in config), None),
@@ -91,15 +91,15 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
         effects=[] if withheld else effect_tables(cells, factors, reference, delta),
         images=image_evidence([] if withheld else cells, reference, read_predictions),
         conditional=conditional_on(configs),
-        differing=differences_in_the_making(cells),
+        differing=provenance_differences(cells),
     )
 
 
-def _of_the_reference(
+def _primary_against(
     primary: Primary | None, reference: str
 ) -> tuple[tuple[dict[Key, Judgement], dict[Key, SpreadJudgement]], set[Key]]:
-    """Return what the table of differences to ``reference`` takes over from the primary comparison, by cell, and the
-    cells that are not to be compared there yet."""
+    """Return the primary judgements that the table of differences to ``reference`` shows, by cell, and the cells that
+    may not be compared there yet."""
     if primary is None or primary.question.reference != reference:
         return ({}, {}), set()
     keys = {cell.key for cell, _ in primary.pairs}
@@ -122,7 +122,7 @@ def _options(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     """Return the options that can change a run's result, flat, by its directory; nothing of damaged ones.
 
     An option of a network or a norm that only some runs have, because it was added later, is at its default in the
-    others. What that is says its signature, which takes seconds to import and is read only then.
+    others. That default is in a signature, which takes seconds to import and is read only where it is needed.
     """
     configs = {run.directory: read_config(run.directory) for run in runs if run.status != "damaged"}
     options = {directory: all_options(config, signatures=False) for directory, config in configs.items()}
@@ -134,11 +134,11 @@ def _options(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     return options
 
 
-def _one_name_each(runs: Sequence[Run], options: Mapping[Path, Mapping[str, Any]]) -> list[Run]:
-    """Return the runs so that a cell's name is that of one configuration, and of no other.
+def _unique_variants(runs: Sequence[Run], options: Mapping[Path, Mapping[str, Any]]) -> list[Run]:
+    """Return the runs with variants that belong to one configuration each.
 
-    Folders may hold one configuration under two names, which earlier versions gave it, or two under one: of a whole
-    data set and of a part of it.
+    Folders may hold one configuration under two names, given by earlier versions, or two under one name: a whole data
+    set and a part of it.
     """
     names: dict[tuple[str, ...], str] = {}
     taken: dict[Key, tuple[str, ...]] = {}
@@ -166,7 +166,7 @@ def _settings(cell: Cell, options: Mapping[Path, Mapping[str, Any]]) -> dict[str
 
 
 def _command(folder: Path, cells: list[Cell]) -> str:
-    """Return what was typed, as a multirun recorded it, or else one command a cell."""
+    """Return the commands that a multirun recorded, or else one command for each cell."""
     if command := read_command(folder).strip():
         return command
     lines = []
@@ -223,7 +223,7 @@ def update_page(folder: Path, *, reference: str = "bn") -> None:
     """Write report.html of a folder whose runs are under way: by one process at a time, at most once a minute.
 
     There is no verdict on the primary comparison, and no interval of it, before its runs are complete. A page that
-    cannot be written is a warning: it is made again from the records.
+    cannot be written is a warning, since it can be written again from the records.
     """
     page = folder / "report.html"
     try:

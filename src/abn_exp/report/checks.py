@@ -23,8 +23,8 @@ def conditional_on(configs: Sequence[Mapping[str, Any]]) -> str:
     return f"All of them are conditional on what the seeds share: {', '.join(shared[:-1])} and {shared[-1]}."
 
 
-def differences_in_the_making(cells: Sequence[Cell]) -> list[str]:
-    """Return a sentence for each group whose runs were not all made alike: in code, device, threads or versions."""
+def provenance_differences(cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence for each group whose runs differ in code, device, threads or versions."""
     lines = []
     if devices := sorted({cell.device for cell in cells if cell.device is not None}):
         lines.append(
@@ -32,7 +32,7 @@ def differences_in_the_making(cells: Sequence[Cell]) -> list[str]:
             "has its own cells, and norms are compared on the same kind alone."
         )
     for (dataset, model, variant), group in group_cells(cells).items():
-        made = [(cell.norm, _made_with(run.result)) for cell in group for run in cell.runs if run.result is not None]
+        made = [(cell.norm, _provenance(run.result)) for cell in group for run in cell.runs if run.result is not None]
         # Commits tell versions of the code apart where a run has no digest of it.
         if all(how["code"] is not None for _, how in made):
             made = [(norm, {k: v for k, v in how.items() if k != "git commit"}) for norm, how in made]
@@ -51,8 +51,8 @@ def differences_in_the_making(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _made_with(result: RunResult) -> dict[str, str | None]:
-    """Return what can change a number, apart from the configuration."""
+def _provenance(result: RunResult) -> dict[str, str | None]:
+    """Return what can change a result besides the configuration."""
     versions = {name: version for name, version in result.versions.items() if name != "abn_exp"}
     how = {
         "code": result.code,

@@ -64,7 +64,7 @@ class Cell:
         """Return the test accuracies of ``seeds`` in percent; what failed has that of guessing, 100 / classes."""
         classes = self._number_of_classes()
         failed = self.failed
-        guessing = 100 / classes if classes else 0.0  # unknown: at least nothing that speaks for it
+        guessing = 100 / classes if classes else 0.0  # unknown: the lowest score
         scores = self.sample("test_acc", seeds)
         return np.where([seed in failed for seed in seeds], guessing, scores)
 

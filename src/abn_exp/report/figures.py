@@ -116,8 +116,7 @@ def learning_curves(panels: Panels) -> Figure | None:
     """Draw the mean accuracy over epochs; data: (num_seeds, num_epochs) in percent.
 
     Up to three norms: half a page wide, with +-1 std as a band where there are two seeds or more. More: a full page
-    wide, without bands and without the first quarter of the epochs, or they could not be told apart; the title says
-    so.
+    wide, without bands and without the first quarter of the epochs, for readability; the title says so.
     """
     drawn = {title: {k: v for k, v in norms.items() if v.size} for title, norms in panels.items()}
     drawn = {title: norms for title, norms in drawn.items() if norms}

@@ -1,6 +1,6 @@
-"""What the predictions of single test images add: the test set's own sampling error, agreement, McNemar's test.
+"""Statistics of the predictions of single test images: sampling error of the test set, agreement, McNemar's test.
 
-``correct`` is a boolean array (num_seeds, num_images): did the run of that seed classify that test image rightly?
+``correct`` is a boolean array (num_seeds, num_images): whether the run of that seed is right on that test image.
 Rows of two arrays that are compared are the same seeds, columns always the same images.
 """
 
@@ -34,8 +34,8 @@ class SpreadSplit:
     """The variance of accuracies between seeds, split; stds in points; an estimate below zero is 0."""
 
     std: float
-    std_of_test_set: float  # what networks equally good would show on this many images
-    std_of_networks: float  # what would be left on an endless test set
+    std_of_test_set: float  # of equally good networks on this many images
+    std_of_networks: float  # on an infinitely large test set
     interval_of_networks: Interval
 
 
@@ -102,7 +102,7 @@ def _root(variance: float) -> float:
 
 def mcnemar(candidate: ArrayLike, reference: ArrayLike) -> list[McNemar]:
     """Return McNemar's exact test for each seed: of the images on which the two runs differ, is either right more
-    often than a coin would have it? It is about these two networks, not about their norms."""
+    often than in half of them? It is about these two networks, not about their norms."""
     a, b = np.asarray(candidate, dtype=bool), np.asarray(reference, dtype=bool)
     alone = [(int(only_a), int(only_b)) for only_a, only_b in zip((a & ~b).sum(1), (b & ~a).sum(1), strict=True)]
     return [McNemar(i, k, float(st.binomtest(i, i + k).pvalue) if i + k else 1.0) for i, k in alone]

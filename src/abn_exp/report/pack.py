@@ -19,7 +19,7 @@ from abn_exp.report.build import write_report
 from abn_exp.results import find_runs
 
 ANALYSIS_FILES = (".csv", ".md", ".png")
-OWN_TABLES = ("channels.csv", "histograms.csv")  # of an analysis: megabytes that its other tables summarise
+OWN_TABLES = ("channels.csv", "histograms.csv")  # of an analysis: large, and summarised by its other tables
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class ImageEvidence:
 
 
 def image_evidence(cells: Sequence[Cell], reference: str, read: Callable[[Run], Predictions | None]) -> ImageEvidence:
-    """Gather what the runs' predictions tell; ``read`` returns those of a run, None where it has none."""
+    """Compute the statistics of the runs' predictions; ``read`` returns those of a run, None where it has none."""
     found = {cell.key: {r.seed: p for r in cell.runs if r.result and (p := read(r)) is not None} for cell in cells}
     digests = {cell.key: _same_images(found[cell.key]) for cell in cells}
     of_cells, of_pairs, left_out = [], [], []
@@ -79,7 +79,7 @@ def _same_images(predictions: dict[int, Predictions]) -> bool:
 
 
 def _none(cells: Iterable[Cell]) -> list[str]:
-    """Say, where no run at all has predictions, that there is nothing to say; nothing where there are no runs."""
+    """Return a sentence where no finished run has predictions; nothing where no run is finished."""
     if not any(cell.scores["test_acc"] for cell in cells):
         return []
     return ["None of these runs has kept its predictions, so there are no numbers on single test images."]

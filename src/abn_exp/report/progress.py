@@ -34,7 +34,7 @@ def is_running(directory: Path) -> bool:
     try:
         with run_lock(directory) as free:
             return not free
-    except OSError:  # a folder that cannot be written: nobody trains there
+    except OSError:  # a folder that cannot be written: no process trains there
         return False
 
 
@@ -65,7 +65,7 @@ def _wrap(text: str) -> list[str]:
 
 
 def describe(run: Run) -> tuple[str, str]:
-    """Return a run's state, and what there is to say: epochs, accuracy or time to go, the reason of a failure."""
+    """Return a run's state and details: epochs, accuracy or time to go, the reason of a failure."""
     if run.result is not None:
         epochs = run.result.epochs
         return "finished", f"{epochs}/{epochs}  test {100 * run.result.test_acc:.2f} %"
@@ -86,7 +86,7 @@ def describe(run: Run) -> tuple[str, str]:
 
 
 def progress(directory: Path) -> tuple[int, int, float | None]:
-    """Return a run's epochs, those that it should have, and the seconds that the others take at its usual speed."""
+    """Return the epochs done, the epochs in all, and the seconds for the rest at the run's median speed."""
     metrics, total = read_metrics(directory), read_config(directory)["recipe"]["epochs"]
     times = [line["seconds"] for line in metrics if "seconds" in line]
     left = total - len(metrics)

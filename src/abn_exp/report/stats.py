@@ -56,7 +56,7 @@ class MeanComparison:
 
 
 def present(sample: ArrayLike) -> Array:
-    """Return the scores that are there, as float64."""
+    """Return the scores that are not NaN, as float64."""
     values = np.asarray(sample, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"A sample has one axis, the seeds; got an array of shape {values.shape}.")
@@ -113,7 +113,7 @@ def hedges_correction(degrees_of_freedom: float) -> float:
 
 
 def sign_flip_p(differences: ArrayLike, rng: np.random.Generator) -> float:
-    """Return the two-sided p of the mean difference when each pair's sign is a coin's.
+    """Return the two-sided p of the mean difference under random signs of the pairs.
 
     Exact, over all 2^n signs, up to n = 20; from random signs above. The smallest value is 2 / 2^n.
     """

@@ -106,7 +106,7 @@ class Report:
         return spread_sentence(judgement, f"On {self.describe_group(cell.group)}", cell.norm, reference)
 
     def notes(self) -> list[str]:
-        """Return what a reader should know before any number: what was fixed, looks without a plan, mixed runs."""
+        """Return notes to read before any number: what was fixed, looks without a plan, runs made differently."""
         lines = [self.fixed.note] if self.primary is not None and self.plan is None else []
         lines += [UNPLANNED.format(", ".join(map(str, self.unplanned)))] if self.unplanned else []
         return [" ".join(line.split()) for line in [*lines, *self.differing]]

@@ -54,10 +54,10 @@ def t_tests(difference: float, standard_error: float, df: float, delta: float) -
 
 
 def guard_against_failures(p: PValues, at_chance: PValues, failed: tuple[int, int]) -> PValues:
-    """Let what speaks for the side that failed more often count only if it holds with failures scored at chance.
+    """Count evidence for the side that failed more often only if it also holds with failures scored at chance.
 
     ``failed`` are the candidate's and the reference's runs that have no score because they failed or diverged.
-    Better, equivalent and not worse by delta speak for the candidate; worse, equivalent and not better by delta for
+    Better, equivalent and not worse by delta favour the candidate; worse, equivalent and not better by delta favour
     the reference.
     """
     if failed[0] == failed[1]:
@@ -156,7 +156,7 @@ class Judgement:
 
     @property
     def seeds_for_delta(self) -> int | None:
-        """How many seeds detect a difference of delta with 80 % power; None where it cannot be told."""
+        """How many seeds detect a difference of delta with 80 % power; None where that is unknown."""
         return seeds_for_difference(self.delta, self.std, ALPHA / self.family) if self.std > 0 else None
 
     @property
@@ -217,7 +217,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     elif j.verdict == "undecided":
         text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
         text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"
-        text += _what_it_would_take(j)
+        text += _needed_sizes(j)
     else:
         name = "not_better" if j.verdict == "not better by delta" else "not_worse"
         side = "+" if name == "not_better" else "-"
@@ -228,7 +228,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     return f"{text}{failures_text(j.failed, j.verdict, j.without_failures, sides)}."
 
 
-def _what_it_would_take(j: Judgement) -> str:
+def _needed_sizes(j: Judgement) -> str:
     if not j.std > 0:
         return ""
     delta, many = j.seeds_for_delta, f"more than {MOST_SEEDS:,}"

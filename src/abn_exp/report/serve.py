@@ -12,7 +12,7 @@ RELOAD = b"""<script>
     const now = await (await fetch('/version', {cache: 'no-store'})).text();
     if (version !== null && now !== version) location.reload();
     version = now;
-  } catch (error) { /* the server has ended; the page stays */ }
+  } catch (error) { /* the server has ended */ }
   setTimeout(poll, 2000, version);
 })(null);
 </script>
@@ -47,11 +47,11 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Print nothing a request."""
+        """Print nothing for a request."""
 
 
 def serve(page: Path, refresh: Callable[[], None], port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of `page` on 127.0.0.1; `refresh` is called before each answer and may write the page anew.
+    """Return a server of `page` on 127.0.0.1; `refresh` is called before each answer and may write the page again.
 
     Port 0 takes a free one (`server_address[1]`). The caller runs `serve_forever`. Raises OSError where the port is
     taken.
