@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from abn_exp.deploy.export import export, open_run
+from abn_exp.report.progress import clock
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +33,17 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     out = arguments.out if arguments.out is not None else arguments.run / "export"
+    begun: dict[str, float] = {}  # of each engine's comparison
     last = time.monotonic()
 
-    def progress(engine: str, done: int) -> None:
+    def progress(engine: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{engine}: {done:,} test images agree so far", flush=True)
+        now = time.monotonic()
+        begun.setdefault(engine, last)
+        if now - last > 10:
+            last = now
+            left = (now - begun[engine]) / done * (total - done)
+            print(f"{engine}: {done:,} of {total:,} test images agree, ETA {clock(left)}", flush=True)
 
     try:
         run = open_run(arguments.run, arguments.weights, arguments.root)

@@ -80,7 +80,7 @@ def export(
     qonnx: bool = False,
     openvino: bool = False,
     strict: bool = False,
-    progress: Callable[[str, int], None] = lambda engine, done: None,
+    progress: Callable[[str, int, int], None] = lambda engine, done, total: None,
 ) -> dict[str, Any]:
     """Write network.onnx, what else is asked for, and the summary into `out`; return the summary.
 

@@ -66,7 +66,7 @@ def verify(
     images: Tensor,
     labels: Tensor,
     normalization: Normalization,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Run all images (N, 3, S, S), uint8, through an engine and through torch, and compare them.
 
@@ -120,7 +120,7 @@ def verify(
         if differs.any():
             logits[differs] = network(x[differs])
         _count(found, start, differs, torch.from_numpy(answer.logits), logits, labels[start : start + len(batch)])
-        progress(start + len(batch))
+        progress(start + len(batch), len(images))
     return found
 
 
