@@ -16,7 +16,7 @@ class DatasetInfo:
     """The source of one data set.
 
     ``read`` returns its arrays from the path of its archive. ``archive`` is the original's file name, "" for a set
-    that is part of a library; ``md5`` is its digest. With ``parts``, an archive that
+    that is part of a library; ``md5`` is its digest ("": not checked). With ``parts``, an archive that
     holds a part of the set is accepted: it may have a longer name and another digest; a warning says so.
     """
 
