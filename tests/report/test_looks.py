@@ -196,7 +196,13 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path):
     before = build_report(tmp_path)
     assert before.answer() == ["Primary comparison: abn against bn. It is judged at 3 seeds, look 1 of 2."]
     assert [c.cell.norm for c in before.comparisons] == ["iebn"]
-    assert before.pooled == before.effects == []
+    assert before.pooled == before.effects == before.images.pairs == []
+    for reference in ("abn", "iebn"):  # nor seen from the other side, nor as a part of something else
+        other = build_report(tmp_path, reference=reference)
+        pairs = [{c.cell.norm, c.reference} for c in other.comparisons]
+        assert pairs
+        assert {"bn", "abn"} not in pairs
+        assert other.pooled == other.effects == other.images.pairs == []
     plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
     assert (plan.entries[0]["verdict"], plan.entries[0]["pairs"], plan.decided) == ("undecided", 3, False)
     assert (

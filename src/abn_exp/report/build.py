@@ -73,7 +73,11 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     primary = judge_planned(cells, plan) if plan is not None else None
     if plan is None and fixed.question is not None:
         primary = judge_primary(cells, fixed.question, delta, interim)
-    shown, withheld = _primary_against(primary, reference)
+    shown = _primary_against(primary, reference)
+    # Cells that are not to be compared yet, whichever of the two is the reference, nor as a part of anything else.
+    withheld = (
+        {frozenset((a.key, b.key)) for a, b in primary.pairs} if primary is not None and primary.withheld else set()
+    )
     return Report(
         name=" and ".join(path.name for path in (folder, *more)),
         question=next((config["question"] for config in configs if "question" in config), None),
@@ -97,18 +101,14 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
 
 def _primary_against(
     primary: Primary | None, reference: str
-) -> tuple[tuple[dict[Key, Judgement], dict[Key, SpreadJudgement]], set[Key]]:
-    """Return the primary judgements that the table of differences to ``reference`` shows, by cell, and the cells that
-    may not be compared there yet."""
+) -> tuple[dict[Key, Judgement], dict[Key, SpreadJudgement]]:
+    """Return what the table of differences to ``reference`` shows of the primary comparison, by cell."""
     if primary is None or primary.question.reference != reference:
-        return ({}, {}), set()
-    keys = {cell.key for cell, _ in primary.pairs}
-    if primary.withheld:
-        return ({}, {}), keys
-    means = primary.means
+        return {}, {}
+    means, keys = primary.means, {cell.key for cell, _ in primary.pairs}
     if primary.pooled is not None and len(keys) == 1:
         means = dict.fromkeys(keys, primary.pooled)
-    return (means, primary.spreads), set()
+    return means, primary.spreads
 
 
 def _runs_below(folder: Path) -> list[Run]:

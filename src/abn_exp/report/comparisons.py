@@ -276,15 +276,15 @@ def compare_cells(
     delta: float,
     primary: Mapping[Key, Judgement] | None = None,
     primary_spreads: Mapping[Key, "SpreadJudgement"] | None = None,
-    withheld: Collection[Key] = (),
+    withheld: Collection[frozenset[Key]] = (),
 ) -> list[Comparison]:
     """Compare each norm with the reference norm of its group, where the group has one.
 
     The means are one family and the spreads another, each without those that were judged as primary; ``withheld`` are
-    cells that are not to be compared yet.
+    pairs of cells that are not to be compared yet.
     """
     primary, primary_spreads = dict(primary or {}), dict(primary_spreads or {})
-    pairs = [(cell, base) for cell, base in pairs_of(cells, None, reference) if cell.key not in withheld]
+    pairs = [(a, b) for a, b in pairs_of(cells, None, reference) if frozenset((a.key, b.key)) not in withheld]
     others = [(cell, base) for cell, base in pairs if cell.key not in primary]
     judged = judge([compare([cell], [base], _seeds_of(cells, cell)) for cell, base in others], delta)
     means = primary | {cell.key: j for (cell, _), j in zip(others, judged, strict=True)}
