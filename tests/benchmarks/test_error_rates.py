@@ -52,6 +52,8 @@ def test_no_error_rate_is_too_high(shape, failures):
         found = rates(design, shape, failures, draws, rng)
         assert too_high(found, draws) == []
     assert found.finds > found.better
+    assert found.finds == found.shares["better"][1]
+    assert [sum(share[i] for share in found.shares.values()) for i in (0, 1)] == pytest.approx([1, 1])
     assert too_high(replace(found, at_delta=0.062), draws) == ["at_delta"]
     assert isinstance(found, Rates)
 
@@ -60,3 +62,9 @@ def test_looks_without_a_plan_err_three_times_as_often():
     (_, few), (_, many) = error_rates.unguarded_looks(20_000, np.random.default_rng(2))
     assert few == pytest.approx(0.15, abs=0.01)
     assert many == pytest.approx(0.225, abs=0.012)
+
+
+def test_losses_look_like_less_spread_unless_failures_count():
+    plain, guarded = error_rates.less_spread_after_losses(400, np.random.default_rng(3))
+    assert plain > 0.08
+    assert guarded < 0.02
