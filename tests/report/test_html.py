@@ -50,11 +50,21 @@ def test_figures_hold_every_seed_and_the_zone_of_delta(page: str) -> None:
     abn = next(trace for trace in seeds["data"] if trace["meta"] == "abn" and "customdata" in trace)
     assert abn["x"] == pytest.approx([100 * score for score in CLEARLY_ABOVE])
     assert abn["customdata"] == [0, 1, 2, 3, 4]
+    assert "shaded: less than delta, 0.5 points</h2>" in page
+    assert "band: ±1 standard deviation, in panels of up to 3 norms</h2>" in page
     hover = [trace["hovertemplate"] for trace in curves["data"] if "hovertemplate" in trace]
     assert {f"abn, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>" for seed in range(5)} <= set(hover)
     (pairs,) = slopes["data"]
     assert pairs["y"][:2] == pytest.approx([70.0, 70.8])
     assert pairs["y"][2] is None
+
+
+def test_norms_that_share_a_colour_differ_in_their_lines(tmp_path: Path) -> None:
+    norms = ["bn", "abn_gate", "iebn", "abn_paper", "abn_backward"]
+    text = render(page_of(build_report(study(tmp_path, dict.fromkeys(norms, BN)))))
+    assert "<h2>Learning curves: every seed, and their mean</h2>" in text  # too many for bands
+    lines = {t["meta"]: t["line"] for t in figures(text)[1]["data"] if t.get("line", {}).get("dash")}
+    assert len({(line["color"], line["dash"]) for line in lines.values()}) == len(norms)
 
 
 def test_text_of_a_record_is_never_markup(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ dark theme; check boxes switch norms on and off in all figures at once.
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from abn_exp.report import comparisons, tables
 from abn_exp.report.comparisons import group_cells
+from abn_exp.report.figures import MOST_BANDS
 from abn_exp.report.formatting import Table, number_text, p_text
 from abn_exp.report.interactive import (
     FAINT,
@@ -86,16 +87,29 @@ def page_of(report: Report) -> Page:
         answer=first,
         notes=_notes(report, more),
         figures=[
-            (f"Differences to {reference}, with uncorrected 95 % intervals", forest(rows, report.delta, reference)),
-            ("Learning curves: every seed, mean and ±1 standard deviation", learning_curves(curves)),
+            (
+                f"Differences to {reference}, with uncorrected 95 % intervals; shaded: less than delta, "
+                f"{report.delta:g} points",
+                forest(rows, report.delta, reference),
+            ),
+            (_curves_heading(curves), learning_curves(curves)),
             ("Test accuracy of every seed, mean and its 95 % interval", every_seed(scores)),
             (f"Seeds in pairs: {reference} and each other norm", paired_slopes(scores, reference)),
             (f"Spread between seeds, as a ratio to {reference}'s", spread_ratios(ratios, reference)),
-            (f"Power to find a difference of {report.delta:g} points", power_curves(power, report.delta)),
+            (
+                f"Power to find a difference of {report.delta:g} points, at the level after correction",
+                power_curves(power, report.delta),
+            ),
         ],
         tables=_tables(report),
         norms=list(dict.fromkeys(cell.norm for cell in report.cells)),
     )
+
+
+def _curves_heading(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> str:
+    banded = any(len(norms) <= MOST_BANDS and any(len(s) > 1 for s in norms.values()) for norms in panels.values())
+    band = f"; band: ±1 standard deviation, in panels of up to {MOST_BANDS} norms" if banded else ""
+    return f"Learning curves: every seed, and their mean{band}"
 
 
 def _notes(report: Report, more: Sequence[str]) -> list[str]:
@@ -248,6 +262,7 @@ fieldset { border: 1px solid var(--line); border-radius: 6px; position: sticky; 
 fieldset label { margin-right: 1rem; white-space: nowrap; }
 fieldset i { display: inline-block; width: .8em; height: .8em; background: var(--c); margin: 0 .3em; }
 fieldset label[style*="#1a1a1a"] i { background: var(--ink); }
+@media (max-width: 640px) { fieldset { position: static; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
@@ -278,12 +293,24 @@ function oneColumn(layout) {  // panels below each other on a phone
   });
   layout.height = perPanel * axes.length;
 }
+function labelsAbove(layout) {  // a row's label above it on a phone, where there is no room beside it
+  if (!narrow.matches || layout.meta !== 'rows') return;
+  const axis = layout.yaxis, texts = axis.ticktext, lines = Math.max(...texts.map(t => t.split('<br>').length));
+  axis.showticklabels = false;
+  axis.range = [axis.range[0], axis.range[1] - 0.4];
+  layout.height += (10 + 6 * lines) * texts.length;
+  layout.annotations = (layout.annotations || []).concat(texts.map((text, i) => ({text: text, showarrow: false,
+    xref: 'paper', x: 0, xanchor: 'left', yref: 'y', y: axis.tickvals[i] - 0.12, yanchor: 'bottom', font: {size: 11},
+    align: 'left'})));
+  layout.margin = {...layout.margin, l: 16};
+}
 function draw() {
   const hidden = new Set([...document.querySelectorAll('#norms input:not(:checked)')].map(box => box.value));
   FIGURES.forEach((figure, i) => {
     const copy = themed(figure);
     copy.data.forEach(trace => { trace.visible = !hidden.has(trace.meta); });
     oneColumn(copy.layout);
+    labelsAbove(copy.layout);
     const options = {responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : 'hover'};
     Plotly.react('figure-' + i, copy.data, copy.layout, options);
   });

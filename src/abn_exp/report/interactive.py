@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from abn_exp.report.figures import MOST_BANDS, norm_styles
+from abn_exp.report.figures import DASH, DASH_DOT, DASH_DOT_DOT, DOT, MOST_BANDS, norm_styles
 from abn_exp.report.stats import Array, summarize
 
 INK = "#1a1a1a"  # text and BN; the page's script swaps it for a light grey in the dark theme
@@ -22,6 +22,7 @@ FAINT = "rgba(128,128,128,0.35)"
 ROW, PANEL = 34, 300  # pixels: a row of a forest plot, the height of a panel
 MAX_COLUMNS = 2
 TITLE_WIDTH = 50  # characters of a line above a panel
+DASHES = {"-": "solid", DASH: "dash", DOT: "dot", DASH_DOT: "dashdot", DASH_DOT_DOT: "longdashdot"}
 RATIOS = [0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10]  # ticks of a logarithmic axis
 
 
@@ -48,6 +49,11 @@ def colour(norm: str, norms: Iterable[str]) -> str:
     return f"#{grey:02x}{grey:02x}{grey:02x}"
 
 
+def dash(norm: str, norms: Iterable[str]) -> str:
+    """Return a norm's kind of line as in the other figures: norms that share a colour differ in it."""
+    return DASHES[norm_styles({norm, *norms})[norm].linestyle]
+
+
 def translucent(value: str, alpha: float) -> str:
     """Return a #rrggbb colour with an opacity, for bands."""
     red, green, blue = (int(value[i : i + 2], 16) for i in (1, 3, 5))
@@ -63,14 +69,6 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
     names = [row.norm for row in rows]
     if delta is not None:
         figure.add_vrect(-delta, delta, fillcolor="rgba(0,158,115,0.13)", line_width=0)
-        figure.add_annotation(
-            x=0,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            showarrow=False,
-            text=f"equivalent: within ±{delta:g} points",
-        )
     figure.add_vline(0, line_width=1, line_color=INK)
     labels = [f"<b>{_wrapped(row.label)}</b>" if row.pooled else _wrapped(row.label) for row in rows]
     for i, row in enumerate(rows):
@@ -114,7 +112,7 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
     )
     figure.update_xaxes(title=f"Test accuracy minus {reference}, points", zeroline=False)
     lines = max(label.count("<br>") for label in labels)
-    figure.update_layout(height=110 + (ROW + 10 * lines) * len(rows))
+    figure.update_layout(height=110 + (ROW + 10 * lines) * len(rows), meta="rows")  # labels go above on a phone
     return figure
 
 
@@ -164,7 +162,7 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
                 x=epochs,
                 y=np.round(curves.mean(0), 3),
                 mode="lines",
-                line={"color": style, "width": 2.5},
+                line={"color": style, "width": 2.5, "dash": dash(norm, names)},
                 hovertemplate=f"{norm}, mean of {len(curves)} seeds<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
                 **common,
             )
@@ -280,7 +278,7 @@ def power_curves(curves: Mapping[str, tuple[str, Array, Array, int]], delta: flo
             x=n,
             y=np.round(100 * power, 2),
             mode="lines",
-            line={"color": style},
+            line={"color": style, "dash": dash(norm, names)},
             meta=norm,
             showlegend=False,
             hovertemplate=f"{html.escape(label)}<br>%{{x}} seeds: %{{y:.0f}} %<extra></extra>",
