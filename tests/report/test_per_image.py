@@ -1,11 +1,18 @@
+"""Evidence from test predictions, made up ones and those of trained networks."""
+
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats as st
+from sklearn.metrics import confusion_matrix
+from statsmodels.stats.contingency_tables import mcnemar
 
 from abn_exp.report import build
 from abn_exp.report.build import print_report, write_report
 from abn_exp.report.images import crossed_mean, split_spread
-from abn_exp.results import Predictions
+from abn_exp.results import Predictions, load_input_format, load_network
+from abn_exp.training.run import run
+from abn_exp.training.setup import load_data
 from tests.helpers.records import BN, CLEARLY_ABOVE, section, study, table_rows
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=400)
@@ -68,3 +75,48 @@ def test_without_any_predictions_one_sentence_says_so(folder, monkeypatch):
     report = build.build_report(folder)
     assert len(report.images.left_out) == 1
     assert report.images.left_out[0].startswith("None of these runs has kept its predictions")
+
+
+def test_the_tables_of_trained_networks_against_what_these_say_of_each_image(make_plan, monkeypatch):
+    """Four networks, asked again; the numbers come from pairs of images, of runs and of one seed."""
+    monkeypatch.setattr(build, "draw", lambda report: {})
+    plans = {
+        (norm, seed): make_plan(f"norm={norm}", f"seed={seed}", "recipe.epochs=1")
+        for norm in ("bn", "abn")
+        for seed in (0, 1)
+    }
+    test = load_data(plans["bn", 0].config).test
+    said = {}
+    for key, plan in plans.items():
+        run(plan, "python train.py")
+        network, inputs = load_network(plan.directory), load_input_format(plan.directory)
+        said[key] = network(inputs.normalize(test.images)).argmax(1).numpy()
+    labels = test.labels.numpy()
+    report = build.build_report(plans["bn", 0].study)
+    assert report.images.left_out == []
+    for cell in report.images.cells:
+        both = [said[cell.cell.norm, seed] for seed in (0, 1)]
+        right = 100.0 * np.array([classes == labels for classes in both])
+        assert cell.accuracy.mean == pytest.approx(right.mean())
+        assert cell.agreement == np.mean(both[0] == both[1])
+        covariances = np.cov(right.T)  # of each image's score with each other's, over the two seeds
+        between = covariances[~np.eye(len(labels), dtype=bool)].mean()
+        assert cell.split.std**2 == pytest.approx(np.var(right.mean(1), ddof=1))
+        assert cell.split.std_of_networks**2 == pytest.approx(max(0, between), abs=1e-9)
+        assert cell.split.std_of_test_set**2 == pytest.approx(max(0, cell.split.std**2 - between), abs=1e-9)
+    (pair,) = report.images.pairs
+    for seed, found in zip((0, 1), pair.mcnemar, strict=True):
+        table = confusion_matrix(said["bn", seed] == labels, said["abn", seed] == labels)  # rows: bn wrong, bn right
+        assert (found.candidate_alone, found.reference_alone) == (table[0, 1], table[1, 0])
+        assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert pair.agreement == np.mean([np.mean(said["bn", seed] == said["abn", seed]) for seed in (0, 1)])
+    x = np.array([100.0 * (said["abn", seed] == labels) - 100.0 * (said["bn", seed] == labels) for seed in (0, 1)])
+    # The variance of a mean over two seeds and m images is that of two seeds' means, and of images' means beyond what
+    # is left: with two seeds, what is left in an image is half its difference less the mean one.
+    (a, b), m = x, len(labels)
+    seeds = (a.mean() - b.mean()) ** 2 / 4
+    images = max(0, np.var((a + b) / 2, ddof=1) - np.var((a - b) / 2, ddof=1)) / m
+    error = np.sqrt(seeds + images)
+    df = (seeds + images) ** 2 / (seeds**2 + images**2 / (m - 1))
+    assert pair.difference.standard_error == pytest.approx(error)
+    assert pair.difference.interval == pytest.approx(st.t.interval(0.95, df, x.mean(), error))
