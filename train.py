@@ -5,7 +5,6 @@
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from abn_exp.commandline import hydra_sentence, overrides_last, share_config_store
-from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Diverged, Stopped, in_a_line, stop
+from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Diverged, Stopped, in_a_line, stop_on_signals
 from abn_exp.provenance import git_commit
 
 
@@ -59,9 +58,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # unless ignored, as in a script's background
-        signal.signal(signal.SIGINT, stop)
+    stop_on_signals()
     git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
     sys.argv[1:] = overrides_last(sys.argv[1:])

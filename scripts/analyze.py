@@ -19,13 +19,7 @@ import torch
 from abn_exp.analysis import activation_report, cam_report
 from abn_exp.analysis.summary import command_line
 from abn_exp.analysis.trained import Opener, common_folder, find_trained
-
-
-def count(text: str) -> int:
-    """Parse a number of images."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of images; use 1 or more")
-    return int(text)
+from abn_exp.commandline import positive_int
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--root", help="where the data are now (default: where the runs found them)")
     shared.add_argument("--reference", default="bn", help="the norm that others are compared with (default: bn)")
     activations = kinds.add_parser("activations", parents=[shared], help="distributions before each sign (claim C5)")
-    activations.add_argument("--images", type=count, help="how many test images (default: all)")
+    activations.add_argument("--images", type=positive_int, help="how many test images (default: all)")
     cam = kinds.add_parser("cam", parents=[shared], help="class-activation maps with scores (claim C4)")
-    cam.add_argument("--images", type=count, default=200, help="how many test images (default: 200)")
+    cam.add_argument("--images", type=positive_int, default=200, help="how many test images (default: 200)")
     cam.add_argument("--target", choices=["predicted", "label"], default="predicted", help="the class of a map")
     return main
 

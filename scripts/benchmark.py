@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from abn_exp import provenance
+from abn_exp.commandline import positive_int
 from abn_exp.machine import cpu_count
 from benchmarks import budget_report, inference, report
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK
@@ -23,22 +24,15 @@ from benchmarks.run import Benchmark, default_workers
 from benchmarks.time_to_accuracy import time_to_accuracy
 
 
-def count(text: str) -> int:
-    """Parse a number of repetitions, threads or workers."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; use a whole number, 1 or more")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     main.add_argument("--quick", action="store_true", help="small batches, few repetitions: minutes on two CPU cores")
     main.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    main.add_argument("--repetitions", type=count, help="of everything timed (default: 3 quick, 7 GPU, 9 CPU)")
-    main.add_argument("--threads", type=count, default=cpu_count(), help="CPU threads of a step (default: all)")
+    main.add_argument("--repetitions", type=positive_int, help="of everything timed (default: 3 quick, 7 GPU, 9 CPU)")
+    main.add_argument("--threads", type=positive_int, default=cpu_count(), help="CPU threads (default: all)")
     main.add_argument(
         "--workers",
-        type=count,
+        type=positive_int,
         default=default_workers(),
         help="processes of the conventional loader (default: %(default)s)",
     )

@@ -15,7 +15,6 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -23,23 +22,16 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.commandline import hydra_sentence
-from abn_exp.errors import ConfigError, Stopped, stop
+from abn_exp.commandline import hydra_sentence, positive_int
+from abn_exp.errors import ConfigError, Stopped, stop_on_signals
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def count(text: str) -> int:
-    """Parse a number of trials."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of trials; use 1 or more")
-    return int(text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as for train.py; ranges are searched")
-    parser.add_argument("--trials", type=count, default=20, help="how many of each norm (default: %(default)s)")
+    parser.add_argument("--trials", type=positive_int, default=20, help="of each norm (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         from abn_exp.training.search import Search, read_space
@@ -88,7 +80,5 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # unless ignored, as in a script's background
-        signal.signal(signal.SIGINT, stop)
+    stop_on_signals()
     sys.exit(main())

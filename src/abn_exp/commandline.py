@@ -1,6 +1,7 @@
 """Hydra's command line: arguments in any order, and each error in one sentence."""
 
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,13 @@ from omegaconf import OmegaConf
 from abn_exp.errors import flat_keys, in_a_line, unknown_key
 
 OPEN = ("model.", "norm.", "recipe.optimizer.")  # sections that take any argument of the class that they name
+
+
+def positive_int(text: str) -> int:
+    """Parse an argument of a script that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"{text} is not allowed; use a whole number, 1 or more")
+    return int(text)
 
 
 def overrides_last(words: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
 """Errors that a user can fix, and one-line messages for them. Imports nothing heavy."""
 
 import re
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from signal import Signals
 from textwrap import shorten
 from typing import Any
 
@@ -32,13 +32,20 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.signal = Signals(number).name
+        self.signal = signal.Signals(number).name
         self.reported = False  # whether the user has been told what is done and how to go on
 
 
 def stop(number: int, _: object = None) -> None:
     """Handle a signal by raising `Stopped`, so that whatever is open is closed."""
     raise Stopped(number)
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM and SIGINT raise `Stopped`; SIGINT stays ignored where it is, as in the background of a script."""
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
 
 
 def in_a_line(error: Exception) -> str:

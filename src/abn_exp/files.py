@@ -34,7 +34,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))  # what a terminal sent need not be valid
 
 
-def remove_parts(folder: Path, name: str = "*") -> None:
+def remove_temporary_files(folder: Path, name: str = "*") -> None:
     """Remove the temporary files of killed processes. The caller holds `FileLock` under which they are written."""
     for part in folder.glob(f".{name}.*.part"):
         part.unlink(missing_ok=True)

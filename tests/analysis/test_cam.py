@@ -213,5 +213,5 @@ def test_a_wrong_number_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as stop:
         analyze(monkeypatch, "cam", "somewhere", "--images", 0)
     assert stop.value.code == 2
-    assert "0 is not a number of images; use 1 or more" in capsys.readouterr().err
+    assert "0 is not allowed; use a whole number, 1 or more" in capsys.readouterr().err
     assert "analyze.py" in sys.argv[0]

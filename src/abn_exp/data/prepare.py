@@ -20,7 +20,7 @@ from torch import Tensor
 
 from abn_exp.data.catalog import CATALOG, DatasetInfo
 from abn_exp.data.readers import Arrays, file_digest, list_image_folder, progress, read_image_folder
-from abn_exp.files import remove_parts, writing
+from abn_exp.files import remove_temporary_files, writing
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def _write(target: Path, arrays: Arrays, num_classes: int | None) -> None:
         _check(arrays, num_classes)
     except ValueError as error:
         raise ValueError(f"the source of {target.name} is not what it should be: {error}") from error
-    remove_parts(target.parent, target.name)
+    remove_temporary_files(target.parent, target.name)
     with writing(target) as stream, zipfile.ZipFile(stream, "w") as archive:
         for key, array in arrays.items():  # a ZipInfo of its own has a fixed date: same data, same file
             with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:

@@ -148,7 +148,7 @@ def _explanation(
     near: list[tuple[list[Layer], int]] = []
     for bits, layers in readers.items():
         value, bound = (each[image].flatten() for each in bounds.of(bits.inputs[0]))
-        near += [(layers, place) for place in (value.abs() <= bound).nonzero().flatten().tolist()]
+        near += [(layers, index) for index in (value.abs() <= bound).nonzero().flatten().tolist()]
     if not 0 < len(near) <= MOST_FLIPS:
         return []
     count = 2 ** len(near)
@@ -156,9 +156,9 @@ def _explanation(
     for layer in graph.layers:
         if layer.fold is not None:
             copies.pop(layer.name, None)  # torch's own follow the signs that are tried
-    for k, (layers, place) in enumerate(near):
+    for k, (layers, index) in enumerate(near):
         for layer in layers:
-            copies[layer.name].reshape(count, -1)[(np.arange(count) >> k) % 2 == 1, place] *= -1
+            copies[layer.name].reshape(count, -1)[(np.arange(count) >> k) % 2 == 1, index] *= -1
     images = x[image : image + 1].expand(count, -1, -1, -1)
     forced = _Forced(network, graph, Answer(answer.logits, copies))
     forced.run(images)

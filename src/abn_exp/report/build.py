@@ -249,9 +249,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     header, rows = accuracy_table(report)
     first = header.index("norm")  # what stands before it goes above its rows: all fits into 80 columns
     table = Table(*header[first : first + 4], title=f"{report.name}: test accuracy (%)", box=SIMPLE, padding=0)
-    for place, group in groupby(rows, lambda row: row[:first]):
+    for shared, group in groupby(rows, lambda row: row[:first]):
         table.add_section()
-        table.add_row(escape(_place(header, place)))
+        table.add_row(escape(_row_heading(header, shared)))
         for row in group:
             table.add_row(*map(escape, [f"  {row[first]}", *row[first + 1 : first + 4]]))
     for line in [*report.answer(), *report.notes()]:
@@ -270,9 +270,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         say(line)
 
 
-def _place(header: list[str], place: list[str]) -> str:
-    """Return where a row of the accuracy table stands: data set, network, and the factors with their names."""
-    named = zip(header, place, strict=False)
+def _row_heading(header: list[str], shared: list[str]) -> str:
+    """Return the heading of rows of the accuracy table: data set, network, and the factors with their names."""
+    named = zip(header, shared, strict=False)
     return ", ".join(value if name in ("dataset", "model") else f"{name} {value}" for name, value in named)
 
 

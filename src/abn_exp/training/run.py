@@ -29,7 +29,7 @@ from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
-from abn_exp.files import remove_parts, write_text_atomic
+from abn_exp.files import remove_temporary_files, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
@@ -94,8 +94,8 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
     source = None if config.force else restore_quoted(plan)
     directory.mkdir(parents=True, exist_ok=True)
     with _lock_run_dir(directory), _log_to(directory / "train.log"):
-        remove_parts(directory)
-        remove_parts(directory / "checkpoints")
+        remove_temporary_files(directory)
+        remove_temporary_files(directory / "checkpoints")
         if config.force:
             _clear_run_dir(directory)
         finished = _check_same_config(plan)

@@ -50,8 +50,8 @@ class Outcome:
 def train(jobs: Sequence[Job], count: int, job_logging: DictConfig) -> Generator[tuple[Job, Outcome]]:
     """Train `jobs`, `count` at a time, and yield each with its outcome as soon as it is known.
 
-    A worker that dies leaves `FAILED` in the directory of its run, with the signal's name; another one takes its
-    place. A run that takes no step for very long is named in a warning, and goes on. Close the iterator to stop.
+    A worker that dies leaves `FAILED` in the directory of its run, with the signal's name; another one replaces
+    it. A run that takes no step for very long is named in a warning, and goes on. Close the iterator to stop.
     """
     waiting = list(reversed(jobs))
     workers: list[_Worker] = []
@@ -61,7 +61,7 @@ def train(jobs: Sequence[Job], count: int, job_logging: DictConfig) -> Generator
             workers.append(_Worker(number, job_logging))
         while waiting or any(worker.job for worker in workers):
             wait([end for worker in workers for end in (worker.connection, worker.process.sentinel)], POLL)
-            for place, worker in enumerate(workers):
+            for index, worker in enumerate(workers):
                 for outcome in worker.messages():
                     deaths, worker.ready = 0, True
                     if worker.job is not None and outcome is not None:
@@ -81,7 +81,7 @@ def train(jobs: Sequence[Job], count: int, job_logging: DictConfig) -> Generator
                     yield from ((job, Outcome(error=error)) for job in reversed(waiting))
                     waiting.clear()
                 if waiting:
-                    workers[place] = _Worker(worker.number, job_logging)
+                    workers[index] = _Worker(worker.number, job_logging)
                 else:
                     worker.job = None
             workers = [worker for worker in workers if worker.job or waiting or worker.process.is_alive()]
