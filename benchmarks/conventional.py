@@ -69,7 +69,7 @@ class _Linear(nn.Linear):
 
 
 def conventional(network: nn.Module) -> nn.Module:
-    """Give one of `abn_exp.models`, made with `Norm`, conventional layers, in place; its weights stay."""
+    """Replace the layers of a network of `abn_exp.models`, made with `Norm`, by conventional ones; weights stay."""
     for name, layer in network.named_children():
         if isinstance(layer, nn.Conv2d):
             kind = _Conv2d if isinstance(layer, BinaryConv2d) else nn.Conv2d

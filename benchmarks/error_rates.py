@@ -133,7 +133,7 @@ def run_design(
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of samples, for true differences of 0, delta and -delta; what is false there, and what one hopes for."""
+    """Error rates and power: shares of samples, for true differences of 0, delta and -delta."""
 
     differs: float  # better or worse, at 0; nominal 5 %
     better: float  # better, at 0; nominal 2.5 %

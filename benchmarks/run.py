@@ -72,7 +72,7 @@ class Benchmark:
         return loop
 
     def run(self) -> Findings:
-        """Measure everything, and say so."""
+        """Measure everything; log each step."""
         warnings.filterwarnings("ignore")  # of libraries; what matters is in the tables
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         highest = measure.ceilings(self.device, 5)

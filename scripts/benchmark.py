@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of
 from abn_exp import provenance
 from abn_exp.commandline import positive_int
 from abn_exp.machine import cpu_count
-from benchmarks import budget_report, inference, report
+from benchmarks import inference, report, time_to_accuracy
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK
 from benchmarks.run import Benchmark, default_workers
-from benchmarks.time_to_accuracy import time_to_accuracy
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,9 +79,9 @@ def main() -> int:
             print((folder / "inference.md").read_text(encoding="utf-8"))
             return 0
         if arguments.budget is not None:
-            budget = time_to_accuracy(arguments.budget, device, arguments.workers, effort.repetitions)
+            budget = time_to_accuracy.measure_budgets(arguments.budget, device, arguments.workers, effort.repetitions)
             name = provenance.device_name(device, budget.config.threads)
-            path = budget_report.write(budget, name, command, arguments.out)
+            path = time_to_accuracy.write(budget, name, command, arguments.out)
             print(path.read_text(encoding="utf-8"))
             return 0
         found = Benchmark(device, effort, arguments.workers).run()

@@ -25,7 +25,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def main() -> int:
-    """Prepare each data set that the command names; return 1 where one of them cannot be had."""
+    """Prepare each data set that the command names; return 1 where one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py")
     parser.add_argument("-m", "--multirun", action="store_true", help="as for train.py; several sets need it not")

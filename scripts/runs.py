@@ -1,4 +1,4 @@
-"""Look after runs: python scripts/runs.py results/NAME lists them with state, progress and time to go."""
+"""List, clean, pack or upload runs: python scripts/runs.py results/NAME lists them with state and time to go."""
 
 import argparse
 import sys

@@ -428,7 +428,7 @@ def _check_folders(config: Config) -> None:
 
 
 def _check_parts(config: Config) -> None:
-    """Build the network, without memory, and the optimizer: what they refuse is refused before anything starts."""
+    """Build the network, on the meta device, and the optimizer: errors of theirs come before anything starts."""
     classes = config.dataset.num_classes if config.dataset.num_classes is not None else 2
     parts = config.model, config.norm, config.recipe.optimizer.model_dump()
     _check_built(*map(json.dumps, parts), classes, config.dataset.image_size)

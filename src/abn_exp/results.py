@@ -57,7 +57,7 @@ Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one finished run found. Accuracies are fractions in [0, 1]; times are seconds.
+    """The results of one finished run. Accuracies are fractions in [0, 1]; times are seconds.
 
     ``test_acc`` is the headline: the official test set, read once, with the last epoch's weights.
     ``test_acc_best_val`` uses the weights of the best validation epoch (None without a validation split).

@@ -13,8 +13,7 @@ import yaml
 
 from abn_exp.identity import RunPlan
 from abn_exp.results import RunResult, write_result
-from benchmarks import budget_report
-from benchmarks.time_to_accuracy import TimeToAccuracy, read, time_to_accuracy
+from benchmarks.time_to_accuracy import TimeToAccuracy, measure_budgets, read, write
 from tests.helpers.runs import REPOSITORY, TINY
 
 MakePlan = Callable[..., RunPlan]
@@ -53,7 +52,7 @@ def folder_of(make_plan: MakePlan, reached: dict[tuple[str, int], tuple[float, .
 
 @pytest.fixture
 def found(make_plan: MakePlan) -> TimeToAccuracy:
-    return time_to_accuracy(folder_of(make_plan, REACHED), torch.device("cpu"), 1, 2)
+    return measure_budgets(folder_of(make_plan, REACHED), torch.device("cpu"), 1, 2)
 
 
 def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> None:
@@ -76,16 +75,14 @@ def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> No
 
 def test_none_is_soonest_where_none_is_enough(make_plan: MakePlan, tmp_path: Path) -> None:
     low = {key: tuple(a - 0.2 * (key[0] == "cosine") for a in accuracies) for key, accuracies in REACHED.items()}
-    found = time_to_accuracy(folder_of(make_plan, low), torch.device("cpu"), 1, 1)
+    found = measure_budgets(folder_of(make_plan, low), torch.device("cpu"), 1, 1)
     assert found.soonest is None
     assert found.ratio is None
-    assert "**No decayed budget" in budget_report.write(found, "CPU", "command", tmp_path).read_text()
+    assert "**No decayed budget" in write(found, "CPU", "command", tmp_path).read_text()
 
 
 def test_files(found: TimeToAccuracy, tmp_path: Path) -> None:
-    path = budget_report.write(
-        found, "CPU (some, 1 thread)", "python scripts/benchmark.py --budget x", tmp_path / "out"
-    )
+    path = write(found, "CPU (some, 1 thread)", "python scripts/benchmark.py --budget x", tmp_path / "out")
     text = path.read_text()
     assert "epochs of a cosine rate" in text
     assert "| ours | cosine | 2 | 2 | 72.50 ± 2.12 | +0.50 (-5.85 to 6.85) | 0.500 |" in text

@@ -231,7 +231,7 @@ def _draw(
 
 
 def _density(place: Distribution) -> Array:
-    """Density in bins four times as wide, so that a norm's few values behind integer sums do not make a comb."""
+    """Density in bins four times as wide, since a norm has few values behind integer sums."""
     shares = place.histogram.double().numpy().reshape(-1, 4).sum(1)
     return shares / shares.sum() / (4 * (EDGES[1] - EDGES[0]))
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network says of a set of images: int64 (N,) labels, float32 (N, classes) logits, in the set's order."""
+    """A network's outputs on a set of images: int64 (N,) labels, float32 (N, classes) logits, in the set's order."""
 
     labels: Tensor
     logits: Tensor
@@ -54,7 +54,7 @@ def evaluate(
     part: Literal["train", "test"] = "test",
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Return what a run's network says of a data set, by default of the test images of its own; in float32.
+    """Return the outputs of a run's network on a data set, by default on its own test images; in float32.
 
     Images are normalised as those that it was trained on, and classes of the same names are the same classes, in
     whatever order. Raises ConfigError where the images have another size or another number of classes, ValueError or
