@@ -74,9 +74,11 @@ class Cli:
         kill_at: int | str | None = None,
         cwd: Path = REPOSITORY,
         new_group: bool = False,
+        program: Path = REPOSITORY / "train.py",
     ) -> Started:
         """Start a command. `inject` is run before it; `kill_at` kills it at that change of a file below `watch`:
-        its number, or a part of its path. `new_group` makes it a process group, as a shell does."""
+        its number, or a part of its path. `new_group` makes it a process group, as a shell does. `program` is
+        another one than train.py."""
         self.count += 1
         out, err, trace = (self.folder / f"{self.count}.{kind}" for kind in ("out", "err", "trace"))
         out.touch()  # it may be killed before it has opened them
@@ -84,6 +86,7 @@ class Cli:
         job: dict[str, Any] = {"arguments": arguments, "env": {"HOME": str(self.folder), **(env or {})}}
         job |= {"inject": inject, "cwd": str(cwd), "out": str(out), "err": str(err), "trace": str(trace)}
         job |= {"kill_at": kill_at, "watch": str(watch) if watch else None, "new_group": new_group}
+        job["program"] = str(program)
         return Started(self._ask(start=job), out, err, trace)
 
     def wait(self, started: Started, timeout: float = 120) -> Done:

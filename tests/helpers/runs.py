@@ -1,6 +1,7 @@
 """A run of a few seconds, its plan, and where the repository is."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,9 +54,10 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            part = folder.with_name(f"{folder.name}.part")
-            part.mkdir()
-            make(part)
-            part.rename(folder)
+        made = folder.with_name(f"{folder.name}-made")
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            made.touch()
     return folder

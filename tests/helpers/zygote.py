@@ -60,7 +60,7 @@ def run(job: dict[str, Any]) -> int:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    sys.argv = ["train.py", *job["arguments"]]
+    sys.argv = [Path(job["program"]).name, *job["arguments"]]
     code: Any = 0
     try:
         exec(job["inject"], {})
@@ -118,7 +118,7 @@ def main() -> None:
             if pid == 0:
                 code = 1
                 try:
-                    code = run({"program": str(repository / "train.py"), **request["start"]})
+                    code = run(request["start"])
                 finally:
                     os._exit(code)
             print(json.dumps(pid), flush=True)

@@ -2,20 +2,17 @@
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from abn_exp.data.prepare import load
 from abn_exp.identity import RunPlan
-from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d, SynchronizedStatistics
+from abn_exp.norm import SynchronizedStatistics
 from abn_exp.results import (
     RunResult,
     find_runs,
@@ -24,62 +21,21 @@ from abn_exp.results import (
     load_predictions,
     read_metrics,
 )
-from tests.helpers.runs import REPOSITORY, TINY
-
-LAYERS = {
-    "torch": lambda: nn.BatchNorm2d(3),
-    "torch1d": lambda: nn.BatchNorm1d(3),
-    "abn": lambda: AttentionBatchNorm2d(3),
-    "abn_gate": lambda: AttentionBatchNorm2d(3, scale="gate"),
-    "abn_biased": lambda: AttentionBatchNorm2d(3, unbiased=False),
-    "iebn": lambda: InstanceEnhancementBatchNorm2d(3),
-}
-
-
-def batch_of(name: str) -> tuple[Tensor, Tensor]:
-    """Six images and the weights of a loss; far from zero, so that a careless variance would show."""
-    torch.manual_seed(1)
-    shape = (6, 3) if name == "torch1d" else (6, 3, 2, 5)
-    return 100 + 3 * torch.randn(shape), torch.randn(shape)
-
-
-def step(layer: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Output, gradients of the input and of the parameters, and statistics after one training step."""
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    (y * weights).sum().backward()
-    assert x.grad is not None
-    found = {"y": y.detach(), "x.grad": x.grad}
-    found |= {f"{name}.grad": p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    return found | {name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
-
-
-def main(rank: int, port: str, out: str) -> None:
-    """One of two processes, with an unequal share of each batch."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo")
-    mine = slice(0, 4) if rank == 0 else slice(4, 6)
-    found = {}
-    for name, make in LAYERS.items():
-        x, weights = batch_of(name)
-        torch.manual_seed(2)
-        with SynchronizedStatistics():
-            found[name] = step(make(), x[mine], weights[mine])
-    torch.save(found, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+from tests.helpers import two_ranks
+from tests.helpers.cli import Cli, Done, until
+from tests.helpers.runs import TINY
+from tests.helpers.two_ranks import LAYERS, batch_of, step
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def ranks(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     out = tmp_path_factory.mktemp("ranks")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    code = (
-        "import sys; from tests.training import test_ddp; test_ddp.main(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
-    )
-    arguments = [[sys.executable, "-c", code, str(rank), port, str(out)] for rank in range(2)]
-    processes = [subprocess.Popen(one, cwd=REPOSITORY) for one in arguments]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes = [cli.start(str(rank), port, str(out), program=Path(two_ranks.__file__)) for rank in range(2)]
+    for process in processes:
+        done = cli.wait(process)
+        assert done.code == 0, done.err
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
@@ -111,32 +67,16 @@ def test_outside_it_nothing_is_synchronized() -> None:
         nn.BatchNorm2d(3).eval()(torch.randn(2, 3, 4, 4))
 
 
-def train(tmp_path: Path, *overrides: str, multirun: bool = False) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "train.py",
-        *(["-m"] if multirun else []),
-        f"results_dir={tmp_path}",
-        "device=cpu",
-        *TINY,
-        *overrides,
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
-    return subprocess.run(
-        [*command, "wandb.mode=offline", f"wandb.dir={tmp_path}"],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def train(cli: Cli, tmp_path: Path, *overrides: str) -> Done:
+    """Train; a second process, where there is one, is an interpreter of its own."""
+    where = [f"results_dir={tmp_path}", f"wandb.dir={tmp_path}", "wandb.mode=offline"]
+    return cli.run("device=cpu", *TINY, *where, *overrides, env={"WANDB_MODE": None, "WANDB_SILENT": "true"})
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    one = train(tmp_path / "one", "sync_norm=true")
-    two = train(tmp_path / "two", "sync_norm=true", "devices=2")
-    assert one.returncode == two.returncode == 0, two.stderr
+def test_two_processes_find_what_one_finds(cli: Cli, tmp_path: Path) -> None:
+    one = train(cli, tmp_path / "one", "sync_norm=true")
+    two = train(cli, tmp_path / "two", "sync_norm=true", "devices=2")
+    assert one.code == two.code == 0, two.err
     (single,), (shared,) = find_runs(tmp_path / "one"), find_runs(tmp_path / "two")
     assert single.result is not None
     assert shared.result is not None
@@ -151,7 +91,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     ]
     assert last[0]["global_step"] == last[1]["global_step"] == 12
     # Recorded once: one line an epoch, one table, nothing said twice.
-    assert two.stdout.count("epoch 2/2") == 1
+    assert two.out.count("epoch 2/2") == 1
     assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
     assert (shared.directory / "train.log").read_text().count("epoch 2/2") == 1
     assert_predictions(shared.result)
@@ -169,26 +109,31 @@ def assert_predictions(result: RunResult) -> None:
     assert (guesses != found.last).mean() < 0.02  # an image may sit on a sign's edge
 
 
-def test_divergence_is_told_by_one_process(tmp_path: Path) -> None:
-    done = train(tmp_path, "devices=2", "recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
-    assert done.returncode == 1
-    assert done.stderr.count("error: diverged in epoch 1") == 1
+def is_at_work(pid: str) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
+    done = train(cli, tmp_path, "devices=2", "recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
+    assert done.code == 1
+    assert done.err.count("error: diverged in epoch 1") == 1
     (run,) = find_runs(tmp_path)
     assert run.status == "diverged"
 
 
-def test_sigterm_ends_all_processes_at_once(tmp_path: Path) -> None:
-    overrides = [f"results_dir={tmp_path}", "device=cpu", "devices=2", *TINY, "recipe.epochs=5000"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *overrides], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
-        time.sleep(0.02)
-    process.terminate()
-    # Its error stream is the other process's too: it ends with the last of them.
-    assert b"goes on from the last whole epoch" in process.communicate(timeout=60)[1]
-    assert process.returncode == 143
+def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path) -> None:
+    started = cli.start("device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000")
+    assert until(lambda: list(tmp_path.rglob("last.ckpt")), 120)
+    (other,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(started.pid, signal.SIGTERM)
+    done = cli.wait(started)
+    assert "goes on from the last whole epoch" in done.err
+    assert done.code == 143
+    assert until(lambda: not is_at_work(other))
     (run,) = find_runs(tmp_path)
     assert run.status == "unfinished"
 
@@ -208,8 +153,8 @@ def test_shares_must_be_equal(make_plan) -> None:  # type: ignore[no-untyped-def
         make_plan("devices=3")
 
 
-def test_a_multirun_of_shared_runs_is_refused(tmp_path: Path) -> None:
-    done = train(tmp_path, "devices=2", "norm=bn,abn", f"hydra.sweep.dir={tmp_path}", multirun=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: devices=1 is the only choice in a multirun")
+def test_a_multirun_of_shared_runs_is_refused(cli: Cli, tmp_path: Path) -> None:
+    done = train(cli, tmp_path, "-m", "devices=2", "norm=bn,abn", f"hydra.sweep.dir={tmp_path}")
+    assert done.code == 1
+    assert done.err.startswith("error: devices=1 is the only choice in a multirun")
     assert not list(tmp_path.rglob("config.yaml"))

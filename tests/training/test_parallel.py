@@ -1,14 +1,17 @@
 """How many runs at once: the choice that follows from the speeds, and the speeds of processes that train."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from abn_exp.config import Config
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.training import parallel as at_once
 from abn_exp.training.parallel import candidates, choose, measure, measure_best_count
+from tests.helpers.cli import Cli
 
 CPU = torch.device("cpu")
 
@@ -48,25 +51,50 @@ def test_one_run_or_one_core_is_not_measured(
     assert measure_best_count(make_plan(), 10) == 1
 
 
-@pytest.mark.slow
-def test_processes_are_measured_as_they_train_together(
-    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(at_once, "_data_bytes", lambda _: 0.0)
-    rates = measure(make_plan().config, "abn", [1, 2], CPU, 0.5)
-    assert list(rates) == [1, 2]
+# Measures in forks of a process that has imported what they need; the last word of the command is a configuration.
+MEASURED = """
+import json, logging, multiprocessing, sys
+import torch
+from abn_exp.config import parse
+from abn_exp.training import parallel
+parallel._spawn = multiprocessing.get_context("fork")
+parallel._data_bytes = lambda _: 0.0
+logging.basicConfig()
+print(json.dumps(parallel.measure(parse(json.loads(sys.argv[-1])), "abn", {counts}, torch.device("cpu"), 0.5)))
+raise SystemExit
+"""
+
+
+def measured(cli: Cli, config: Config, counts: list[int], inject: str = "") -> tuple[dict[str, float], str]:
+    """Return the images a second by the number of processes, and what was said."""
+    done = cli.run(json.dumps(config.model_dump()), inject=inject + MEASURED.format(counts=counts))
+    assert done.code == 0, done.err
+    return json.loads(done.out), done.err
+
+
+def test_processes_are_measured_as_they_train_together(cli: Cli, make_plan: Callable[..., RunPlan]) -> None:
+    rates, _ = measured(cli, make_plan().config, [1, 2])
+    assert list(rates) == ["1", "2"]
     assert all(rate > 0 for rate in rates.values())
-    monkeypatch.setattr(at_once, "_free_bytes", lambda _: 1e6)
-    assert measure(make_plan().config, "abn", [1], CPU, 0.5) == {}  # not even one fits
 
 
-@pytest.mark.slow
-def test_a_process_that_ends_leaves_its_number_out(
-    make_plan: Callable[..., RunPlan], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_does_not_fit_into_memory_is_left_out(cli: Cli, make_plan: Callable[..., RunPlan]) -> None:
+    """Not even one of them fits."""
+    little = "import abn_exp.training.parallel; abn_exp.training.parallel._free_bytes = lambda _: 1e6\n"
+    assert measured(cli, make_plan().config, [1], little)[0] == {}
+
+
+def test_a_process_that_ends_leaves_its_number_out(cli: Cli, make_plan: Callable[..., RunPlan]) -> None:
     broken = make_plan().config.model_copy(update={"norm": {"_target_": "no.such.Norm"}})
-    assert measure(broken, "abn", [1], CPU) == {}
-    assert "has ended" in caplog.text
+    rates, said = measured(cli, broken, [1])
+    assert rates == {}
+    assert "has ended" in said
+
+
+def test_processes_of_their_own_are_measured(make_plan: Callable[..., RunPlan]) -> None:
+    """Started anew, as CUDA needs them."""
+    rates = measure(make_plan().config, "abn", [1], CPU, 0.1)
+    assert rates[1] > 0
 
 
 def test_images_are_counted_as_the_loader_keeps_them(make_plan: Callable[..., RunPlan]) -> None:

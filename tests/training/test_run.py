@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from abn_exp.training import checkpoints
 from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
+from tests.helpers.cli import Cli, until
 from tests.helpers.runs import REPOSITORY, TINY
 
 Make = Callable[..., RunPlan]
@@ -66,13 +66,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def command(tmp_path: Path, *overrides: str, folder: str = "results") -> list[str]:
-    return [sys.executable, "train.py", f"results_dir={tmp_path / folder}", *TINY, *overrides]
-
-
-def train(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    return [f"results_dir={tmp_path / folder}", *TINY, *overrides]
 
 
 def test_a_run_leaves_a_complete_record(make_plan: Make) -> None:
@@ -208,36 +202,32 @@ def test_norms_of_one_seed_start_alike_and_see_the_same_batches(make_plan: Make)
     assert all(torch.equal(batch, batches[0]) for batch in batches[1:])
 
 
-def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_undisturbed(cli: Cli, tmp_path: Path) -> None:
     overrides = ["recipe.epochs=6", "recipe.clip_latent_weights=true"]
-    undisturbed = train(command(tmp_path, *overrides, folder="whole"))
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    killed = command(tmp_path, *overrides, folder="killed")
-    process = subprocess.Popen(killed, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    metrics, deadline = None, time.monotonic() + 300
-    while time.monotonic() < deadline:
-        metrics = next((tmp_path / "killed").rglob("metrics.jsonl"), None)
-        if metrics is not None and len(metrics.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert metrics is not None
+    undisturbed = cli.run(*command(tmp_path, *overrides, folder="whole"))
+    assert undisturbed.code == 0, undisturbed.err
+    words = command(tmp_path, *overrides, folder="killed")
+    started = cli.start(*words)
+    logged = (tmp_path / "killed").rglob
+    assert until(lambda: any(len(path.read_text().splitlines()) >= 3 for path in logged("metrics.jsonl")))
+    os.kill(started.pid, signal.SIGKILL)
+    assert cli.wait(started).code == -signal.SIGKILL
+    (metrics,) = (tmp_path / "killed").rglob("metrics.jsonl")
     assert not (metrics.parent / "result.json").exists()
-    again = train(killed)
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
+    again = cli.run(*words)
+    assert again.code == 0, again.err
+    assert "going on from" in again.out
     whole = next((tmp_path / "whole").rglob("result.json")).parent
     assert_equal_runs(whole, metrics.parent)
 
 
 def test_sigterm_is_not_success(tmp_path: Path) -> None:
+    """The command as it is typed, in an interpreter of its own."""
+    words = command(tmp_path, "recipe.epochs=5000")
     process = subprocess.Popen(
-        command(tmp_path, "recipe.epochs=5000"), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "train.py", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
-        time.sleep(0.02)
+    assert until(lambda: list(tmp_path.rglob("last.ckpt")), 300)
     process.terminate()
     assert b"the same command goes on from the end of epoch" in process.communicate()[0]
     assert process.returncode == 143
@@ -341,24 +331,17 @@ def test_two_processes_do_not_share_a_directory(make_plan: Make) -> None:
         (["wandb=online"], "error: wandb.mode=online needs a key"),
     ],
 )
-def test_a_mistake_on_the_command_line(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+def test_a_mistake_on_the_command_line(cli: Cli, tmp_path: Path, overrides: list[str], sentence: str) -> None:
     if overrides == ["device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     arguments = [override.format(tmp=tmp_path) for override in overrides]
     small = [] if "dataset=" in overrides[0] else TINY[:2]
-    done = subprocess.run(
-        [sys.executable, "train.py", f"results_dir={tmp_path / 'results'}", *small, *arguments],
-        cwd=REPOSITORY,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}, "HOME": str(tmp_path)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert sentence in done.stderr
+    environment: dict[str, str | None] = {"WANDB_MODE": None, "HOME": str(tmp_path)}
+    done = cli.run(f"results_dir={tmp_path / 'results'}", *small, *arguments, env=environment)
+    assert done.code != 0
+    assert sentence in done.err
     assert not list((tmp_path / "results").rglob("*"))  # what never began leaves nothing
-    assert "Traceback" not in done.stderr + done.stdout
+    assert "Traceback" not in done.err + done.out
     assert not list(tmp_path.rglob("result.json"))
 
 

@@ -30,8 +30,10 @@ from abn_exp.identity import RunPlan
 from abn_exp.results import load_network, read_checkpoint, read_metrics
 from abn_exp.training import wandb_run as tracking
 from abn_exp.training.wandb_run import Tracker
+from tests.helpers.cli import FORKED_WORKERS, Cli
 from tests.helpers.records import finish_run, start_run
-from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.runs import REPOSITORY, TINY, once
+from tests.helpers.scripts import run_script
 
 SECRET = "0123456789abcdef" * 2 + "76543210"  # as long as a key is
 
@@ -58,30 +60,32 @@ def settings(tmp_path: Path, mode: str = "offline") -> WandbConfig:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A sweep over two rates, the second of which diverges; a key lies in its environment."""
-    folder = tmp_path_factory.mktemp("sweep")
-    done = subprocess.run(
-        [
-            *[sys.executable, "train.py", "-m", f"results_dir={folder / 'results'}", f"hydra.sweep.dir={folder}"],
+def sweep(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep over two rates, the second of which diverges; a key lies in its environment.
+
+    Beside its files what it printed and, as W&B's own reader has them, the records of its W&B runs.
+    """
+
+    def make(folder: Path) -> None:
+        done = cli.run(
+            *["-m", f"results_dir={folder / 'results'}", f"hydra.sweep.dir={folder}"],
             *[*TINY, "recipe.optimizer.name=sgd", "recipe.optimizer.lr=0.1,1e38", "seed=3"],
             *["wandb=offline", f"wandb.dir={folder}", "wandb.log_model=true"],
-        ],
-        cwd=REPOSITORY,
-        env={**ENVIRONMENT, "WANDB_API_KEY": SECRET, "HOME": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return folder, done
+            env={"WANDB_MODE": None, "WANDB_API_KEY": SECRET, "HOME": str(folder)},
+            inject=FORKED_WORKERS,
+        )
+        assert done.code == 1, done.err
+        (folder / "printed").write_text(done.out + done.err)
+        found = [records(directory) for directory in (folder / "wandb").glob("offline-run-*")]
+        (folder / "records.json").write_text(json.dumps(found))
+
+    return once(tmp_path_factory, "wandb-sweep", make)
 
 
 @pytest.fixture(scope="module")
-def runs(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> list[dict[str, list[Any]]]:
+def runs(sweep: Path) -> list[dict[str, list[Any]]]:
     """The records of its W&B runs in the order in which they began."""
-    directories = (sweep[0] / "wandb").glob("offline-run-*")
-    found = [records(directory) for directory in directories]
+    found = json.loads((sweep / "records.json").read_text())
     return sorted(found, key=lambda record: record["environment"][0]["started_at"])
 
 
@@ -93,11 +97,9 @@ def test_each_job_is_a_run_of_its_own(runs: list[dict[str, list[Any]]]) -> None:
     assert headers[2]["display_name"] == "runs-report"
 
 
-def test_a_run_is_found_by_group_name_and_tags(
-    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_run_is_found_by_group_name_and_tags(runs: list[dict[str, list[Any]]], sweep: Path) -> None:
     header = runs[0]["run"][0]
-    variant = next((sweep[0] / "results").rglob("result.json")).parent.parent.name
+    variant = next((sweep / "results").rglob("result.json")).parent.parent.name
     cell = f"digits-binarynet-abn-{variant}"
     assert header["run_group"] == tracking._fit(f"runs-{cell}", tracking.MAX_NAME)
     assert f"runs-{cell}".startswith(header["run_group"][:100])
@@ -128,10 +130,8 @@ def test_the_epoch_is_the_x_axis(runs: list[dict[str, list[Any]]]) -> None:
     assert all({"train/loss", "train/acc", "val/acc", "lr", "bnn/flip_ratio/layer1.conv"} <= set(h) for h in history)
 
 
-def test_the_summary_is_the_record(
-    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    result = json.loads(next((sweep[0] / "results").rglob("result.json")).read_text())
+def test_the_summary_is_the_record(runs: list[dict[str, list[Any]]], sweep: Path) -> None:
+    result = json.loads(next((sweep / "results").rglob("result.json")).read_text())
     summary = summary_of(runs[0])
     assert summary["final/test_acc"] == result["test_acc"]
     assert summary["best/val_acc"] == result["val_acc_best"]
@@ -140,10 +140,8 @@ def test_the_summary_is_the_record(
     assert "final/test_acc" not in summary_of(runs[1])
 
 
-def test_the_summary_has_the_accuracy_of_each_class(
-    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    result = json.loads(next((sweep[0] / "results").rglob("result.json")).read_text())
+def test_the_summary_has_the_accuracy_of_each_class(runs: list[dict[str, list[Any]]], sweep: Path) -> None:
+    result = json.loads(next((sweep / "results").rglob("result.json")).read_text())
     summary = summary_of(runs[0])
     shares = [summary[f"class_acc/{digit}"] for digit in range(10)]
     counts = np.bincount(load("digits", ".").test.labels.numpy())
@@ -152,7 +150,7 @@ def test_the_summary_has_the_accuracy_of_each_class(
 
 
 def test_weights_and_reports_are_artifacts_where_asked_for(
-    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    runs: list[dict[str, list[Any]]], sweep: Path, tmp_path: Path
 ) -> None:
     """What is in the model's artifact, put into a folder, is one that load_network reads."""
     named = [{artifact["type"]: artifact for artifact in run.get("artifact", [])} for run in runs]
@@ -162,7 +160,7 @@ def test_weights_and_reports_are_artifacts_where_asked_for(
     for entry in named[0]["model"]["manifest"]["contents"]:
         (tmp_path / entry["path"]).parent.mkdir(exist_ok=True)
         shutil.copy(entry["local_path"], tmp_path / entry["path"])
-    trained = next((sweep[0] / "results").rglob("result.json")).parent
+    trained = next((sweep / "results").rglob("result.json")).parent
     for weights in ("last", "best"):
         ours, theirs = (load_network(folder, weights).state_dict() for folder in (trained, tmp_path))  # type: ignore[arg-type]
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -170,13 +168,10 @@ def test_weights_and_reports_are_artifacts_where_asked_for(
     assert kept["optimizer_states"] == []
 
 
-def test_a_failed_run_shows_as_failed(
-    runs: list[dict[str, list[Any]]], sweep: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_failed_run_shows_as_failed(runs: list[dict[str, list[Any]]], sweep: Path) -> None:
     codes = [record["exit"][0].get("exit_code", 0) for record in runs]
     assert codes == [0, 1, 0]
-    assert sweep[1].returncode == 1
-    assert "DIVERGED" in sweep[1].stdout
+    assert "DIVERGED" in (sweep / "printed").read_text()
 
 
 def test_the_report_holds_tables(runs: list[dict[str, list[Any]]]) -> None:
@@ -184,13 +179,11 @@ def test_the_report_holds_tables(runs: list[dict[str, list[Any]]]) -> None:
     assert {"report", "runs"} <= {key.split(".")[0] for key in logged}
 
 
-def test_the_key_is_written_nowhere(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = sweep
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def test_the_key_is_written_nowhere(sweep: Path) -> None:
+    files = [path for path in sweep.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    assert SECRET not in done.stdout + done.stderr
-    assert not list((folder / "wandb").rglob("output.log"))
+    assert not list((sweep / "wandb").rglob("output.log"))
 
 
 @pytest.fixture
@@ -449,23 +442,13 @@ def test_upload_brings_what_is_missing_and_nothing_else(tmp_path: Path, monkeypa
         list(tracking.upload(tmp_path / "nothing"))
 
 
-def dashboard(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/dashboard.py", *arguments],
-        cwd=REPOSITORY,
-        env={**ENVIRONMENT, "HOME": str(home)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_dashboard_shows_norms_with_their_spread(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own")
+def test_dashboard_shows_norms_with_their_spread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb_workspaces")
-    done = dashboard("--dry-run", "--project", "p", "--entity", "e", "--name", "study-1", home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    workspace = json.loads(done.stdout)
+    run_script(monkeypatch, "dashboard", "--dry-run", "--project", "p", "--entity", "e", "--name", "study-1")
+    workspace = json.loads(capsys.readouterr().out)
     assert (workspace["entity"], workspace["project"]) == ("e", "p")
     sections = workspace["spec"]["section"]["panel_bank_config"]["sections"]
     panels = [panel["config"] for section in sections for panel in section["panels"]]
@@ -478,11 +461,12 @@ def test_dashboard_shows_norms_with_their_spread(tmp_path: Path) -> None:
     assert "study-1" in json.dumps(workspace["spec"]["section"]["run_sets"])
 
 
-def test_dashboard_needs_a_key_to_save(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own")
+def test_dashboard_needs_a_key_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb_workspaces")
-    done = dashboard(home=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == "error: no W&B key: run `wandb login`, or look at the workspace with --dry-run.\n"
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, "dashboard")
+    assert stop.value.code == "error: no W&B key: run `wandb login`, or look at the workspace with --dry-run."
 
 
 def test_the_file_for_wandb_agents_composes(make_plan: Callable[..., RunPlan]) -> None:

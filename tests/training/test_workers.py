@@ -17,6 +17,7 @@ from abn_exp.results import find_runs, read_metrics
 from abn_exp.training import watch, workers
 from abn_exp.training.run import run
 from abn_exp.training.workers import Job, train
+from tests.helpers.die import die
 
 QUIET = OmegaConf.create({"version": 1, "root": None, "disable_existing_loggers": False})
 
@@ -73,11 +74,6 @@ def test_a_run_that_stands_still_is_named_and_one_that_is_stopped_goes_on_later(
     assert "stopped by SIGTERM in epoch" in (endless.directory / "train.log").read_text()
 
 
-def die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.slow
 def test_workers_that_cannot_start_end_the_sweep(
     make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
