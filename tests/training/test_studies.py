@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig
 
 from abn_exp.identity import RunPlan
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training import sweep
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, composing
 
 PAPER_SETS = {"cifar10", "cifar100", "tinyimagenet"}
 BOTH = {"binarynet", "resnet18_paper"}
@@ -46,7 +46,7 @@ STUDIES = {
 
 @pytest.fixture(autouse=True)
 def _hydra() -> Iterator[None]:
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+    with composing():
         yield
 
 
@@ -67,12 +67,12 @@ def test_every_study_is_listed_here() -> None:
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_has_its_cells_at_full_size(study: str) -> None:
-    name, _, datasets, models, norms, variants = STUDIES[study]
-    found = plans(f"study={study}", "seed=0")
+def test_a_study_has_its_cells_at_full_size_and_its_seeds(study: str) -> None:
+    name, seeds, datasets, models, norms, variants = STUDIES[study]
+    found = plans(f"study={study}")
     expected = {(d, m, n, v) for d in datasets for m in models for n in norms for v in variants}
     assert cells(found) == expected
-    assert len(found) == len(expected)
+    assert Counter(plan.config.seed for plan in found) == dict.fromkeys(range(seeds), len(expected))
     assert {plan.config.name for plan in found} == {name}
     assert {(plan.config.recipe.epochs, plan.config.recipe.batch_size) for plan in found} == {(200, 256)}
     assert {plan.config.model["width"] for plan in found} <= {3, 5}
@@ -87,15 +87,13 @@ def test_budget_crosses_schedules_and_epochs() -> None:
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_brings_its_seeds_and_the_command_line_wins(study: str) -> None:
-    _, seeds, _, models, norms, variants = STUDIES[study]
-    own = plans(f"study={study}", "dataset=digits", "model=binarynet", "norm=abn")
-    assert Counter(plan.config.seed for plan in own) == dict.fromkeys(range(seeds), len(variants))
-    found = plans(f"study={study}", "dataset=digits", "seeds=three", "name=mine")
-    assert {plan.choices["dataset"] for plan in found} == {"digits"}
-    assert {plan.choices["norm"] for plan in found} == norms
-    expected = dict.fromkeys(range(3), len(models) * len(norms) * len(variants))
-    assert Counter(plan.config.seed for plan in found) == expected
+def test_the_command_line_wins_over_a_study(study: str) -> None:
+    """What it does not name stays the study's."""
+    _, _, _, models, _, variants = STUDIES[study]
+    found = plans(f"study={study}", "dataset=digits", "norm=abn", "seeds=three", "name=mine")
+    expected = {("digits", m, "abn", v) for m in models for v in variants}
+    assert cells(found) == expected
+    assert Counter(plan.config.seed for plan in found) == dict.fromkeys(range(3), len(expected))
     assert {plan.config.name for plan in found} == {"mine"}
     assert all(plan.config.recipe.epochs < 50 for plan in found)
 
