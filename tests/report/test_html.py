@@ -59,6 +59,16 @@ def test_figures_hold_every_seed_and_the_zone_of_delta(page: str) -> None:
     assert pairs["y"][2] is None
 
 
+def test_every_panel_has_a_title_and_no_place_is_left_empty(tmp_path: Path) -> None:
+    """On a phone the page puts panels below each other, and takes the titles in their order."""
+    for model in ("binarynet", "vgg_small", "resnet18"):
+        study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, model=model)
+    for figure in figures(render(page_of(build_report(tmp_path))))[1:4]:
+        axes = [key for key in figure["layout"] if key.startswith("xaxis")]
+        titles = [note for note in figure["layout"]["annotations"] if not note["showarrow"]]
+        assert len(axes) == len(titles) == 3
+
+
 def test_norms_that_share_a_colour_differ_in_their_lines(tmp_path: Path) -> None:
     norms = ["bn", "abn_gate", "iebn", "abn_paper", "abn_backward"]
     text = render(page_of(build_report(study(tmp_path, dict.fromkeys(norms, BN)))))

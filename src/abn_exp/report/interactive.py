@@ -315,6 +315,7 @@ def _panels(titles: Sequence[str], height: int = PANEL) -> tuple[go.Figure, list
     figure = make_subplots(
         rows,
         columns,
+        specs=[[{} if row * columns + i < len(titles) else None for i in range(columns)] for row in range(rows)],
         subplot_titles=[_wrapped(title) for title in titles],
         vertical_spacing=gap,
         horizontal_spacing=0.12,
