@@ -242,6 +242,8 @@ def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert float(row["mean"]) == pytest.approx(np.mean([float(share) for share in layers]), abs=6e-4)
     assert float(row["mean"]) > 0
     assert float(row["reference_mean"]) == 0
+    assert row["verdict"] == ""  # BN's is 0 by construction, so that nothing is tested
+    assert re.search(r"two thresholds is \S+ with abn \(.*\)\. With bn it is 0 by construction", text)
     assert str(folder.parent) not in text
     assert "python scripts/analyze.py activations runs\n" in text
     assert "by at most 0.00 points" in text  # the network that was trained, on the images it was tested on

@@ -19,6 +19,7 @@ from abn_exp.analysis.activations import (
     imbalance,
 )
 from abn_exp.analysis.summary import (
+    DIGITS,
     AnalysisWriter,
     Contrast,
     check_pairs,
@@ -32,6 +33,7 @@ from abn_exp.analysis.summary import (
 )
 from abn_exp.analysis.trained import Measured, Opener, TestImages, measure_each
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
+from abn_exp.report.formatting import interval_text, number_text
 from abn_exp.report.stats import Array
 from abn_exp.results import Run, read_metrics
 
@@ -84,12 +86,18 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
         "Does ABN give a more imbalanced activation distribution, and additional activation-like functions "
         f"(claim C5)? Measured on {len(opener.images(runs[-1]).labels)} test images a network."
     )
-    contrasts = contrast(cells, scores, [CHANNEL, LAYER, TWO, BEYOND], reference)
+    # A norm whose response is monotone has no second threshold: with it as the reference there is nothing to test.
+    monotone = all(scores[run.directory][TWO] == 0 for cell in cells if cell.norm == reference for run in cell.runs)
+    contrasts = contrast(cells, scores, [CHANNEL, LAYER, *([] if monotone else [TWO, BEYOND])], reference)
+    described = contrast(cells, scores, [TWO, BEYOND], reference) if monotone else []
     imbalances = [c for c in contrasts if c.measure in (CHANNEL, LAYER)]
     report.verdicts(f"Is the imbalance above {reference}'s?", imbalances, cells, reference)
     additional = [c for c in contrasts if c not in imbalances]
+    question = "Are there additional activation functions, and are they used?"
     if additional:
-        report.verdicts("Are there additional activation functions, and are they used?", additional, [], reference)
+        report.verdicts(question, additional, [], reference)
+    if described:
+        report.findings(question, [_described(c) for c in described])
     measures = list(MEASURES.values())
     report.table("means", "Means over layers", means_table(cells, scores, measures))
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))
@@ -110,7 +118,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
         }
         layered += contrast(members, by_layer, layers, reference)
         _draw(report, members, by_norm, layers, place, name)
-    report.csv("comparison", contrast_rows(contrasts, judged=True))
+    report.csv("comparison", contrast_rows(contrasts, judged=True) + contrast_rows(described, judged=False))
     report.csv("comparison_layers", contrast_rows(layered, judged=False))
     report.csv("layers", _layer_rows(cells, found))
     report.csv("channels", _channel_rows(cells, found))
@@ -119,6 +127,14 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.finish(NOTES)
     report.show("means")
     return report
+
+
+def _described(c: Contrast) -> str:
+    return (
+        f"On {c.place}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} (95 % interval "
+        f"{interval_text(c.paired.interval, DIGITS)}, n = {c.paired.n[0]} seeds). With {c.reference} it is 0 by "
+        "construction: its response is monotone."
+    )
 
 
 def _measure(network: nn.Module, images: TestImages) -> Measured:
