@@ -51,7 +51,7 @@ def test_figures_hold_every_seed_and_the_zone_of_delta(page: str) -> None:
     assert abn["x"] == pytest.approx([100 * score for score in CLEARLY_ABOVE])
     assert abn["customdata"] == [0, 1, 2, 3, 4]
     assert "shaded: less than delta, 0.5 points</h2>" in page
-    assert "band: ±1 standard deviation, in panels of up to 3 norms</h2>" in page
+    assert "mean; band: ±1 standard deviation</h2>" in page
     hover = [trace["hovertemplate"] for trace in curves["data"] if "hovertemplate" in trace]
     assert {f"abn, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>" for seed in range(5)} <= set(hover)
     (pairs,) = slopes["data"]

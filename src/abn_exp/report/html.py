@@ -107,9 +107,10 @@ def page_of(report: Report) -> Page:
 
 
 def _curves_heading(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> str:
-    banded = any(len(norms) <= MOST_BANDS and any(len(s) > 1 for s in norms.values()) for norms in panels.values())
-    band = f"; band: ±1 standard deviation, in panels of up to {MOST_BANDS} norms" if banded else ""
-    return f"Learning curves: every seed, and their mean{band}"
+    several = [norms for norms in panels.values() if any(len(seeds) > 1 for seeds in norms.values())]
+    banded = [norms for norms in several if len(norms) <= MOST_BANDS]
+    where = f", in panels of up to {MOST_BANDS} norms" if len(banded) < len(several) else ""
+    return "Learning curves: every seed, and their mean" + (f"; band: ±1 standard deviation{where}" if banded else "")
 
 
 def _notes(report: Report, more: Sequence[str]) -> list[str]:

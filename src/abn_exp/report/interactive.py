@@ -68,7 +68,7 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
     figure = go.Figure()
     names = [row.norm for row in rows]
     if delta is not None:
-        figure.add_vrect(-delta, delta, fillcolor="rgba(0,158,115,0.13)", line_width=0)
+        figure.add_vrect(-delta, delta, fillcolor="rgba(0,158,115,0.13)", line_width=0, layer="below")
     figure.add_vline(0, line_width=1, line_color=INK)
     labels = [f"<b>{_wrapped(row.label)}</b>" if row.pooled else _wrapped(row.label) for row in rows]
     for i, row in enumerate(rows):
