@@ -99,3 +99,18 @@ def test_power_of_equivalence_is_the_share_of_simulated_samples():
     half = 1.795885 * x.std(axis=1, ddof=1) / np.sqrt(12)  # t(0.95, 11 df)
     share = np.mean(np.abs(x.mean(axis=1)) + half < 0.5)
     assert verdicts.power_of_equivalence(0.5 / 0.65, 12) == pytest.approx(share, abs=0.012)
+
+
+def test_an_interval_that_contradicts_the_corrected_verdict_says_why():
+    """p = 0.03 alone; over six comparisons there is no verdict on the difference."""
+    d = np.array([-0.1, -0.3, -0.4, -0.5, -0.7])
+    found = verdicts.Tested(compare_means(d, np.zeros(5), np.random.default_rng(0)))
+    why = "the interval leaves out zero, but is not corrected"
+    for delta, verdict in ((0.5, "not better by delta"), (0.05, "undecided")):
+        alone, *_ = verdicts.judge([found], delta)
+        assert 0.005 < alone.uncorrected.difference < 0.05
+        assert why not in verdicts.sentence(alone, "x")
+        in_a_family, *_ = verdicts.judge([found] * 12, delta)
+        assert in_a_family.verdict == verdict
+        assert why in verdicts.sentence(in_a_family, "x")
+        assert in_a_family.interval[1] < 0

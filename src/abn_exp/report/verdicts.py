@@ -30,6 +30,7 @@ from abn_exp.report.stats import ALPHA, NAN, Interval, MeanComparison, holm
 Verdict = Literal["better", "worse", "equivalent", "not better by delta", "not worse by delta", "undecided"]
 POWER = 0.8
 MOST_SEEDS = 10_000  # no answer to "how many seeds" is searched beyond it
+UNCORRECTED = "the interval leaves out zero, but is not corrected"
 _GAUSS = np.polynomial.legendre.leggauss(100)
 
 
@@ -217,7 +218,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     elif j.verdict == "undecided":
         text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
         text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"
-        text += _needed_sizes(j)
+        text += f"{', ' + UNCORRECTED if _contradicts(j) else ''}{_needed_sizes(j)}"
     else:
         name = "not_better" if j.verdict == "not better by delta" else "not_worse"
         side = "+" if name == "not_better" else "-"
@@ -225,7 +226,15 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
             f"{delta}, by the one-sided test against {side}{j.delta:g} ({inside}, {tested(name, j.level_delta)}); "
         )
         text += "whether there is a difference at all is undecided"
+        if _contradicts(j):
+            text += f", {UNCORRECTED} ({tested('difference', j.level)})"
     return f"{text}{failures_text(j.failed, j.verdict, j.without_failures, sides)}."
+
+
+def _contradicts(j: Judgement) -> bool:
+    """Tell whether the interval leaves out zero although the test of no difference, after correction, does not
+    reject."""
+    return j.uncorrected.difference < j.level <= j.corrected.difference
 
 
 def _needed_sizes(j: Judgement) -> str:
