@@ -63,7 +63,12 @@ def cells(found: list[RunPlan]) -> set[tuple[str, ...]]:
 
 
 def test_every_study_is_listed_here() -> None:
-    assert {path.stem for path in (REPOSITORY / "conf/study").glob("*.yaml")} - {"none"} >= STUDIES.keys()
+    assert {path.stem for path in (REPOSITORY / "conf/study").glob("*.yaml")} == {
+        "none",
+        "budget",
+        "trained",
+        *STUDIES,
+    }
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -84,6 +89,16 @@ def test_budget_crosses_schedules_and_epochs() -> None:
     expected = Counter(itertools.product(("constant", "cosine"), (20, 50, 100, 200), (0, 1, 2)))
     assert Counter((p.config.recipe.schedule.name, p.config.recipe.epochs, p.config.seed) for p in found) == expected
     assert len({plan.directory for plan in found}) == len(found)
+
+
+def test_trained_is_one_cell_of_a_narrow_network_with_seeds_for_three_looks() -> None:
+    """docs/plan.md promises it so; the runs that are finished have these names."""
+    found = plans("study=trained")
+    variant = "fixed_model.width-0.25_batch_size-128_epochs-20_optimizer.lr-0.005"
+    assert cells(found) == {("cifar10", "binarynet", norm, variant) for norm in ("bn", "abn")}
+    assert Counter(plan.config.seed for plan in found) == dict.fromkeys(range(20), 2)
+    assert all(plan.config.looks == [5, 10, 20] and plan.config.delta == 0.5 for plan in found)
+    assert {plan.config.precision for plan in found} == {"fp32"}
 
 
 @pytest.mark.parametrize("study", STUDIES)
