@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -136,9 +136,19 @@ def _onnx_runtime(content: bytes) -> Engine:
     return Engine(lambda images: session.run(None, {"images": images.numpy()}), len(content))
 
 
-def _openvino(graph: Graph, batch: int) -> Engine:
+@cache
+def _openvino_core() -> Any:
+    """Return OpenVINO, one for the whole process.
+
+    It sets the stack on which signals are handled. Where two of them end in the order in which they began, the one
+    that is left is unmapped, and the next signal kills the process.
+    """
     import openvino as ov
 
+    return ov.Core()
+
+
+def _openvino(graph: Graph, batch: int) -> Engine:
     from abn_exp.deploy.openvino import Writer, serialized
 
     writer = Writer(graph)
@@ -146,7 +156,7 @@ def _openvino(graph: Graph, batch: int) -> Engine:
     files = serialized(model)
     model.reshape([batch, 3, 32, 32])
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(model, "CPU", options)
+    compiled = _openvino_core().compile_model(model, "CPU", options)
     request = compiled.create_infer_request()
 
     def run(images: Tensor) -> object:

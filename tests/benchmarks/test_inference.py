@@ -1,8 +1,11 @@
 """The benchmark of inference: its networks, its ratios, and what it writes."""
 
 import csv
+import ctypes
+import gc
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -35,6 +38,23 @@ def test_every_engine_gives_torch_s_logits() -> None:
         )
         np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=1e-3, atol=1e-3, err_msg=name)
         assert engine.bytes > 0
+
+
+class SignalStack(ctypes.Structure):
+    _fields_: ClassVar = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def test_signals_are_handled_on_a_stack_that_is_there() -> None:
+    """OpenVINO sets one, and takes it away."""
+    network = inference.make_network("BinaryNet", "bn", 0.125)
+    engines = [inference.make_engine("OpenVINO", network, 2) for _ in range(2)]
+    while engines:
+        engines.pop(0)
+        gc.collect()
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    bounds = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert stack.start is None or any(int(low, 16) <= stack.start < int(high, 16) for low, high in bounds)
 
 
 def test_a_ratio_is_the_geometric_mean_of_pairs_with_student_s_interval() -> None:

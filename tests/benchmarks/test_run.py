@@ -3,7 +3,8 @@
 import csv
 import math
 import runpy
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from abn_exp.binarize import Binarization
 from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.training import parallel
 from abn_exp.training.parallel import random_data
 from benchmarks import measure, report, run
 from benchmarks.configurations import BASE, EAGER, PLAIN, ROWS, Effort
@@ -104,7 +106,26 @@ def test_interleaving_takes_turns():
     assert order == ["a", "b", "a", "b"]
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Each measurement made, but as few times as it can be: what a measurement is worth has tests of its own."""
+    ceilings, host_growth = cache(measure.ceilings), measure.host_growth
+    monkeypatch.setattr(measure, "ceilings", lambda device, repetitions: ceilings(device, 1))
+    monkeypatch.setattr(measure, "host_growth", lambda step, steps: host_growth(step, 1))
+    monkeypatch.setattr(run, "configuration", cache(run.configuration))
+
+    def measured(config, norm, counts, device):
+        loop, batches = parallel.begin(config, norm)
+        return {count: count * parallel.training_rate(loop, batches, 0.01) for count in counts}
+
+    monkeypatch.setattr(parallel, "WARM", 0.01)
+    monkeypatch.setattr(parallel, "measure", measured)  # in processes that test_parallel starts
+    # Each of many looks for garbage would look at all that other tests imported, for a second.
+    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "WIDTHS", {"resnet18_paper": 0.25, "binarynet": 0.0625})
     rows = tuple(row for row in ROWS if not row.compile)
