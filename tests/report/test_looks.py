@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import yaml
 from scipy import stats as st
 
 from abn_exp.errors import DamagedFile
-from abn_exp.report.build import build_report, write_report
+from abn_exp.report import build
+from abn_exp.report.build import build_report, draw, write_report
 from abn_exp.report.comparisons import collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
+from abn_exp.report.tables import difference_table
 from abn_exp.results import InputFormat, find_runs, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
@@ -217,6 +220,31 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path):
     assert "(look 2 of 2, at 5 seeds; seeds that no look asked for are left out: 7)" in answer
     assert "n = 5 paired seeds" in answer
     assert "sequential 95 % interval" in answer
+
+
+def test_figures_and_tables_show_the_sequential_interval_and_say_so(tmp_path, monkeypatch):
+    study(tmp_path, {"bn": BN, "abn": [0.702, 0.701, 0.716, 0.722, 0.731], "iebn": BN[::-1]})
+    write_plan(tmp_path, replace(PLAN, looks=(5, 20), seeds=tuple(range(20)), delta=500.0))
+    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    assert plan.decided  # at the first look, by the least that it may use of its error
+    report = build_report(tmp_path)
+    (j,) = [c.mean for c in report.comparisons if c.cell.norm == "abn"]
+    low, high = plan.entries[0]["interval"]
+    assert j.interval == pytest.approx((low, high))
+    assert high - low > 1.3 * np.ptp(j.mean.interval)
+    drawn = {}
+    keep = lambda panels, *kind: drawn.update(panels=panels, kind=kind)  # noqa: E731
+    monkeypatch.setattr(build.figures, "paired_differences", keep)
+    draw(report)
+    (panel,) = drawn["panels"].values()
+    assert panel["abn"].interval == pytest.approx((low, high))
+    assert panel["iebn"].interval == pytest.approx(
+        next(c.mean.mean.interval for c in report.comparisons if c.cell.norm == "iebn")
+    )
+    assert drawn["kind"] == ("bn", ", primary: sequential")
+    assert "95 % interval, uncorrected, primary: sequential" in difference_table(report)[0]
+    assert any("All other intervals take the number of seeds as fixed" in note for note in report.notes())
+    assert "sequential" not in " ".join(build_report(study(tmp_path / "other", {"bn": BN, "abn": BN[::-1]})).notes())
 
 
 def test_a_run_that_failed_by_a_look_counts(tmp_path):

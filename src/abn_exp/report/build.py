@@ -286,7 +286,9 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
             samples.setdefault(titles[cell.group], {})[cell.norm] = cell.sample("test_acc", finished)
     differences: dict[str, dict[str, stats.MeanComparison]] = {}
     for c in report.comparisons:
-        differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = c.mean.mean
+        planned = c.mean.level < stats.ALPHA
+        mean = replace(c.mean.mean, interval=c.mean.interval) if planned else c.mean.mean
+        differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = mean
     curves = {}
     for group, cells in groups.items():
         whole = [replace(c, runs=tuple(run for run in c.runs if run.status == "finished")) for c in cells]
@@ -295,7 +297,7 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
     return {
         "learning_curves": figures.learning_curves(curves),
         "seeds": figures.seeds_and_means(samples),
-        "differences": figures.paired_differences(differences, report.reference),
+        "differences": figures.paired_differences(differences, report.reference, report.sequential),
         "spreads": figures.spreads(samples),
     }
 

@@ -169,8 +169,10 @@ def seeds_and_means(panels: Panels) -> Figure | None:
     return _rows(panels, draw, "Test accuracy (%)", "Seeds (dots), mean and its 95 % interval")
 
 
-def paired_differences(panels: Panels, reference: str) -> Figure | None:
-    """Draw norm minus reference, each pair and the mean with its interval; data: MeanComparison in points."""
+def paired_differences(panels: Panels, reference: str, kind: str = "") -> Figure | None:
+    """Draw norm minus reference, each pair and the mean with its interval; data: MeanComparison in points.
+
+    ``kind`` is what is to be said of the intervals besides that they are not corrected."""
 
     def draw(ax: Axes, row: int, comparison: MeanComparison, style: NormStyle) -> None:
         pairs = np.array(comparison.differences)
@@ -182,7 +184,7 @@ def paired_differences(panels: Panels, reference: str) -> Figure | None:
         panels,
         draw,
         f"Test accuracy, difference to {reference} (points)",
-        f"Difference to {reference}: mean and its 95 % interval, uncorrected",
+        f"Difference to {reference}: mean and its 95 % interval, uncorrected{kind}",
     )
     if figure is not None:
         for ax in figure.axes:

@@ -88,8 +88,8 @@ def page_of(report: Report) -> Page:
         notes=_notes(report, more),
         figures=[
             (
-                f"Differences to {reference}, with uncorrected 95 % intervals; shaded: less than delta, "
-                f"{report.delta:g} points",
+                f"Differences to {reference}, with 95 % intervals (uncorrected{report.sequential}); shaded: less "
+                f"than delta, {report.delta:g} points",
                 forest(rows, report.delta, reference),
             ),
             (_curves_heading(curves), learning_curves(curves)),

@@ -47,6 +47,10 @@ Seeds were added without a plan: reports were written at {} seeds before this on
 another chance to err; at 3, 5, 10 and 20 seeds they find a difference that is not there in 15 % of cases, not in 5 %.
 `seeds=until_decided` plans its looks."""
 
+SEQUENTIAL = """\
+The interval of the primary comparison is sequential, so that it covers at all looks together. All other intervals
+take the number of seeds as fixed before the runs, which it was not."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -74,6 +78,11 @@ class Report:
     @property
     def results(self) -> list[RunResult]:
         return [run.result for cell in self.cells for run in cell.runs if run.result is not None]
+
+    @property
+    def sequential(self) -> str:
+        """What is to be said of intervals of differences besides that they are not corrected."""
+        return "" if self.plan is None else ", primary: sequential"
 
     def describe_group(self, group: Group) -> str:
         """Return a group in words."""
@@ -108,6 +117,7 @@ class Report:
     def notes(self) -> list[str]:
         """Return notes to read before any number: what was fixed, looks without a plan, runs made differently."""
         lines = [self.fixed.note] if self.primary is not None and self.plan is None else []
+        lines += [SEQUENTIAL] if self.plan is not None else []
         lines += [UNPLANNED.format(", ".join(map(str, self.unplanned)))] if self.unplanned else []
         return [" ".join(line.split()) for line in [*lines, *self.differing]]
 
@@ -153,7 +163,8 @@ JUDGED = ["n", "difference (points)", "95 % interval, uncorrected", "p", "p (Hol
 
 def difference_table(report: Report) -> Table:
     """One row a comparison, for the means."""
-    header = [*JUDGED, "p (sign flips)", "effect", "detectable", "seeds for delta", "seeds for equivalence", "family"]
+    judged = [f"{name}{report.sequential}" if name.startswith("95 %") else name for name in JUDGED]
+    header = [*judged, "p (sign flips)", "effect", "detectable", "seeds for delta", "seeds for equivalence", "family"]
     rows = []
     for c in report.comparisons:
         m = c.mean.mean
