@@ -75,3 +75,13 @@ def test_a_dry_run_lists_the_runs_and_adds_up_what_is_left(
     assert lines[9] == "time: about 0:01:24, 2 at a time, which is 1.60 times as fast as one"  # (3 * 41 + 11) / 1.6
     assert lines[10].startswith("checkpoints: ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_seeds_are_listed_by_number_and_looks_add_at_most_so_many_runs(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(100.0, 359.0))
+    plans = [make_plan(f"seed={seed}", "looks=[2,3]") for seed in (10, 2)]
+    lines = list(dry_run(plans))
+    assert lines[1:3] == ["  seed-2    not begun", "  seed-10   not begun"]
+    assert "2 runs at most, 0 of them finished, 2 to do" in lines

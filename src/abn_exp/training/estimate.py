@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def dry_run(plans: Sequence[RunPlan], seconds: float = 2.0) -> Iterator[str]:
     found = {run.directory: run for folder in folders for run in find_runs(folder)}
     to_do: list[RunPlan] = []
     total = 0.0
-    for cell, group in groupby(sorted(plans, key=lambda plan: plan.directory), lambda plan: plan.directory.parent):
+    for cell, group in groupby(sorted(plans, key=_cell_and_seed), lambda plan: plan.directory.parent):
         yield str(cell)
         pending: list[tuple[RunPlan, int]] = []
         for plan in group:
@@ -133,12 +134,17 @@ def dry_run(plans: Sequence[RunPlan], seconds: float = 2.0) -> Iterator[str]:
             yield f"  {len(pending)} to do, {clock(max(times))} for one, {speed_text(speed.train)}"
             to_do += [plan for plan, _ in pending]
             total += sum(times)
-    yield f"{len(plans)} runs, {len(plans) - len(to_do)} of them finished, {len(to_do)} to do"
+    at_most = " at most" if plans[0].config.looks else ""
+    yield f"{len(plans)} runs{at_most}, {len(plans) - len(to_do)} of them finished, {len(to_do)} to do"
     if to_do:
         count, gain = _at_once(to_do)
         several = f", {count} at a time, which is {gain:.2f} times as fast as one" if count > 1 else ""
         yield f"time: about {clock(total / gain)}{several}"
         yield disk_sentence(to_do, count)
+
+
+def _cell_and_seed(plan: RunPlan) -> tuple[Path, int]:
+    return plan.directory.parent, plan.config.seed
 
 
 def _state(run: Run | None) -> tuple[str, str, int]:
