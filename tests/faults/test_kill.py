@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import Cli, until
+from tests.helpers.cli import FORKED_WORKERS, Cli, until
 from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 SHARES = 2
@@ -122,7 +122,7 @@ def test_asked_to_stop(cli: Cli, tmp_path: Path, account: Account, sweep: bool) 
         folder = tmp_path / str(number)
         words = ["-m", "seed=0,1"] if sweep else []
         words += [*SMALL, "recipe.epochs=5000", f"results_dir={folder}"]
-        started = cli.start(*words, cwd=tmp_path)
+        started = cli.start(*words, cwd=tmp_path, inject=FORKED_WORKERS)
         assert until(lambda folder=folder: list(folder.rglob("previous-last.ckpt"))), started.err.read_text()
         os.kill(started.pid, sent)
         done = cli.wait(started)
@@ -137,7 +137,7 @@ def test_asked_to_stop(cli: Cli, tmp_path: Path, account: Account, sweep: bool) 
             or list(folder.rglob("seed-1/train.log"))
         ):
             lost.append(f"{name}: something else was done")
-        resumed = cli.start(*words, cwd=tmp_path)
+        resumed = cli.start(*words, cwd=tmp_path, inject=FORKED_WORKERS)
         log = next(folder.rglob("train.log"))
         if not until(lambda log=log: "going on from" in log.read_text()):
             lost.append(f"{name}: it does not go on: {resumed.err.read_text()}")

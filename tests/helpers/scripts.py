@@ -25,6 +25,8 @@ def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -
 
 
 def analyze(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Analyse trained networks in this process alone: what is forked after several threads computed may deadlock."""
+    monkeypatch.setattr("abn_exp.analysis.trained.cpu_count", lambda: 1)
     return run_script(monkeypatch, "analyze", *arguments)
 
 
