@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -61,6 +62,9 @@ def run(job: dict[str, Any]) -> int:
         if value is not None:
             os.environ[name] = value
     sys.argv = [Path(job["program"]).name, *job["arguments"]]
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")  # the one that all forks share is gone when the first has ended
     code: Any = 0
     try:
         exec(job["inject"], {})

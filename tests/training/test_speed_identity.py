@@ -25,6 +25,7 @@ from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.setup import configure_process
 from benchmarks.measure import saved_bytes
+from tests.helpers.exact16 import needs_exact16
 from tests.helpers.runs import REPOSITORY, TINY
 
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -118,6 +119,7 @@ def test_compile_is_for_one_device(make_plan: Callable[..., RunPlan]) -> None:
         make_plan("compile=true", "devices=2")
 
 
+@needs_exact16  # where it is refused, compiled bfloat16 convolutions gave values of 1e28 (AVX2, torch 2.15)
 @pytest.mark.slow
 @pytest.mark.parametrize("integers", [False, *([True] if has_integer_conv2d(torch.device("cpu")) else [])])
 def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same(integers: bool) -> None:
