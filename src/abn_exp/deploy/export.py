@@ -102,9 +102,9 @@ def export(
     contents["network.onnx"] = with_digest(writer.model(run.normalization, _metadata(run)))
     engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
 
-    def check(name: str, engine: Engine, count: int | None = None) -> Verification:
+    def check(name: str, engine: Engine, count: int | None = None, part: str = "") -> Verification:
         images, labels = run.data.test.images[:count], run.data.test.labels[:count]
-        shown = partial(progress, name)
+        shown = partial(progress, name + part)
         return verify(run.network, graph, engine, images, labels, run.normalization, shown)
 
     try:
@@ -152,7 +152,7 @@ def _openvino(run: TrainedRun, graph: Graph, check: Callable[..., Verification])
         found = check(engine)
     for layer in graph.layers:
         with OpenVINO(graph, run.normalization, threads, sums=layer) as engine:
-            found.sums += check(engine, SUMS_IMAGES).sums
+            found.sums += check(engine, SUMS_IMAGES, f", sums of {layer.name}").sums
     writer = Writer(graph)
     xml, binary = serialized(writer.model(run.normalization))
     notes = [f"OpenVINO has no binary kernel for {name}: {reason}." for name, reason in writer.real_layers.items()]
