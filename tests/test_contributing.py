@@ -13,9 +13,13 @@ import pytest
 
 from tests.helpers.runs import REPOSITORY
 
-# One interpreter runs all commands, each as if it was typed: what is imported is imported once.
+# One interpreter runs all commands, each as if it was typed: what is imported is imported once. A study goes first,
+# for its workers are forks, and no process can be forked in which a network was trained. Figures are not drawn.
 DRIVER = """
-import os, runpy, sys
+import multiprocessing, os, runpy, sys
+import abn_exp.report.figures as figures, abn_exp.training.run, abn_exp.training.workers as workers
+workers._spawn = multiprocessing.get_context("fork")
+figures.save = lambda *_: None
 for line in sys.stdin.read().splitlines():
     program, *arguments = line.split("\\t")
     sys.argv = [program, *arguments]
@@ -79,7 +83,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     }
     arrays |= {f"{split}_labels": np.arange(n) % 2 for split, n in (("train", 80), ("test", 40))}
     np.savez(copy / "shapes-original.npz", classes=np.array(["circle", "square"]), **arrays)
-    lines = ["\t".join(command) for text in found.values() for command in commands(text)]
+    first = sorted(found, key=lambda name: "study=" not in found[name])
+    lines = ["\t".join(command) for name in first for command in commands(found[name])]
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "DATA_DIR": str(copy)}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
@@ -92,8 +97,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     assert done.returncode == 0, done.stderr
     ran = re.findall(r"^RUN (.*?)\n(.*?)^CODE (\S+)$", done.stdout, re.MULTILINE | re.DOTALL)
     assert len(ran) == len(lines)
-    outputs = iter(ran)
-    return copy, {name: next((code, out + done.stderr) for _, out, code in outputs) for name in found}
+    return copy, {name: (code, out + done.stderr) for name, (_, out, code) in zip(first, ran, strict=True)}
 
 
 @pytest.mark.parametrize("name", recipes())

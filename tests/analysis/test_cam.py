@@ -3,7 +3,6 @@
 import csv
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from torch import Tensor, nn
 
 from abn_exp.analysis import cam, trained
 from abn_exp.data import prepare
-from abn_exp.identity import RunPlan
 from abn_exp.models import binarynet, resnet18
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
-from abn_exp.training.run import run
+from abn_exp.results import find_runs
 from tests.helpers.scripts import analyze, files
 
-Make = Callable[..., RunPlan]
 BOX = torch.tensor([[2, 0, 3, 1]])  # columns 2 and 3 of rows 0 and 1
 
 
@@ -172,17 +169,14 @@ def test_first_of_each_class() -> None:
 
 
 @pytest.mark.slow
-def test_end_to_end(make_plan: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    plans = [make_plan(f"norm={norm}", f"seed={seed}") for norm in ("bn", "abn") for seed in (0, 1)]
-    for plan in plans:
-        run(plan, "python train.py")
+def test_end_to_end(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [run.directory for run in find_runs(study)]
 
     def with_boxes(*arguments: Any, **options: Any) -> prepare.ImageDataset:
         data = prepare.load(*arguments, **options)
         return replace(data, test_boxes=torch.tensor([[8, 4, 23, 27]]).expand(len(data.test.labels), 4))
 
     monkeypatch.setattr(trained, "load", with_boxes)
-    folders = [plan.directory for plan in plans]
     out = Path(folders[0].parents[2] / "analysis" / "cam")  # what the runs share: .../digits/binarynet
     assert analyze(monkeypatch, "cam", "--images", 40, *folders) == 0
     shown = capsys.readouterr().out
