@@ -7,6 +7,7 @@ measured of a network is kept: an analysis that was stopped goes on when it is t
 
 import argparse
 import os
+import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -14,12 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the CPU to others
 sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
 
-import torch
-
-from abn_exp.analysis import activation_report, cam_report
-from abn_exp.analysis.summary import command_line
-from abn_exp.analysis.trained import Opener, common_folder, find_trained
 from abn_exp.commandline import positive_int
+from abn_exp.errors import Stopped, stop
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
+    import torch  # seconds, which --help and a wrong option need not take
+
+    from abn_exp.analysis.summary import command_line
+    from abn_exp.analysis.trained import Opener, common_folder, find_trained
+
     torch.set_num_threads(1)  # until there are processes to share the CPUs
     try:
         runs = find_trained(arguments.runs)
@@ -59,8 +61,12 @@ def main() -> int:
             options |= {"target": "label" if arguments.target == "label" else None}
         command = command_line(arguments.kind, arguments.runs, options)
         if arguments.kind == "activations":
+            from abn_exp.analysis import activation_report
+
             report = activation_report.write(runs, opener, out, command, reference=arguments.reference)
         else:
+            from abn_exp.analysis import cam_report
+
             report = cam_report.write(
                 runs, opener, out, command, reference=arguments.reference, target=arguments.target
             )
@@ -73,12 +79,16 @@ def main() -> int:
             "error: a process was killed that measured, for its memory perhaps; try fewer --images.", file=sys.stderr
         )
         return 1
-    except KeyboardInterrupt:
-        print("stopped; what was measured is kept, and the same command goes on", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(
+            f"stopped by {stopped.signal}; what was measured is kept, and the same command goes on", file=sys.stderr
+        )
+        raise
     print(f"written to {out}")
     return 0
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     sys.exit(main())

@@ -1,8 +1,13 @@
 """Networks are measured by one process or several, once, and again only where they or their images are others."""
 
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -94,6 +99,53 @@ def test_what_was_measured_is_kept_and_only_the_rest_measured(
     record.write_text(content)
     assert calls in (1, 2)  # the one that was trained again, and the damaged file where it is one of these
     assert all(torch.equal(again[directory]["logits"], found[directory]["logits"]) for directory in found)
+
+
+def test_an_error_ends_the_other_processes_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal does: what they are at may take minutes."""
+    monkeypatch.setattr(trained, "cpu_count", lambda: 2)
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def measure(network: nn.Module, images: trained.TestImages) -> Measured:
+        if barrier.wait(60) == 0:
+            raise ValueError("no map")
+        time.sleep(600)
+        return {}
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no map"):
+        measure_each(find_trained([folder]), opener(), measure, tmp_path, "logits")
+    assert time.monotonic() - start < 60
+
+
+def _wait_for_ever(connection: Connection) -> None:
+    trained._end_with_parent()
+    connection.send(os.getpid())
+    time.sleep(600)
+
+
+def _be_a_parent(connection: Connection) -> None:
+    multiprocessing.get_context("fork").Process(target=_wait_for_ever, args=(connection,)).start()
+    time.sleep(600)
+
+
+def test_a_process_that_measures_ends_with_its_parent() -> None:
+    """A parent that is killed cannot end it; a pool's process would wait for the next network for ever."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    parent = fork.Process(target=_be_a_parent, args=(theirs,))
+    parent.start()
+    assert ours.poll(60)
+    stat = Path("/proc", str(ours.recv()), "stat")
+    assert parent.pid is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    deadline = time.monotonic() + 60
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_what_is_missing_is_told_before_anything_is_measured(folder: Path) -> None:

@@ -3,12 +3,15 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,12 +157,30 @@ def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Meas
             yield _measure(*job)
         return
     # A fork of a process whose threads have computed would deadlock, so this process only forks.
-    with ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_end_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(_measure, *job) for job in jobs]):
                 yield done.result()
+        except BaseException:  # a signal, say: what they are at may take minutes
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leave signals to the parent of this fork, and end with it, however it ends: nobody else would end the fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, args=(parent,), daemon=True).start()
 
 
 def _measure(run: Run, path: Path) -> Run:

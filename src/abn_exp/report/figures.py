@@ -108,7 +108,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name``.png and ``name``.pdf, byte for byte the same for the same data."""
     with matplotlib.rc_context(STYLE):  # ticks are made, with the style of that moment, when they are drawn
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.set_layout_engine("none")  # the layout is found, and costs more than the drawing
+        figure.set_layout_engine(None)  # the layout is found, and costs more than the drawing
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
 

@@ -75,9 +75,13 @@ def csv_text(rows: list[dict[str, object]]) -> str:
     """Return rows as CSV, floats with eight digits; what there is not, is empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        values = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
-        writer.writerow({k: "" if v in ("nan", None) else v for k, v in values.items()})
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_csv_cell(row.get(column)) for column in columns] for row in rows)
     return text.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.8g}"
+    return "" if value is None else value

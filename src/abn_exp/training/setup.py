@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import current_process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +22,10 @@ from abn_exp.data.splits import stratified_split, stratified_subset
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.models.build import build_network, initialize_
-from abn_exp.training.classifier import Stage
 from abn_exp.warm_start import load_initial_weights_
+
+if TYPE_CHECKING:
+    from abn_exp.training.classifier import Stage  # with Lightning, which analyses need not import
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # one of them is there where a driver is loaded
@@ -122,7 +124,7 @@ def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], 
 
 def make_loaders(
     config: Config, data: ImageDataset, device: torch.device, *, rank: int = 0, world_size: int = 1
-) -> dict[Stage, BatchLoader]:
+) -> "dict[Stage, BatchLoader]":
     """Return the loaders of the training, validation (where there is a split) and test images.
 
     Of `world_size` processes, the one with `rank` gets its share of every batch.
