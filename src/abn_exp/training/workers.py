@@ -74,7 +74,9 @@ def train(jobs: Sequence[Job], count: int, job_logging: DictConfig) -> Generator
                         worker.begin(waiting.pop())
                     continue
                 if worker.job is not None:
-                    yield worker.job, Outcome(error=_record_death(worker.job, worker.how_it_ended()))
+                    error = _record_death(worker.job, worker.how_it_ended())
+                    log.error("[%s] error: %s", worker.job.label, error)
+                    yield worker.job, Outcome(error=error)
                 deaths += not worker.ready
                 if deaths >= STARTS:
                     error = f"no worker process can begin: {deaths} in a row, the last {worker.how_it_ended()}"
@@ -169,7 +171,7 @@ def _record_death(job: Job, how: str) -> str:
 
 def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> None:
     """Train one job after another until the parent closes the connection or has ended; runs in the worker process."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop_once)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     git_commit()  # of the code that is imported now
     from abn_exp.training.run import run  # noqa: F401 (seconds, spent once a worker)
@@ -182,6 +184,12 @@ def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> No
             return
         configure_log(job_logging)
         connection.send(train_one(job, steps))
+
+
+def _stop_once(number: int, _: object = None) -> None:
+    """Stop, and ignore the signal from now on: it may come twice, to all processes and from the parent."""
+    signal.signal(number, signal.SIG_IGN)
+    stop(number)
 
 
 def _die_with_parent() -> None:
