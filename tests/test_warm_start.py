@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose
 
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from abn_exp.results import load_network, read_config, read_metrics
+from abn_exp.report.build import _options
+from abn_exp.results import find_runs, load_network, read_config, read_metrics, write_config
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_network
-from tests.helpers.runs import plan_in
+from abn_exp.training.sweep import expand
+from tests.helpers.runs import TINY, composing, plan_in
 
 Make = Callable[..., RunPlan]
 
@@ -78,6 +81,41 @@ def test_the_weights_and_not_their_place_identify_a_run(make_plan: Make, first_s
     plain, two_stages = make_plan(), plan_in(tmp_path, f"init_from={here.directory}")
     assert len({plan.config_hash for plan in (plain, here, two_stages)}) == 3
     assert make_plan("+init_digest=0123").config.init_digest is None
+
+
+def test_a_sweep_starts_each_seed_from_its_own_weights(first_stage: Path, tmp_path: Path) -> None:
+    """Its runs are one cell all the same, and comparable with another norm's, whose weights are from that norm."""
+    source, own = tmp_path / "source", "${seed}"
+    for seed in range(3):
+        shutil.copytree(first_stage, source / f"seed-{seed}")
+        (source / f"seed-{seed}" / "SHA256SUMS").unlink()
+        path = source / f"seed-{seed}" / "checkpoints" / "last.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["state_dict"]["network.stem.norm.bias"] += seed
+        torch.save(checkpoint, path)
+    found = []
+    with composing():
+        for norm in ("bn", "abn"):
+            words = [
+                *TINY,
+                f"results_dir={tmp_path}",
+                f"norm={norm}",
+                "seeds=three",
+                f"init_from={source}/seed-{own}",
+            ]
+            found.append(expand(compose("config", words, return_hydra_config=True)))
+    for plans in found:
+        assert all(any(word.startswith(f"init_from={source}/seed-$") for word in words) for words in plans)
+        assert len({plan.config.init_digest for plan in plans.values()}) == 3
+        for plan in plans.values():
+            assert plan.config.init_from == str(source / f"seed-{plan.config.seed}")
+            write_config(plan.directory, plan.config.model_dump(), "python train.py")
+    (cell,) = {plan.config.init_cell for plans in found for plan in plans.values()}
+    (variant,) = {plan.variant for plans in found for plan in plans.values()}
+    assert f"init_digest-{cell}" in variant
+    options = _options(find_runs(tmp_path / "runs"))
+    assert len(options) == 6
+    assert {one["init_digest"] for one in options.values()} == {cell}
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,9 @@ class Config(Section):
         None, min_length=1, description="folder of a run (.../seed-0) whose last weights are the initial ones"
     )
     init_digest: str | None = Field(None, description="digest of the weights in init_from; found at the start")
+    init_cell: Annotated[str | None, NoEffect] = Field(
+        None, description="names the weights in init_from where each seed has its own; found at the start"
+    )
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -62,12 +62,17 @@ class RunPlan:
 
 def plan_run(cfg: DictConfig, choices: dict[str, str]) -> RunPlan:
     """Check a composed configuration and name its cell. Raises ConfigError with one sentence for each mistake."""
-    return plan_of(read(cfg), choices)
+    return plan_of(read(cfg), choices, init_by_run(cfg))
 
 
-def plan_of(config: Config, choices: dict[str, str]) -> RunPlan:
+def init_by_run(cfg: DictConfig) -> bool:
+    """Return whether each run of a sweep has initial weights of its own, as of `init_from=.../seed-${seed}`."""
+    return OmegaConf.is_interpolation(cfg, "init_from")
+
+
+def plan_of(config: Config, choices: dict[str, str], init_by_run: bool) -> RunPlan:
     """Name the cell of a checked configuration: the recipe, and what differs from its groups' files."""
-    config = _with_init_digest(_with_images(config))
+    config = _with_initial_weights(_with_images(config), init_by_run)
     choices = {group: choices[group] for group in GROUPS}
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name
@@ -75,6 +80,8 @@ def plan_of(config: Config, choices: dict[str, str]) -> RunPlan:
     own = _group_options(GlobalHydra.instance().config_loader(), tuple(choices.items()))
     ours, everything = set_options(config.model_dump()), all_options(config.model_dump())
     changes = {key: everything.get(key) for key in ours.keys() | own.keys() if ours.get(key) != own.get(key)}
+    if config.init_cell is not None:
+        changes["init_digest"] = config.init_cell
     variant = variant_name(choices["recipe"], changes)
     return RunPlan(config, choices, _recorded_variant(RunPlan(config, choices, variant)) or variant)
 
@@ -102,14 +109,25 @@ def _with_images(config: Config) -> Config:
     return config.model_copy(update={"dataset": options.model_copy(update={"images": list(held or ())})})
 
 
-def _with_init_digest(config: Config) -> Config:
-    """Set `init_digest`, which counts instead of the place where the initial weights lie."""
-    digest = None
+def _with_initial_weights(config: Config, by_run: bool) -> Config:
+    """Set `init_digest`, which counts instead of the place where the initial weights lie.
+
+    Where each run has its own, the runs are seeds of one cell all the same. Its name has `init_cell` instead, a
+    digest of what is common to the runs that the weights are from: their options without the norm's.
+    """
+    digest = cell = None
     if config.init_from is not None:
         from abn_exp.warm_start import initial_weights_digest  # torch, which takes seconds to import
 
         digest = initial_weights_digest(config)
-    return config.model_copy(update={"init_digest": digest})
+        if by_run:
+            try:
+                options = set_options(read_config(Path(config.init_from)))
+            except DamagedFile as error:
+                raise ConfigError(f"init_from: {error}; choose another run.") from error
+            common = {k: v for k, v in options.items() if not k.startswith("norm.") and k != "init_digest"}
+            cell = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
+    return config.model_copy(update={"init_digest": digest, "init_cell": cell})
 
 
 def variant_name(recipe: str, changes: Mapping[str, Any]) -> str:

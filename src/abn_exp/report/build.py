@@ -122,7 +122,8 @@ def _options(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     """Return the options that can change a run's result, flat, by its directory; nothing of damaged ones.
 
     An option of a network or a norm that only some runs have, because it was added later, is at its default in the
-    others. That default is in a signature, which takes seconds to import and is read only where it is needed.
+    others. That default is in a signature, which takes seconds to import and is read only where it is needed. Initial
+    weights that each seed has of its own are named by what is the same for all seeds.
     """
     configs = {run.directory: read_config(run.directory) for run in runs if run.status != "damaged"}
     options = {directory: all_options(config, signatures=False) for directory, config in configs.items()}
@@ -131,7 +132,8 @@ def _options(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
         by_norm.setdefault(directory.parts[-5:-2], set()).add(frozenset(own))
     if any(len(found) > 1 for found in by_norm.values()):
         options = {directory: all_options(config) for directory, config in configs.items()}
-    return options
+    named = {path: config["init_cell"] for path, config in configs.items() if config.get("init_cell") is not None}
+    return options | {path: options[path] | {"init_digest": cell} for path, cell in named.items()}
 
 
 def _unique_variants(runs: Sequence[Run], options: Mapping[Path, Mapping[str, Any]]) -> list[Run]:

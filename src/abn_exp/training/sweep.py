@@ -21,14 +21,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.commandline import hydra_sentence
 from abn_exp.config import Config, read
 from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
 from abn_exp.files import write_text_atomic
-from abn_exp.identity import GROUPS, RunPlan, plan_of, quoted, restore_quoted
+from abn_exp.identity import GROUPS, RunPlan, init_by_run, plan_of, quoted, restore_quoted
 from abn_exp.machine import cpu_count
 from abn_exp.options import differing_options
 from abn_exp.records import read_run_file, read_study_file
@@ -245,7 +245,7 @@ def check_looks(plans: Sequence[RunPlan], overrides: Iterable[str], *, multirun:
 def _check_sweeper(config: DictConfig) -> None:
     """Refuse a sweeper that searches for the best run where the seed is part of the search: it finds a lucky seed."""
     sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
-    typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    typed = OverridesParser.create().parse_overrides(typed_overrides(config))
     searched = {override.key_or_group for override in typed if override.is_sweep_override()}
     if sweeper not in ("BasicSweeper", "StudySweeper") and "seed" in searched.union(
         config.hydra.sweeper.params or {}
@@ -268,9 +268,14 @@ def _check_launcher(plans: list[RunPlan], config: DictConfig) -> None:
 
 def command(config: DictConfig) -> str:
     """Return what was typed to start a multirun; with -m, which a study or a list of seeds may have stood for."""
-    overrides = config.hydra.overrides
-    words = [word for word in overrides.hydra if word != "hydra.mode=MULTIRUN"]
-    return shlex.join(["python", "train.py", "-m", *overrides.task, *words])
+    words = [word for word in config.hydra.overrides.hydra if word != "hydra.mode=MULTIRUN"]
+    return shlex.join(["python", "train.py", "-m", *typed_overrides(config), *words])
+
+
+def typed_overrides(config: DictConfig) -> list[str]:
+    """Return the overrides as they were typed: a ${seed} in them is each run's, and not the sweep's own."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(overrides)
 
 
 def _single_command(overrides: Sequence[str]) -> str:
@@ -335,7 +340,7 @@ def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:
         if len(seeds) != 1 or cell not in cells:
             cfg = compose("config", list(overrides), return_hydra_config=True)
             checked = read(cfg)
-            plan = plan_of(checked, dict(cfg.hydra.runtime.choices))
+            plan = plan_of(checked, dict(cfg.hydra.runtime.choices), init_by_run(cfg))
             cells[cell] = cfg, checked, plan
         else:
             cfg, checked, first = cells[cell]
@@ -344,7 +349,7 @@ def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:
             if other.model_copy(update={"seed": checked.seed}) == checked:
                 plan = replace(first, config=first.config.model_copy(update={"seed": other.seed}))
             else:  # something else follows from the seed
-                plan = plan_of(other, first.choices)
+                plan = plan_of(other, first.choices, init_by_run(cfg))
         plans[tuple(overrides)] = plan
     return plans
 
@@ -358,7 +363,7 @@ def sweep_params(config: DictConfig) -> dict[str, str]:
 def jobs(config: DictConfig) -> list[list[str]]:
     """Return the overrides of every run of a multirun, in its order."""
     arguments = [f"{key}={value}" for key, value in sweep_params(config).items()]
-    parsed = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+    parsed = OverridesParser.create().parse_overrides([*arguments, *typed_overrides(config)])
     return [job for batch in split_into_batches(config, parsed, None) for job in batch]
 
 
