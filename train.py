@@ -17,7 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from abn_exp.commandline import hydra_sentence, overrides_last, share_config_store
-from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Diverged, Stopped, in_a_line, stop_on_signals
+from abn_exp.errors import (
+    STOPPED,
+    ConfigError,
+    DamagedFile,
+    Diverged,
+    Stopped,
+    end_with_reader,
+    in_a_line,
+    stop_on_signals,
+)
 from abn_exp.provenance import git_commit
 
 
@@ -62,6 +71,10 @@ if __name__ == "__main__":
     git_commit()  # before anything can change it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what goes wrong comes here; Hydra would print it with its trace
     sys.argv[1:] = overrides_last(sys.argv[1:])
+    if {"-h", "--help", "-c", "--cfg", "--info", "-i", "--hydra-help"} & {
+        word.partition("=")[0] for word in sys.argv
+    }:
+        end_with_reader()
     if {"-h", "--help"} & set(sys.argv):
         share_config_store()
     try:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from abn_exp.errors import end_with_reader
 from abn_exp.report.build import PAGE_SECONDS, build_report, print_report, update_page, write_report
 from abn_exp.report.serve import serve
 from abn_exp.results import find_runs
@@ -75,6 +76,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    end_with_reader()
     print_report(report)
     if all(run.result is None for cell in report.cells for run in cell.runs):
         print(f"error: no run below {' and '.join(map(str, arguments.folders))} is finished.", file=sys.stderr)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from abn_exp.errors import end_with_reader
 from abn_exp.report.progress import clean, list_runs
 
 
@@ -55,6 +56,7 @@ def _act(arguments: argparse.Namespace) -> Iterable[str]:
         from abn_exp.training.wandb_run import upload
 
         return upload(arguments.folder)
+    end_with_reader()
     return list_runs(arguments.folder)
 
 

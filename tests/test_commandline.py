@@ -35,6 +35,7 @@ def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
         ("xyzzy=1", "xyzzy is not a key of the configuration; `python train.py --cfg job` lists them all."),
         ("norm=bm", "norm=bm is not allowed: it should be abn, abn_backward,"),
         ("model=binarnet", "; did you mean binarynet?"),
+        ("norm=bn,abn", "norm=bn,abn has several values: add -m to train each, or write a list as norm=[bn,abn]."),
         ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]"),
         ("norm", "Error parsing override 'norm' missing EQUAL"),
     ],

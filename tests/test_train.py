@@ -1,7 +1,11 @@
 """The command line: what it costs to start, before and where nothing is trained."""
 
+import os
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from tests.helpers.runs import REPOSITORY
 
@@ -18,6 +22,18 @@ print(sorted({SLOW_TO_IMPORT!r} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "abn_exp.config"], ["scripts/runs.py", "results"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=REPOSITORY, stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == ""
+    assert done.returncode == -signal.SIGPIPE
 
 
 def test_an_analysis_imports_nothing_that_trains() -> None:

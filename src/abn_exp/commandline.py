@@ -53,6 +53,9 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         key = match[1]
         hint = f" An argument that its class has and its file leaves out is added by +{key}=VALUE."
         return unknown_key(key, _keys(conf)) + (hint if key.startswith(OPEN) else "")
+    if match := re.search(r"Ambiguous value for argument '(.+?)=(.+?)'", text):
+        key, values = match.groups()
+        return f"{key}={values} has several values: add -m to train each, or write a list as {key}=[{values}]."
     if match := re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?': (.+)", text):
         group, chosen, options = match[1], match[2], match[3].split()
         close = get_close_matches(chosen, options, n=1, cutoff=0.5)

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from abn_exp.errors import ConfigError, flat_keys, validation_sentence
+from abn_exp.errors import ConfigError, end_with_reader, flat_keys, validation_sentence
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -454,5 +454,6 @@ def _check_built(model: str, norm: str, optimizer: str, classes: int, image_size
 
 
 if __name__ == "__main__":
+    end_with_reader()
     for key, allowed, default, description in option_rows():
         print(f"{key}: {allowed}{f', default {default}' if default else ''}\n    {description}")

@@ -48,6 +48,11 @@ def stop_on_signals() -> None:
         signal.signal(signal.SIGINT, stop)
 
 
+def end_with_reader() -> None:
+    """Let a command that only prints end in silence when its reader does: `... | head`. Not for what trains."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def in_a_line(error: Exception) -> str:
     """Return the message of Hydra, OmegaConf or YAML in one line, without search paths and links."""
     return " ".join(re.split(r"\nConfig search path|\n?See https?:", str(error))[0].split())
