@@ -1,0 +1,47 @@
+"""Building a network from its configuration: norms of a user's own beside the networks' in-place Hardtanh."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from abn_exp.models.build import build_network
+
+MODELS = ("binarynet", "vgg_small", "resnet18", "resnet18_paper")
+
+
+class TanhNorm(nn.BatchNorm2d):
+    """A norm whose gradient autograd computes from its output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.tanh(super().forward(input))
+
+
+class CopiedTanhNorm(TanhNorm):
+    """The same, with an output that nothing needs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clone()
+
+
+def build(model: str, norm: type[nn.Module]) -> nn.Module:
+    name = norm.__module__ + "." + norm.__qualname__
+    torch.manual_seed(0)
+    return build_network(
+        {"_target_": f"abn_exp.models.{model}", "width": 0.125}, {"_target_": name, "_partial_": True}, 10, 32
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_norm_may_end_in_what_keeps_its_output_for_the_gradient(model: str) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain, copied = build(model, TanhNorm), build(model, CopiedTanhNorm)
+    for network in (plain, copied):
+        network(images).square().sum().backward()
+    for (name, ours), theirs in zip(plain.named_parameters(), copied.parameters(), strict=True):
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_other_norms_are_written_over_as_they_are() -> None:
+    for norm in (nn.BatchNorm2d, CopiedTanhNorm):
+        assert not any(module._forward_hooks for module in build("binarynet", norm).modules())
