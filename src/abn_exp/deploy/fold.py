@@ -26,8 +26,8 @@ class Unfoldable(ValueError):
 class Fold:
     """The sign of each channel as a step function of the integer y.
 
-    ``first`` (C,) is whether the sign is +1 below all thresholds; ``thresholds`` (C, T) are the integers from which
-    on the sign is the other one, ascending, and ``limit + 1``, which no sum reaches, where a channel has fewer.
+    ``first`` (C,) is whether the sign is +1 below all thresholds; ``thresholds`` (C, T > 0) are the integers from
+    which on the sign is the other one, ascending, and ``limit + 1``, which no sum reaches, where a channel has fewer.
     ``limit`` is the largest ``|y|``.
     """
 
@@ -39,6 +39,10 @@ class Fold:
     def counts(self) -> NDArray[np.int64]:
         """Return the number of thresholds of each channel (C,): 0 a constant, 1 a threshold, 2 an interval."""
         return (self.thresholds <= self.limit).sum(1)
+
+    def single_thresholds(self) -> NDArray[np.int64]:
+        """Return the threshold of each channel that has one, (C,); for a constant, what all sums reach, or none."""
+        return np.where(self.counts == 1, self.thresholds[:, 0], np.where(self.first, -self.limit, self.limit + 1))
 
     def signs(self, y: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Return whether each sign is +1, for integers y (B, C, ...)."""
@@ -55,7 +59,7 @@ class Fold:
         Raises ValueError for a channel with more than two thresholds.
         """
         end, counts = self.limit + 1, self.counts
-        if counts.max(initial=0) > 2:
+        if counts.max() > 2:
             raise ValueError("a channel with more than two thresholds has no interval")
         thresholds = np.pad(self.thresholds, ((0, 0), (0, 2)), constant_values=end)[:, :2].astype(np.int64)
         inverted = ~self.first & (counts == 2)
@@ -108,7 +112,7 @@ def fold(
             at, of = zeros[0].tolist()
             raise Unfoldable(f"the sum {int(y[at])} of channel {of} gives exactly 0, which is no bit here")
     changes = below[:, 1:] != below[:, :-1]
-    most = int(changes.sum(1).max(initial=0))
+    most = int(changes.sum(1).max(initial=1))
     if most > MAX_THRESHOLDS:
         raise Unfoldable(f"a channel changes its sign {most} times, more than {MAX_THRESHOLDS}")
     thresholds = np.full((channels, most), limit + 1, np.int32)

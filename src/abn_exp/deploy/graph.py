@@ -28,23 +28,11 @@ BATCH = 3  # images of the recorded pass: a first dimension of this size is the 
 MOVES = ("reshape", "max_pool")  # operations that choose among values: exact on bits, on sums, on anything
 
 aten = torch.ops.aten
-UNARY = {
-    aten.silu.default: "silu",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-    aten.relu.default: "relu",
-    aten.neg.default: "neg",
-    aten.abs.default: "abs",
-}
+UNARY = {getattr(aten, name).default: name for name in ("silu", "sigmoid", "tanh", "relu", "neg", "abs")}
 BINARY = {
-    aten.add.Tensor: "add",
-    aten.sub.Tensor: "sub",
-    aten.mul.Tensor: "mul",
-    aten.div.Tensor: "div",
-    aten.add.Scalar: "add",
-    aten.sub.Scalar: "sub",
-    aten.mul.Scalar: "mul",
-    aten.div.Scalar: "div",
+    getattr(getattr(aten, name), other): name
+    for name in ("add", "sub", "mul", "div")
+    for other in ("Tensor", "Scalar")  # what the second operand is
 }
 SAME = (aten.clone.default, aten.detach.default, aten.alias.default)
 RESHAPES = (

@@ -39,20 +39,26 @@ class Writer:
 
     def model(self, normalization: Normalization, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Return the model: uint8 images (N, 3, S, S) to logits (N, classes)."""
-        image = next(node for node in self.graph.nodes if node.op == "image")
-        self.real[image] = self.normalized(normalization)
-        for layer in self.graph.layers:
-            self.codes[layer.name] = self.bits_of(layer.node.inputs[0])
-        last = self.graph.nodes[-1]
-        self.add("Identity", [self.real_of(last)], "logits")
-        inputs = [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *image.shape])]
-        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", *last.shape])]
-        proto = helper.make_graph(self.nodes, "network", inputs, outputs, self.initializers)
-        opset = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(proto, opset_imports=opset, ir_version=IR_VERSION, producer_name="abn_exp")
+        pixels = self.add("Cast", ["images"], to=TensorProto.FLOAT)
+        model = self.assembled(normalization, pixels, TensorProto.UINT8, "N", [helper.make_opsetid("", OPSET)])
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def assembled(
+        self, normalization: Normalization, pixels: str, dtype: int, batch: int | str, opsets: list[Any]
+    ) -> onnx.ModelProto:
+        """Return the model of all operations; its images are of type `dtype`, and `pixels` are these as float32."""
+        image, last = next(node for node in self.graph.nodes if node.op == "image"), self.graph.nodes[-1]
+        value = self.add("Mul", [pixels, self.constant(normalization.scale.numpy())])
+        self.real[image] = self.add("Add", [value, self.constant(normalization.shift.numpy())])
+        for layer in self.graph.layers:
+            self.codes[layer.name] = self.bits_of(layer.node.inputs[0])
+        self.add("Identity", [self.real_of(last)], "logits")
+        inputs = [helper.make_tensor_value_info("images", dtype, [batch, *image.shape])]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, *last.shape])]
+        proto = helper.make_graph(self.nodes, "network", inputs, outputs, self.initializers)
+        return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="abn_exp")
 
     # pieces of a graph
 
@@ -92,12 +98,6 @@ class Writer:
             value = self.add("Slice", [value, *ends])
         return self.add("Reshape", [value, self.constant(weight.shape, np.int64)])
 
-    def normalized(self, normalization: Normalization) -> str:
-        """Return the images as the network takes them."""
-        value = self.add("Cast", ["images"], to=TensorProto.FLOAT)
-        value = self.add("Mul", [value, self.constant(normalization.scale.numpy())])
-        return self.add("Add", [value, self.constant(normalization.shift.numpy())])
-
     # bits
 
     def bits_of(self, node: Node) -> tuple[str, int]:
@@ -126,7 +126,7 @@ class Writer:
         """Return the codes of folded sums."""
         moves, layer = producer(node.inputs[0])
         fold = node.options["fold"]
-        if len(layer.node.shape) == 3 and fold.counts.max(initial=0) <= 2:
+        if len(layer.node.shape) == 3 and fold.counts.max() <= 2:
             return self.quantized(node, moves, layer, fold)
         if len(layer.node.shape) == 1:
             value, unit = self.linear_sums(layer)
@@ -144,7 +144,7 @@ class Writer:
         """
         codes, u = self.bits_of(layer.node.inputs[0])
         flipped, inverted = None, np.zeros(len(fold.first), np.bool_)
-        if intervals := bool(fold.counts.max(initial=0) == 2):
+        if intervals := bool(fold.counts.max() == 2):
             low, high, inverted = fold.intervals()
             scale, bias = _interval_code(low, high, u)
         else:
@@ -155,7 +155,8 @@ class Writer:
             else:
                 flipped = falling
                 fold = fold.negated(flipped)
-            scale, bias = _threshold_code(fold, u)
+            # MIDDLE or more from the threshold on; a constant never changes
+            scale, bias = np.ones((), np.float32), (-u * fold.single_thresholds()).astype(np.int32)
         weight = self.weight(layer, np.int8(1), flipped)
         value, pads = self.padded(layer, codes, u)
         zero = self.constant(0, np.int8)
@@ -177,7 +178,7 @@ class Writer:
         """Return the codes of sums, `unit` times each, by comparisons: one for each threshold of a channel."""
         u = OUTSIDE // 2
         passed = ""
-        for column in fold.thresholds.T if fold.thresholds.size else [np.full(len(fold.first), fold.limit + 1)]:
+        for column in fold.thresholds.T:
             reached = self.add("GreaterOrEqual", [value, self.per_channel(unit * column, dtype, shape)])
             passed = self.add("Xor", [passed, reached]) if passed else reached
         ends = (self.per_channel(2 * u * which, np.uint8, shape) for which in (~fold.first, fold.first))
@@ -233,23 +234,11 @@ class Writer:
     def operation(self, node: Node, values: list[str]) -> str:
         """Return the result of a real-valued operation."""
         options = node.options
-        simple = {
-            "add": "Add",
-            "sub": "Sub",
-            "mul": "Mul",
-            "div": "Div",
-            "tanh": "Tanh",
-            "relu": "Relu",
-            "neg": "Neg",
-            "abs": "Abs",
-        }
-        if node.op in simple:
-            return self.add(simple[node.op], values)
+        if node.op in ("add", "sub", "mul", "div", "tanh", "relu", "neg", "abs"):
+            return self.add(node.op.capitalize(), values)
         (x,) = values
-        if node.op in (
-            "silu",
-            "sigmoid",
-        ):  # ONNX Runtime's Sigmoid is off by 1.7e-7, many roundings where it is small
+        if node.op in ("silu", "sigmoid"):
+            # ONNX Runtime's Sigmoid is off by 1.7e-7, many roundings where it is small.
             one = self.constant(1)
             below = self.add("Add", [self.add("Exp", [self.add("Neg", [x])]), one])
             return self.add("Div", [x if node.op == "silu" else one, below])
@@ -261,13 +250,11 @@ class Writer:
             vectors = (weight, 0 * ones if bias is None else bias.numpy(), options["mean"], options["var"])
             inputs = [x, *(self.constant(np.asarray(vector)) for vector in vectors)]
             return self.add("BatchNormalization", inputs, epsilon=options["eps"])
-        if node.op == "conv":
+        if node.op in ("conv", "linear"):
             weights = [self.constant(t.numpy()) for t in (options["weight"], options["bias"]) if t is not None]
-            height, width = options["padding"]
-            return self.add("Conv", [x, *weights], strides=options["stride"], pads=[height, width] * 2)
-        if node.op == "linear":
-            weights = [self.constant(t.numpy()) for t in (options["weight"], options["bias"]) if t is not None]
-            return self.add("Gemm", [x, *weights], transB=1)
+            if node.op == "linear":
+                return self.add("Gemm", [x, *weights], transB=1)
+            return self.add("Conv", [x, *weights], strides=options["stride"], pads=[*options["padding"]] * 2)
         if node.op == "avg_pool":
             return self.add("AveragePool", [x], **_pool(node))
         assert node.op == "mean"
@@ -283,13 +270,6 @@ def producer(node: Node) -> tuple[list[Node], Layer]:
     return moves, node.options["layer"]
 
 
-def _threshold_code(fold: Fold, u: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return scale and bias with which the code is MIDDLE or more from the threshold on; a constant never changes."""
-    constant = np.where(fold.first, -fold.limit, fold.limit + 1)
-    threshold = np.where(fold.counts == 1, fold.thresholds[:, 0], constant) if fold.thresholds.size else constant
-    return np.ones((), np.float32), (-u * threshold).astype(np.int32)
-
-
 def _interval_code(
     low: NDArray[np.int64], high: NDArray[np.int64], u: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -300,9 +280,8 @@ def _interval_code(
     """
     empty = high == low  # beyond all sums
     scale = 128 / np.where(empty, 2, high - low)
-    bias = np.rint(
-        u * ((63.5 - MIDDLE) / scale - (low - 0.5))
-    )  # (u y + bias) scale / u + MIDDLE is 63.5 at low - 1/2
+    # (u y + bias) scale / u + MIDDLE is 63.5 at y = low - 1/2
+    bias = np.rint(u * ((63.5 - MIDDLE) / scale - (low - 0.5)))
     return scale.astype(np.float32), bias.astype(np.int32)
 
 

@@ -23,11 +23,18 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from abn_exp.deploy.graph import MOVES, Graph, Layer, Node, Normalization
+from abn_exp.deploy.graph import BINARY, MOVES, UNARY, Graph, Layer, Node, Normalization
 from abn_exp.deploy.openvino_process import receive, send
 from abn_exp.deploy.verify import Answer, Mismatch
 
 BELOW_ZERO = -1.1754944e-38  # the largest float32 below zero that no engine takes for zero: +1 is what is above it
+NAMES = {
+    "sub": "subtract",
+    "mul": "multiply",
+    "div": "divide",
+    "silu": "swish",
+    "neg": "negative",
+}  # others are alike
 CHANNELS = 8  # the plug-in's kernels read whole bytes of bits
 
 
@@ -85,13 +92,12 @@ class Writer:
         if node.op == "sign":
             value = op.reshape(self.real_of(node.inputs[0]), [0, *shape], True)
             return _two_levels(value, np.full(1, BELOW_ZERO), np.zeros(1, np.bool_)), shape
-        if node.op == "threshold" and node.options["fold"].counts.max(initial=0) <= 2:
-            fold = node.options["fold"]
-            value = op.reshape(self.real_of(node.inputs[0]), [0, *shape], True) if len(node.shape) == 1 else None
-            value = self.real_of(node.inputs[0]) if value is None else value
-            if fold.counts.max(initial=0) < 2:
-                at = fold.thresholds[:, 0] if fold.thresholds.size else np.full(len(fold.first), fold.limit + 1)
-                return _two_levels(value, at - 0.5, fold.first), shape
+        if node.op == "threshold" and (fold := node.options["fold"]).counts.max() <= 2:
+            value = self.real_of(node.inputs[0])
+            if len(node.shape) == 1:
+                value = op.reshape(value, [0, *shape], True)
+            if fold.counts.max() < 2:
+                return _two_levels(value, fold.thresholds[:, 0] - 0.5, fold.first), shape
             low, high, inverted = fold.intervals()
             distance = op.abs(op.subtract(value, _constant(_column((low + high - 1) / 2))))
             return _two_levels(distance, (high - low) / 2, inverted), shape
@@ -113,7 +119,7 @@ class Writer:
         else:
             fold, sums = node.options["fold"], self.real_of(node.inputs[0])
             value = _constant(_column(np.where(fold.first, 1, -1), len(node.shape)))
-            for column in fold.thresholds.T if fold.thresholds.size else [np.full(len(fold.first), fold.limit + 1)]:
+            for column in fold.thresholds.T:
                 reached = op.greater_equal(sums, _constant(_column(column, len(node.shape))))
                 value = op.multiply(value, op.select(reached, _constant(-1), _constant(1)))
         self.real[node] = value
@@ -130,17 +136,13 @@ class Writer:
             (source,) = source.inputs
         channels = _maps(source.shape)[0]
         ternary = source.op == "sign" and source.options["sign_zero"] == "zero"
-        reason = (
-            "a weight is 0, which is no bit"
-            if not layer.packed
-            else "a sign may be 0, which is no bit"
-            if ternary
-            else f"{channels} input channels are no multiple of {CHANNELS}"
-            if channels % CHANNELS
-            else None
-        )
-        if reason is not None:
-            self.real_layers[layer.name] = reason
+        if not layer.packed:
+            self.real_layers[layer.name] = "a weight is 0, which is no bit"
+        elif ternary:
+            self.real_layers[layer.name] = "a sign may be 0, which is no bit"
+        elif channels % CHANNELS:
+            self.real_layers[layer.name] = f"{channels} input channels are no multiple of {CHANNELS}"
+        if layer.name in self.real_layers:
             weight = layer.weight.astype(np.float32)
             if linear:
                 return _kept(op.matmul(self.signs_of(bits), _constant(weight), False, True))
@@ -183,32 +185,19 @@ class Writer:
 def _operation(node: Node, values: Sequence[Any]) -> Any:
     """Return the result of a real-valued operation."""
     options = node.options
-    simple = {
-        "add": op.add,
-        "sub": op.subtract,
-        "mul": op.multiply,
-        "div": op.divide,
-        "silu": op.swish,
-        "sigmoid": op.sigmoid,
-        "tanh": op.tanh,
-        "relu": op.relu,
-        "neg": op.negative,
-        "abs": op.abs,
-    }
     if node.op == "add" and all(source.op != "constant" for source in node.inputs):
         # An Add behind a binary convolution becomes a part of it, and where a sign follows, its other operand is then
         # read as bits.
         return op.add(*map(_kept, values))
-    if node.op in simple:
-        return simple[node.op](*values)
+    if node.op in {*UNARY.values(), *BINARY.values()}:
+        return getattr(op, NAMES.get(node.op, node.op))(*values)
     (x,) = values
     if node.op == "clip":
         return op.clamp(x, options["low"], options["high"])
     if node.op == "batch_norm":
         mean, var = options["mean"].double().numpy(), options["var"].double().numpy()
-        scale = (1 if options["weight"] is None else options["weight"].double().numpy()) / np.sqrt(
-            var + options["eps"]
-        )
+        weight = 1 if options["weight"] is None else options["weight"].double().numpy()
+        scale = weight / np.sqrt(var + options["eps"])
         shift = (0 if options["bias"] is None else options["bias"].double().numpy()) - mean * scale
         dims = len(node.shape)
         return op.add(op.multiply(x, _constant(_column(scale, dims))), _constant(_column(shift, dims)))

@@ -5,6 +5,8 @@ Both give +1 from their threshold on, so that falling channels are multiplied by
 BipolarQuant.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
@@ -14,7 +16,7 @@ from qonnx.transformation.infer_shapes import InferShapes
 
 from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import Graph, Layer, Node, Normalization
-from abn_exp.deploy.onnx import IR_VERSION, OPSET, Writer
+from abn_exp.deploy.onnx import OPSET, Writer
 from abn_exp.deploy.verify import Answer
 
 DOMAIN = "qonnx.custom_op.general"
@@ -24,18 +26,8 @@ class QonnxWriter(Writer):
     """Make the QONNX model of a graph, of a fixed batch: pixels as float32 (B, 3, S, S) to logits."""
 
     def qonnx_model(self, normalization: Normalization, batch: int = 1) -> ModelProto:
-        image = next(node for node in self.graph.nodes if node.op == "image")
-        value = self.add("Mul", ["images", self.constant(normalization.scale.numpy())])
-        self.real[image] = self.add("Add", [value, self.constant(normalization.shift.numpy())])
-        for layer in self.graph.layers:
-            self.codes[layer.name] = self.bits_of(layer.node.inputs[0])
-        last = self.graph.nodes[-1]
-        self.add("Identity", [self.real_of(last)], "logits")
-        inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, *image.shape])]
-        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, *last.shape])]
-        proto = helper.make_graph(self.nodes, "network", inputs, outputs, self.initializers)
-        opset = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-        model = helper.make_model(proto, opset_imports=opset, ir_version=IR_VERSION, producer_name="abn_exp")
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+        model = self.assembled(normalization, "images", TensorProto.FLOAT, batch, opsets)
         return ModelWrapper(model).transform(InferShapes()).model
 
     def bipolar(self, value: str) -> str:
@@ -48,15 +40,16 @@ class QonnxWriter(Writer):
     def threshold(self, node: Node) -> tuple[str, int]:
         fold = node.options["fold"]
         sums = self.real_of(node.inputs[0])
-        if fold.counts.max(initial=0) <= 1:
-            constant = np.where(fold.first, -fold.limit, fold.limit + 1)
-            at = np.where(fold.counts == 1, fold.thresholds[:, 0], constant) if fold.thresholds.size else constant
-            thresholds = self.constant(at[:, None])
+        if fold.counts.max() <= 1:
+            inputs = [sums, self.constant(fold.single_thresholds()[:, None])]
             layout = "NCHW" if len(node.shape) == 3 else "NC"
-            attributes = {"out_scale": 2.0, "out_bias": -1.0, "data_layout": layout}
-            value = self.add(
-                "MultiThreshold", [sums, thresholds], None, domain=DOMAIN, out_dtype="BIPOLAR", **attributes
-            )
+            options: dict[str, Any] = {
+                "out_scale": 2.0,
+                "out_bias": -1.0,
+                "out_dtype": "BIPOLAR",
+                "data_layout": layout,
+            }
+            value = self.add("MultiThreshold", inputs, domain=DOMAIN, **options)
             return self.negative_where(fold.first & (fold.counts == 1), value, node), 1
         *columns, negative = fold.intervals() if fold.counts.max() <= 2 else (*fold.thresholds.T, _odd(fold))
         value = ""

@@ -49,9 +49,7 @@ class Verification:
     folded_bits: int = 0  # compared, all equal
     real_bits: int = 0  # compared
     sums: int = 0  # compared, all equal
-    differing: dict[str, int] = field(
-        default_factory=dict
-    )  # signs within rounding of zero, by the layer reading them
+    differing: dict[str, int] = field(default_factory=dict)  # signs within rounding of zero, by the reading layer
     images_with_differences: int = 0
     changed: list[int] = field(default_factory=list)  # images whose predicted class is another
     correct: int = 0
@@ -94,17 +92,11 @@ def verify(
                 continue
             found.real_bits += other.numel()
             value, bound = bounds.of(layer.node.inputs[0].inputs[0])
-            _require(
-                ~other | (value.abs() <= bound),
-                f"{layer.name} reads a sign of {layer.decided_by} that rounding does not explain",
-                start,
-            )
+            what = f"{layer.name} reads a sign of {layer.decided_by} that rounding does not explain"
+            _require(~other | (value.abs() <= bound), what, start)
             if layer.name in answer.real:
-                _require(
-                    (torch.from_numpy(answer.real[layer.name]).double() - value).abs() <= bound,
-                    f"{layer.decided_by}, before the signs that {layer.name} reads, is not torch's",
-                    start,
-                )
+                fine = (torch.from_numpy(answer.real[layer.name]).double() - value).abs() <= bound
+                _require(fine, f"{layer.decided_by}, before the signs that {layer.name} reads, is not torch's", start)
             if count := int(other.sum()):
                 found.differing[layer.name] = found.differing.get(layer.name, 0) + count
             differs |= other.flatten(1).any(1)
