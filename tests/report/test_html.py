@@ -14,7 +14,7 @@ import pytest
 
 from abn_exp.report import build
 from abn_exp.report.build import build_report, update_page
-from abn_exp.report.html import page_of, render
+from abn_exp.report.html import html_page
 from abn_exp.report.serve import serve
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, study
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
-    return render(page_of(build_report(folder)))
+    return html_page(build_report(folder))
 
 
 def figures(page: str) -> list[dict]:
@@ -63,7 +63,7 @@ def test_every_panel_has_a_title_and_no_place_is_left_empty(tmp_path: Path) -> N
     """On a phone the page puts panels below each other, and takes the titles in their order."""
     for model in ("binarynet", "vgg_small", "resnet18"):
         study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, model=model)
-    for figure in figures(render(page_of(build_report(tmp_path))))[1:4]:
+    for figure in figures(html_page(build_report(tmp_path)))[1:4]:
         axes = [key for key in figure["layout"] if key.startswith("xaxis")]
         titles = [note for note in figure["layout"]["annotations"] if not note["showarrow"]]
         assert len(axes) == len(titles) == 3
@@ -71,7 +71,7 @@ def test_every_panel_has_a_title_and_no_place_is_left_empty(tmp_path: Path) -> N
 
 def test_norms_that_share_a_colour_differ_in_their_lines(tmp_path: Path) -> None:
     norms = ["bn", "abn_gate", "iebn", "abn_paper", "abn_backward"]
-    text = render(page_of(build_report(study(tmp_path, dict.fromkeys(norms, BN)))))
+    text = html_page(build_report(study(tmp_path, dict.fromkeys(norms, BN))))
     assert "<h2>Learning curves: every seed, and their mean</h2>" in text  # too many for bands
     lines = {t["meta"]: t["line"] for t in figures(text)[1]["data"] if t.get("line", {}).get("dash")}
     assert len({(line["color"], line["dash"]) for line in lines.values()}) == len(norms)
@@ -79,12 +79,12 @@ def test_norms_that_share_a_colour_differ_in_their_lines(tmp_path: Path) -> None
 
 def test_text_of_a_record_is_never_markup(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, model="<script>alert(1)</script>"[:8])
-    assert "<script>alert" not in render(page_of(build_report(tmp_path)))
+    assert "<script>alert" not in html_page(build_report(tmp_path))
 
 
 def test_one_seed_of_one_norm_is_a_page(tmp_path: Path) -> None:
     finish_run(tmp_path, "abn", 0, 0.7)
-    text = render(page_of(build_report(tmp_path)))
+    text = html_page(build_report(tmp_path))
     assert "was not run" in text
     assert len(figures(text)) == 2  # a learning curve and a dot
 

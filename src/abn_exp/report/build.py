@@ -40,7 +40,7 @@ from abn_exp.report.comparisons import (
 )
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors, varying_options
-from abn_exp.report.html import page_of, render
+from abn_exp.report.html import html_page
 from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
 from abn_exp.report.per_image import image_evidence, read_predictions
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
@@ -214,11 +214,6 @@ def write_report(
         (out / "effects.csv").unlink(missing_ok=True)
     write_text_atomic(out / "runs.csv", runs_csv(report))
     return report
-
-
-def html_page(report: Report) -> str:
-    """Return report.html."""
-    return render(page_of(report))
 
 
 def update_page(folder: Path, *, reference: str = "bn") -> None:

@@ -47,6 +47,11 @@ class Cell:
         return self.dataset, self.model, self.norm, self.variant
 
     @property
+    def columns(self) -> dict[str, object]:
+        """The key, by the names of a CSV file's columns."""
+        return {"dataset": self.dataset, "model": self.model, "norm": self.norm, "variant": self.variant}
+
+    @property
     def group(self) -> Group:
         """What a comparison of norms holds fixed: (dataset, model, variant)."""
         return self.dataset, self.model, self.variant

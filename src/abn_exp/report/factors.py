@@ -6,14 +6,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abn_exp.report.comparisons import Cell
+from abn_exp.report.comparisons import Cell, Key
 
-Key = tuple[str, str, str, str]
 ABSENT = "absent"
-REFERENCES = {
-    "precision": "fp32",
-    "device": "cpu",
-}  # of a factor, where it is among the levels, whatever most cells have
+REFERENCES = {"precision": "fp32", "device": "cpu"}  # by factor, where they are levels, whatever most cells have
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,7 @@ class Factor:
 
 def describe_group(cell: Cell, factors: Iterable[Factor]) -> str:
     """Return what a comparison of norms holds fixed, in words."""
-    levels = [
-        f"{factor.name} {level}".removeprefix("variant ") for factor in factors for level in [factor.level(cell)]
-    ]
+    levels = [f"{factor.name} {factor.level(cell)}".removeprefix("variant ") for factor in factors]
     return f"{cell.dataset} with {cell.model}" + (f" ({', '.join(levels)})" if levels else "")
 
 

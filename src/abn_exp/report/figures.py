@@ -16,11 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 
-from abn_exp.report.stats import MeanComparison, summarize
+from abn_exp.report.stats import Array, MeanComparison, summarize
 
-Array = NDArray[np.float64]
 Panels = Mapping[str, Mapping[str, Any]]
 
 TITLE_WIDTH = 48  # characters; a panel has no room for more
@@ -57,20 +55,9 @@ class NormStyle(NamedTuple):
 
 # Okabe and Ito's colours, without the yellow that vanishes on white; each norm has its own marker, and norms
 # that share a colour differ in linestyle.
-ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-DASH, DOT, DASH_DOT, DASH_DOT_DOT = (
-    (0, (5, 2)),
-    (0, (1.2, 1.4)),
-    (0, (5, 1.5, 1.2, 1.5)),
-    (0, (5, 1.2, 1, 1.2, 1, 1.2)),
-)
+ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+DASH, DOT = (0, (5, 2)), (0, (1.2, 1.4))
+DASH_DOT, DASH_DOT_DOT = (0, (5, 1.5, 1.2, 1.5)), (0, (5, 1.2, 1, 1.2, 1, 1.2))
 NORM_STYLES = {
     "bn": NormStyle("black", "o", "-"),
     "abn": NormStyle(VERMILLION, "s", "-"),
@@ -162,8 +149,7 @@ def seeds_and_means(panels: Panels) -> Figure | None:
         summary = summarize(sample)
         if not summary.n:
             return
-        heights = row - 0.22 + np.linspace(-0.1, 0.1, len(sample))
-        ax.plot(sample, heights, ".", color=style.color, alpha=0.6, markersize=6, markeredgewidth=0)
+        _dots(ax, row, sample, style)
         _interval(ax, row + 0.14, summary.mean, summary.mean_interval, style)
 
     return _rows(panels, draw, "Test accuracy (%)", "Seeds (dots), mean and its 95 % interval")
@@ -175,17 +161,11 @@ def paired_differences(panels: Panels, reference: str, kind: str = "") -> Figure
     ``kind`` is what is to be said of the intervals besides that they are not corrected."""
 
     def draw(ax: Axes, row: int, comparison: MeanComparison, style: NormStyle) -> None:
-        pairs = np.array(comparison.differences)
-        heights = row - 0.22 + np.linspace(-0.1, 0.1, len(pairs))
-        ax.plot(pairs, heights, ".", color=style.color, alpha=0.6, markersize=6, markeredgewidth=0)
+        _dots(ax, row, np.array(comparison.differences), style)
         _interval(ax, row + 0.14, comparison.difference, comparison.interval, style)
 
-    figure = _rows(
-        panels,
-        draw,
-        f"Test accuracy, difference to {reference} (points)",
-        f"Difference to {reference}: mean and its 95 % interval, uncorrected{kind}",
-    )
+    title = f"Difference to {reference}: mean and its 95 % interval, uncorrected{kind}"
+    figure = _rows(panels, draw, f"Test accuracy, difference to {reference} (points)", title)
     if figure is not None:
         for ax in figure.axes:
             ax.axvline(0, color="black", linewidth=0.9, zorder=1)
@@ -203,12 +183,8 @@ def spreads(panels: Panels) -> Figure | None:
         if summary.std > 0 and not np.isnan(summary.std_interval[0]):
             _interval(ax, row, summary.std, summary.std_interval, style)
 
-    figure = _rows(
-        panels,
-        draw,
-        "Std of test accuracy between seeds (points)",
-        "Spread between seeds: std and its 95 % interval",
-    )
+    title = "Spread between seeds: std and its 95 % interval"
+    figure = _rows(panels, draw, "Std of test accuracy between seeds (points)", title)
     if figure is not None:
         for ax in figure.axes:
             ax.set_xscale("log")
@@ -252,6 +228,11 @@ def _share_x(figure: Figure) -> tuple[float, float]:
     return low, high
 
 
+def _dots(ax: Axes, row: int, values: Array, style: NormStyle) -> None:
+    heights = row - 0.22 + np.linspace(-0.1, 0.1, len(values))
+    ax.plot(values, heights, ".", color=style.color, alpha=0.6, markersize=6, markeredgewidth=0)
+
+
 def _interval(ax: Axes, height: float, middle: float, interval: tuple[float, float], style: NormStyle) -> None:
     ax.plot(interval, (height, height), color=style.color, linewidth=1.6, solid_capstyle="butt")
     ax.plot(middle, height, color=style.color, marker=style.marker, markersize=5)
@@ -275,6 +256,4 @@ def _rows(panels: Panels, draw: Any, xlabel: str, title: str) -> Figure | None:
             ax.xaxis.set_major_locator(MaxNLocator(**TICKS))
         figure.suptitle(title, fontsize=8.5)
         label_outer(axes, xlabel, "")
-    if not any(ax.has_data() for ax in axes):
-        return None
-    return figure
+    return figure if any(ax.has_data() for ax in axes) else None

@@ -7,7 +7,6 @@ dark theme; check boxes switch norms on and off in all figures at once.
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -36,24 +35,54 @@ from abn_exp.report.verdicts import Judgement, power_of_difference, sentence
 MOST_SEEDS = 40  # the power curves end here
 
 
-@dataclass(frozen=True)
-class Page:
-    """What a page shows, from its top to its end."""
+def html_page(report: Report) -> str:
+    """Return report.html: the answer and what to know of it, then the figures, then the tables."""
+    first, *more = report.answer()
+    drawn = [(heading, figure) for heading, figure in _figures(report) if figure is not None]
+    for _, figure in drawn:
+        figure.update_layout(
+            template="none",
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+            font={"color": INK, "family": "system-ui, sans-serif", "size": 13},
+            margin={"l": 60, "r": 16, "t": 44, "b": 50},
+            hovermode="closest",
+            modebar={"bgcolor": "rgba(0,0,0,0)", "color": FAINT, "activecolor": INK},
+        )
+        figure.update_xaxes(gridcolor=FAINT, zeroline=False, automargin=True)
+        figure.update_yaxes(gridcolor=FAINT, zeroline=False, automargin=True)
+    data = [json.loads(figure.to_json()) for _, figure in drawn]
+    norms = list(dict.fromkeys(cell.norm for cell in report.cells))
+    boxes = "".join(
+        f'<label style="--c:{colour(norm, norms)}"><input type="checkbox" checked value="{html.escape(norm)}">'
+        f"<i></i>{html.escape(norm)}</label>"
+        for norm in norms
+    )
+    body = [f"<h1>{html.escape(report.name)}</h1>"]
+    if report.question is not None:
+        body.append(f'<p class="question">{html.escape(report.question.strip())}</p>')
+    body.append(f'<p class="answer">{html.escape(first)}</p>')
+    body.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in _notes(report, more)) + "</ul>")
+    if drawn:
+        body.append(f'<fieldset id="norms"><legend>Norms shown</legend>{boxes}</fieldset>')
+    for i, (heading, _) in enumerate(drawn):
+        body.append(f'<section><h2>{html.escape(heading)}</h2><div class="figure" id="figure-{i}"></div></section>')
+    body += [_table(heading, table) for heading, table in _tables(report)]
+    return PAGE.format(
+        title=html.escape(report.name),
+        policy=POLICY,
+        style=STYLE,
+        body="\n".join(body),
+        plotly=get_plotlyjs(),
+        figures=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        script=SCRIPT,
+    )
 
-    title: str
-    question: str | None
-    answer: str  # the verdict, in a sentence
-    notes: Sequence[str] = ()  # warnings and conditions, below the answer
-    figures: Sequence[tuple[str, go.Figure | None]] = ()  # (heading, figure); None is left out
-    tables: Sequence[tuple[str, Table]] = ()  # (heading, (header, rows))
-    norms: Sequence[str] = ()  # those that the check boxes switch
 
-
-def page_of(report: Report) -> Page:
-    """Return the page of a report: its answer, figures and tables."""
+def _figures(report: Report) -> list[tuple[str, go.Figure | None]]:
+    """Return the figures with their headings; None where there is nothing to draw."""
     groups = group_cells(report.cells)
     titles = {group: report.describe_group(group) for group in groups}
-    first, *more = report.answer()
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for cell in report.cells:
         found = {seed: 100 * score for seed, score in cell.scores["test_acc"].items()}
@@ -69,41 +98,27 @@ def page_of(report: Report) -> Page:
         _row(f"{p.norm}, one effect over {len(p.cells)} cells", p.norm, p.judgement, pooled=True)
         for p in report.pooled
     ]
-    ratios = [
-        ForestRow(
-            labels[c.cell.key], c.cell.norm, c.spread.found.ratio, c.spread.found.ratio_interval, c.spread.verdict
-        )
-        for c in report.comparisons
-    ]
+    spreads = [(c.cell, c.spread.found, c.spread.verdict) for c in report.comparisons]
+    ratios = [ForestRow(labels[cell.key], cell.norm, s.ratio, s.ratio_interval, v) for cell, s, v in spreads]
     n = np.arange(2.0, MOST_SEEDS + 1)
     power = {
         labels[c.cell.key]: (c.cell.norm, n, _power(c.mean, n), c.mean.mean.n[0])
         for c in report.comparisons
         if c.mean.std > 0
     }
-    return Page(
-        title=report.name,
-        question=report.question,
-        answer=first,
-        notes=_notes(report, more),
-        figures=[
-            (
-                f"Differences to {reference}, with 95 % intervals (uncorrected{report.sequential}); shaded: less "
-                f"than delta, {report.delta:g} points",
-                forest(rows, report.delta, reference),
-            ),
-            (_curves_heading(curves), learning_curves(curves)),
-            ("Test accuracy of every seed, mean and its 95 % interval", every_seed(scores)),
-            (f"Seeds in pairs: {reference} and each other norm", paired_slopes(scores, reference)),
-            (f"Spread between seeds, as a ratio to {reference}'s", spread_ratios(ratios, reference)),
-            (
-                f"Power to find a difference of {report.delta:g} points, at the level after correction",
-                power_curves(power, report.delta),
-            ),
-        ],
-        tables=_tables(report),
-        norms=list(dict.fromkeys(cell.norm for cell in report.cells)),
+    differences = (
+        f"Differences to {reference}, with 95 % intervals (uncorrected{report.sequential}); shaded: less than delta, "
+        f"{report.delta:g} points"
     )
+    power_at = f"Power to find a difference of {report.delta:g} points, at the level after correction"
+    return [
+        (differences, forest(rows, report.delta, reference)),
+        (_curves_heading(curves), learning_curves(curves)),
+        ("Test accuracy of every seed, mean and its 95 % interval", every_seed(scores)),
+        (f"Seeds in pairs: {reference} and each other norm", paired_slopes(scores, reference)),
+        (f"Spread between seeds, as a ratio to {reference}'s", spread_ratios(ratios, reference)),
+        (power_at, power_curves(power, report.delta)),
+    ]
 
 
 def _curves_heading(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> str:
@@ -114,10 +129,9 @@ def _curves_heading(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
 
 
 def _notes(report: Report, more: Sequence[str]) -> list[str]:
+    where = "Over {} cells (exploratory), {} - {}"
     pooled = [
-        sentence(
-            p.judgement, f"Over {len(p.cells)} cells (exploratory), {p.norm} - {p.reference}", (p.norm, p.reference)
-        )
+        sentence(p.judgement, where.format(len(p.cells), p.norm, p.reference), (p.norm, p.reference))
         for p in report.pooled
     ]
     conditional = report.conditional.replace("All of them", "All intervals", 1)
@@ -153,62 +167,14 @@ def _tables(report: Report) -> list[tuple[str, Table]]:
         found.append(("Single test images: differences", tables.pair_images_table(report)))
     found += [("Which epoch is read", table) for table in tables.checkpoint_selection_tables(report)]
     found.append(("What it costs", tables.cost_table(report)))
-    runs = [(report.describe_group(cell.group), cell, run) for cell in report.cells for run in cell.runs]
-    rows = [
-        [
-            where,
-            cell.norm,
-            str(run.seed),
-            number_text(100 * cell.scores["test_acc"].get(run.seed, np.nan)),
-            run.status,
-        ]
-        for where, cell, run in runs
-    ]
+    rows = []
+    for cell in report.cells:
+        where = report.describe_group(cell.group)
+        accuracies = cell.sample("test_acc", [run.seed for run in cell.runs])
+        for run, accuracy in zip(cell.runs, accuracies, strict=True):
+            rows.append([where, cell.norm, str(run.seed), number_text(accuracy), run.status])
     found.append(("Every run", (["cell", "norm", "seed", "test accuracy (%)", "state"], rows)))
     return [(heading, table) for heading, table in found if table is not None]
-
-
-def render(page: Page) -> str:
-    """Return the page as HTML text."""
-    drawn = [(heading, figure) for heading, figure in page.figures if figure is not None]
-    for _, figure in drawn:
-        figure.update_layout(
-            template="none",
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font={"color": INK, "family": "system-ui, sans-serif", "size": 13},
-            margin={"l": 60, "r": 16, "t": 44, "b": 50},
-            hovermode="closest",
-            modebar={"bgcolor": "rgba(0,0,0,0)", "color": FAINT, "activecolor": INK},
-        )
-        figure.update_xaxes(gridcolor=FAINT, zeroline=False, automargin=True)
-        figure.update_yaxes(gridcolor=FAINT, zeroline=False, automargin=True)
-    data = [json.loads(figure.to_json()) for _, figure in drawn]
-    boxes = "".join(
-        f'<label style="--c:{colour(norm, page.norms)}"><input type="checkbox" checked value="{html.escape(norm)}">'
-        f"<i></i>{html.escape(norm)}</label>"
-        for norm in page.norms
-    )
-    body = [f"<h1>{html.escape(page.title)}</h1>"]
-    if page.question is not None:
-        body.append(f'<p class="question">{html.escape(page.question.strip())}</p>')
-    body.append(f'<p class="answer">{html.escape(page.answer)}</p>')
-    if page.notes:
-        body.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in page.notes) + "</ul>")
-    if drawn:
-        body.append(f'<fieldset id="norms"><legend>Norms shown</legend>{boxes}</fieldset>')
-    for i, (heading, _) in enumerate(drawn):
-        body.append(f'<section><h2>{html.escape(heading)}</h2><div class="figure" id="figure-{i}"></div></section>')
-    body += [_table(heading, table) for heading, table in page.tables]
-    return PAGE.format(
-        title=html.escape(page.title),
-        policy=POLICY,
-        style=STYLE,
-        body="\n".join(body),
-        plotly=get_plotlyjs(),
-        figures=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
-        script=SCRIPT,
-    )
 
 
 def _table(heading: str, table: Table) -> str:

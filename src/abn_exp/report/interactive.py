@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
@@ -23,6 +24,7 @@ ROW, PANEL = 34, 300  # pixels: a row of a forest plot, the height of a panel
 MAX_COLUMNS = 2
 TITLE_WIDTH = 50  # characters of a line above a panel
 DASHES = {"-": "solid", DASH: "dash", DOT: "dot", DASH_DOT: "dashdot", DASH_DOT_DOT: "longdashdot"}
+Seeds = TypeVar("Seeds", Mapping[int, Array], Mapping[int, float])
 RATIOS = [0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10]  # ticks of a logarithmic axis
 
 
@@ -75,7 +77,7 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
         known = all(map(math.isfinite, row.interval))
         low, high = row.interval if known else (row.estimate, row.estimate)
         hover = f"{row.estimate:+.2f} ({low:+.2f} to {high:+.2f})" if known else f"{row.estimate:+.2f}, no interval"
-        style = colour(row.norm, names)
+        style, common = colour(row.norm, names), {"name": row.norm, "meta": row.norm, "showlegend": False}
         error = {
             "type": "data",
             "symmetric": False,
@@ -88,11 +90,9 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
             error_x=None if row.pooled or not known else {**error, "color": style, "thickness": 2, "width": 0},
             mode="markers",
             marker={"color": style, "size": 10, "symbol": "square"},
-            name=row.norm,
-            meta=row.norm,
             opacity=0 if row.pooled and known else 1,
             hovertemplate=f"{html.escape(row.label)}<br>{hover}<br>{html.escape(row.note)}<extra></extra>",
-            showlegend=False,
+            **common,
         )
         if row.pooled and known:
             figure.add_scatter(
@@ -102,14 +102,10 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
                 mode="lines",
                 line={"color": style},
                 fillcolor=style,
-                name=row.norm,
-                meta=row.norm,
                 hoverinfo="skip",
-                showlegend=False,
+                **common,
             )
-    figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - 0.4, -0.6], automargin=True
-    )
+    figure.update_yaxes(tickvals=[*range(len(rows))], ticktext=labels, range=[len(rows) - 0.4, -0.6], automargin=True)
     figure.update_xaxes(title=f"Test accuracy minus {reference}, points", zeroline=False)
     lines = max(label.count("<br>") for label in labels)
     figure.update_layout(height=110 + (ROW + 10 * lines) * len(rows), meta="rows")  # labels go above on a phone
@@ -123,12 +119,10 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
 
     `panels`: title -> norm -> seed -> accuracy of epochs 1, 2, ...
     """
-    drawn = {title: {norm: seeds for norm, seeds in norms.items() if seeds} for title, norms in panels.items()}
-    drawn = {title: norms for title, norms in drawn.items() if norms}
+    drawn, names = _with_data(panels)
     if not drawn:
         return None
     figure, cells = _panels(list(drawn))
-    names = {norm for norms in drawn.values() for norm in norms}
     for (row, column), norms in zip(cells, drawn.values(), strict=True):
         for norm, seeds in norms.items():
             style = colour(norm, names)
@@ -173,12 +167,10 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
 
 def every_seed(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> go.Figure | None:
     """Draw each seed's test accuracy in percent, and each norm's mean with its 95 % interval over seeds."""
-    drawn = {title: {n: s for n, s in norms.items() if s} for title, norms in panels.items()}
-    drawn = {title: norms for title, norms in drawn.items() if norms}
+    drawn, names = _with_data(panels)
     if not drawn:
         return None
     figure, cells = _panels(list(drawn), height=110 + 40 * max(map(len, drawn.values())))
-    names = {norm for norms in drawn.values() for norm in norms}
     for (row, column), norms in zip(cells, drawn.values(), strict=True):
         for i, (norm, seeds) in enumerate(norms.items()):
             style, summary = colour(norm, names), summarize(np.array(list(seeds.values())))
@@ -195,24 +187,18 @@ def every_seed(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> go.Fi
             )
             low, high = summary.mean_interval
             known = math.isfinite(low)
+            between = f" ({low:.2f} to {high:.2f})" if known else ""
             figure.add_scatter(
                 x=[summary.mean],
                 y=[i - 0.15],
                 mode="markers",
                 marker={"color": style, "size": 9, "symbol": "square"},
                 error_x={"type": "data", "array": [high - summary.mean if known else 0], "color": style, "width": 0},
-                hovertemplate=f"{norm}: {summary.mean:.2f} %"
-                + (f" ({low:.2f} to {high:.2f})" if known else "")
-                + f", n = {summary.n}<extra></extra>",
+                hovertemplate=f"{norm}: {summary.mean:.2f} %{between}, n = {summary.n}<extra></extra>",
                 **common,
             )
-        figure.update_yaxes(
-            tickvals=list(range(len(norms))),
-            ticktext=list(norms),
-            range=[len(norms) - 0.5, -0.6],
-            row=row,
-            col=column,
-        )
+        ticks = {"tickvals": [*range(len(norms))], "ticktext": list(norms), "range": [len(norms) - 0.5, -0.6]}
+        figure.update_yaxes(**ticks, row=row, col=column)
     figure.update_xaxes(title="Test accuracy (%)")
     return figure
 
@@ -251,9 +237,7 @@ def paired_slopes(panels: Mapping[str, Mapping[str, Mapping[int, float]]], refer
 
 def spread_ratios(rows: Sequence[ForestRow], reference: str) -> go.Figure | None:
     """Draw ratios of standard deviations between seeds with their intervals, on a logarithmic axis."""
-    rows = [
-        row for row in rows if math.isfinite(row.estimate) and row.estimate > 0 and math.isfinite(row.interval[0])
-    ]
+    rows = [row for row in rows if 0 < row.estimate < math.inf and math.isfinite(row.interval[0])]
     figure = forest(rows, None, reference)
     if figure is None:
         return None
@@ -273,15 +257,14 @@ def power_curves(curves: Mapping[str, tuple[str, Array, Array, int]], delta: flo
     figure = go.Figure()
     names = {norm for norm, *_ in curves.values()}
     for label, (norm, n, power, present) in curves.items():
-        style = colour(norm, names)
+        style, common = colour(norm, names), {"meta": norm, "showlegend": False}
         figure.add_scatter(
             x=n,
             y=np.round(100 * power, 2),
             mode="lines",
             line={"color": style, "dash": dash(norm, names)},
-            meta=norm,
-            showlegend=False,
             hovertemplate=f"{html.escape(label)}<br>%{{x}} seeds: %{{y:.0f}} %<extra></extra>",
+            **common,
         )
         if present in n:
             at = int(np.flatnonzero(n == present)[0])
@@ -290,15 +273,20 @@ def power_curves(curves: Mapping[str, tuple[str, Array, Array, int]], delta: flo
                 y=[100 * power[at]],
                 mode="markers",
                 marker={"color": style, "size": 9},
-                meta=norm,
-                showlegend=False,
                 hovertemplate=f"{html.escape(label)}<br>now: %{{x}} seeds, %{{y:.0f}} %<extra></extra>",
+                **common,
             )
     figure.add_hline(80, line_width=1, line_dash="dot", line_color=INK)
     figure.update_xaxes(title="Seeds")
     figure.update_yaxes(title=f"Power to find {delta:g} points (%)", range=[0, 102])
     figure.update_layout(height=PANEL + 60)
     return figure
+
+
+def _with_data(panels: Mapping[str, Mapping[str, Seeds]]) -> tuple[dict[str, dict[str, Seeds]], set[str]]:
+    """Return the panels without norms that have no seeds, and the names of those that have."""
+    drawn = {title: {norm: seeds for norm, seeds in norms.items() if seeds} for title, norms in panels.items()}
+    return {title: norms for title, norms in drawn.items() if norms}, {n for norms in drawn.values() for n in norms}
 
 
 def _wrapped(text: str) -> str:

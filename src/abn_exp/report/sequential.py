@@ -24,12 +24,12 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 from scipy import stats as st
 from scipy.optimize import brentq
 
-Array = NDArray[np.float64]
+from abn_exp.report.stats import Array
+
 Spending = Literal["obrien_fleming", "pocock"]
 
 CELLS = 200
@@ -64,12 +64,7 @@ def nominal_levels(looks: tuple[int, ...], alpha: float, spending: Spending) -> 
         if walk is None:
             z = float(st.norm.isf(target))
         else:
-            start = walk  # bound now, so that the closure sees this look's
-
-            def excess(z: float, n: int = n, start: _Chain = start, target: float = target) -> float:
-                return start.crossing(n, z) - target
-
-            z = float(brentq(excess, 0.0, 12.0, xtol=1e-9))
+            z = float(brentq(walk.excess, 0.0, 12.0, (n, target), xtol=1e-9))
         levels.append(float(st.norm.sf(z)))
         if n != looks[-1]:
             walk = _Chain.first(n, z) if walk is None else walk.advance(n, z)
@@ -87,9 +82,9 @@ class _Chain:
         edges = np.concatenate([[-np.inf], np.linspace(LOWEST, z, CELLS)])
         return cls(n, _middles(edges, n), np.diff(st.norm.cdf(edges)))
 
-    def crossing(self, n: int, z: float) -> float:
-        """Return the probability of passing level 1 - Phi(z) at ``n`` values, and no boundary before."""
-        return float(self.mass @ self._above(n, _r_of(np.array([z]), n))[:, 0])
+    def excess(self, z: float, n: int, target: float) -> float:
+        """Return P(passing level 1 - Phi(z) at ``n`` values, and no boundary before) - ``target``."""
+        return float(self.mass @ self._above(n, _r_of(np.array([z]), n))[:, 0]) - target
 
     def advance(self, n: int, z: float) -> "_Chain":
         edges = np.concatenate([[-np.inf], np.linspace(LOWEST, z, CELLS)])

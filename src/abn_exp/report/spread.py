@@ -118,7 +118,9 @@ def rejection_rate(n: int, ratio: float, level: float = ALPHA, shape: Shape = "n
     if n < MIN_PAIRS:
         return NAN
     rng = np.random.default_rng([n, draws])
-    draw: Callable[[tuple[int, int]], Array] = rng.standard_normal if shape == "normal" else _t3(rng)
+    draw: Callable[[tuple[int, int]], Array] = (
+        rng.standard_normal if shape == "normal" else lambda size: rng.standard_t(3, size)
+    )
     signs = random_swaps(n, rng, max(399, math.ceil(20 / level) - 1))  # at least 20 of them below the level
     hits = 0.0
     for _ in range(8):  # in parts, for memory
@@ -129,19 +131,15 @@ def rejection_rate(n: int, ratio: float, level: float = ALPHA, shape: Shape = "n
     return hits
 
 
-def _t3(rng: np.random.Generator) -> Callable[[tuple[int, int]], Array]:
-    return lambda size: rng.standard_t(3, size)
-
-
 @lru_cache
-def pairs_needed(level: float = ALPHA, ratio: float = 2.0, power: float = 0.8) -> int | None:
-    """Return the smallest number of pairs at which the test at ``level`` notices ``ratio`` with ``power``."""
+def pairs_needed(level: float = ALPHA, ratio: float = 2.0) -> int | None:
+    """Return the smallest number of pairs at which the test at ``level`` notices ``ratio`` with 80 % power."""
     low, high = MIN_PAIRS - 1, MIN_PAIRS
-    while rejection_rate(high, ratio, level) < power:
+    while rejection_rate(high, ratio, level) < 0.8:
         low, high = high, 2 * high
         if high > MOST_PAIRS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if rejection_rate(middle, ratio, level) >= power else (middle, high)
+        low, high = (low, middle) if rejection_rate(middle, ratio, level) >= 0.8 else (middle, high)
     return high

@@ -70,9 +70,7 @@ class Report:
     images: ImageEvidence
     conditional: str  # on what all intervals are conditional
     options: dict[str, dict[Key, str]] = field(default_factory=dict)  # those that vary, each one's values by cell
-    differing: list[str] = field(
-        default_factory=list
-    )  # where the runs that are compared differ in how they were made
+    differing: list[str] = field(default_factory=list)  # where compared runs differ in how they were made
     unplanned: list[int] = field(default_factory=list)  # numbers of seeds at which there were reports without a plan
 
     @property
@@ -99,10 +97,8 @@ class Report:
         if p.pooled is not None:
             several = len(p.pairs) > 1
             where = f"Over {len(p.pairs)} cells" if several else f"On {self.describe_group(p.pairs[0][0].group)}"
-            look = f" ({p.look})" if p.look else ""
-            return [
-                f"{head}{look}. {sentence(p.pooled, f'{where}, {q.norm} - {q.reference}', (q.norm, q.reference))}"
-            ]
+            head += f" ({p.look})" if p.look else ""
+            return [f"{head}. {sentence(p.pooled, f'{where}, {q.norm} - {q.reference}', (q.norm, q.reference))}"]
         lines = [self.mean_sentence(cell, p.means[cell.key], q.reference) for cell, _ in p.pairs if p.means]
         lines += [self.spread_sentence(cell, p.spreads[cell.key], q.reference) for cell, _ in p.pairs if p.spreads]
         return [f"{head}. {lines[0]}", *lines[1:]]

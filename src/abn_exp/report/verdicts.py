@@ -222,10 +222,8 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     else:
         name = "not_better" if j.verdict == "not better by delta" else "not_worse"
         side = "+" if name == "not_better" else "-"
-        text += (
-            f"{delta}, by the one-sided test against {side}{j.delta:g} ({inside}, {tested(name, j.level_delta)}); "
-        )
-        text += "whether there is a difference at all is undecided"
+        text += f"{delta}, by the one-sided test against {side}{j.delta:g} ({inside}, {tested(name, j.level_delta)})"
+        text += "; whether there is a difference at all is undecided"
         if _contradicts(j):
             text += f", {UNCORRECTED} ({tested('difference', j.level)})"
     return f"{text}{failures_text(j.failed, j.verdict, j.without_failures, sides)}."
@@ -240,12 +238,11 @@ def _contradicts(j: Judgement) -> bool:
 def _needed_sizes(j: Judgement) -> str:
     if not j.std > 0:
         return ""
-    delta, many = j.seeds_for_delta, f"more than {MOST_SEEDS:,}"
-    equivalence = j.seeds_for_equivalence
+    counts = (j.seeds_for_delta, j.seeds_for_equivalence)
+    delta, equivalence = (f"more than {MOST_SEEDS:,}" if n is None else n for n in counts)
     return (
         f"; with 80 % power {number_text(j.detectable)} points would be detected at this n, {j.delta:g} points take "
-        f"{many if delta is None else delta} seeds, and equivalence, where there is no difference, "
-        f"{many if equivalence is None else equivalence}"
+        f"{delta} seeds, and equivalence, where there is no difference, {equivalence}"
     )
 
 
@@ -275,14 +272,14 @@ def power_of_difference(effect: float, n: int, level: float = ALPHA) -> float:
     return found if not math.isnan(found) else float(shift > bound)
 
 
-def detectable_difference(std: float, n: int, level: float = ALPHA, power: float = POWER) -> float:
-    """Return the smallest difference that the paired t test detects with ``power``, in the unit of ``std``."""
+def detectable_difference(std: float, n: int, level: float = ALPHA) -> float:
+    """Return the smallest difference that the paired t test detects with 80 % power, in the unit of ``std``."""
     if n < 2 or not std > 0:
         return NAN
-    high = (st.t.isf(level / 2, n - 1) + st.t.isf(1 - power, n - 1)) / math.sqrt(n) + 1
-    while power_of_difference(high, n, level) < power:
+    high = (st.t.isf(level / 2, n - 1) + st.t.isf(1 - POWER, n - 1)) / math.sqrt(n) + 1
+    while power_of_difference(high, n, level) < POWER:
         high *= 2
-    return std * float(brentq(lambda effect: power_of_difference(effect, n, level) - power, 0, high, xtol=1e-8))
+    return std * float(brentq(lambda effect: power_of_difference(effect, n, level) - POWER, 0, high, xtol=1e-8))
 
 
 @lru_cache(maxsize=4096)
@@ -298,16 +295,15 @@ def power_of_equivalence(margin: float, n: int, level: float = ALPHA) -> float:
     return float((2 * special.ndtr(reach) - 1) @ weights / 2)
 
 
-def seeds_for_difference(delta: float, std: float, level: float = ALPHA, power: float = POWER) -> int | None:
-    """Return the smallest number of pairs that detects a difference of ``delta`` with ``power``; None beyond
-    10,000."""
-    return _smallest(lambda n: power_of_difference(delta / std, n, level) >= power)
+def seeds_for_difference(delta: float, std: float, level: float = ALPHA) -> int | None:
+    """Return the smallest number of pairs that detects ``delta`` with 80 % power; None above 10,000."""
+    return _smallest(lambda n: power_of_difference(delta / std, n, level) >= POWER)
 
 
-def seeds_for_equivalence(delta: float, std: float, level: float = ALPHA, power: float = POWER) -> int | None:
-    """Return the smallest number of pairs that shows equivalence within ``delta`` with ``power`` where there is no
-    difference; None beyond 10,000."""
-    return _smallest(lambda n: power_of_equivalence(delta / std, n, level) >= power)
+def seeds_for_equivalence(delta: float, std: float, level: float = ALPHA) -> int | None:
+    """Return the smallest number of pairs that shows equivalence within ``delta`` with 80 % power, where there is no
+    difference; None above 10,000."""
+    return _smallest(lambda n: power_of_equivalence(delta / std, n, level) >= POWER)
 
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:

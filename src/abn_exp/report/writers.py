@@ -40,7 +40,6 @@ FIGURES = {
     "differences": "Differences to the reference norm, and their mean with its 95 % interval",
     "spreads": "Standard deviation between seeds with its 95 % interval",
 }
-CELL_COLUMNS = ("dataset", "model", "norm", "variant")
 RUN_COLUMNS = (
     *("test_acc", "test_acc_best_val", "test_acc_peak", "test_acc_top5", "test_loss", "val_acc_last"),
     *("val_acc_best", "best_epoch", "epochs", "train_seconds", "images_per_second", "device", "git_commit"),
@@ -221,8 +220,7 @@ def cells_csv(report: Report) -> str:
     for group in group_cells(report.cells).values():
         seeds = started_seeds(group)
         for cell in group:
-            row: dict[str, object] = dict(zip(CELL_COLUMNS, cell.key, strict=True))
-            row |= {"seeds_started": len(seeds), "failed": len(cell.failed)}
+            row = cell.columns | {"seeds_started": len(seeds), "failed": len(cell.failed)}
             for metric in METRICS:
                 s = stats.summarize(cell.sample(metric, seeds))
                 row |= {f"{metric}_n": s.n, f"{metric}_mean": s.mean, f"{metric}_std": s.std}
@@ -246,13 +244,9 @@ def runs_csv(report: Report) -> str:
     rows = []
     for cell in report.cells:
         for run in cell.runs:
-            row: dict[str, object] = dict(zip(CELL_COLUMNS, cell.key, strict=True))
-            row |= {option: by_cell[cell.key] for option, by_cell in report.options.items()}
-            row |= {
-                "seed": run.seed,
-                "status": run.status,
-                "reason": " ".join(cell.unscored.get(run.seed, "").split()),
-            }
+            row = cell.columns | {option: by_cell[cell.key] for option, by_cell in report.options.items()}
+            reason = " ".join(cell.unscored.get(run.seed, "").split())
+            row |= {"seed": run.seed, "status": run.status, "reason": reason}
             if run.result is not None:
                 row |= {name: getattr(run.result, name) for name in RUN_COLUMNS} | run.result.parameters
             rows.append(row)
