@@ -22,6 +22,7 @@ from abn_exp.config import DatasetConfig, read
 from abn_exp.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # norms of one's own lie beside train.py
 
 
 def chosen_dataset(words: list[str]) -> DatasetConfig | None:
@@ -41,7 +42,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write (default: evaluation/ in the run's folder)")
     arguments = parser.parse_args()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.path.insert(0, str(REPOSITORY))  # norms of one's own lie beside train.py
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         dataset = chosen_dataset(arguments.dataset)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
+
 from abn_exp.deploy.export import export, open_run
 from abn_exp.report.progress import clock
 

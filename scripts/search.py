@@ -26,6 +26,7 @@ from abn_exp.commandline import hydra_sentence, positive_int
 from abn_exp.errors import ConfigError, Stopped, stop_on_signals
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # norms and optimizers of one's own lie beside train.py
 
 
 def main() -> int:
@@ -40,7 +41,6 @@ def main() -> int:
             raise
         print('error: a search needs Optuna: pip install --editable ".[search]".', file=sys.stderr)
         return 1
-    sys.path.insert(0, str(REPOSITORY))  # norms and optimizers of one's own lie beside train.py
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.WARNING)  # a line a trial is printed; what a run says is in its train.log
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])

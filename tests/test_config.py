@@ -103,11 +103,14 @@ def test_a_users_model_keeps_its_size_on_the_embedded_set(
         ("wandb.project=a/b", "wandb.project=a/b is not allowed: it should be text without / \\ # ? % :"),
     ],
 )
-def test_a_mistake_is_one_sentence(make_plan: Make, override: str, sentence: str) -> None:
+def test_a_mistake_is_one_sentence(
+    make_plan: Make, override: str, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan(override)
     assert sentence in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+    assert not caplog.records  # Hydra's own words on it
 
 
 @pytest.mark.parametrize("override", ["norm=abm", "recipe.optimizer.lrr=1", "nrom=abn", "optimizer.lr=1"])

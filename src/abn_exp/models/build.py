@@ -1,6 +1,7 @@
 """Build a network from its configuration: `_target_` nodes are checked before anything is called."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
@@ -18,6 +19,8 @@ from abn_exp.binarize import BinaryConv2d
 from abn_exp.errors import ConfigError, validation_sentence
 from abn_exp.norm import check_statistics
 from abn_exp.seeding import derive_seed
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs each error that it raises
 
 
 def check_call(node: Any, path: str, result: Any, given: Collection[str] = ()) -> None:
