@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     for text in found.values():
         apply(text, copy)
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{split}_images": rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
         for split, n in (("train", 80), ("test", 40))
     }

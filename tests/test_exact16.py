@@ -3,14 +3,16 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import grad
 
 from abn_exp import exact16, models
-from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear, ste_gradient
+from abn_exp.binarize import Binarization, BinaryConv2d, BinaryLinear, SignZero, ste_gradient
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.exact16 import (
@@ -38,7 +40,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 INTEGERS = [False, True] if has_integer_conv2d(torch.device("cpu")) else [False]
 
 
-def both(layer: nn.Module, dtype: torch.dtype = BF16, integers: bool = False) -> tuple[nn.Module, nn.Module]:
+def both(layer: nn.Module, dtype: torch.dtype = BF16, integers: bool = False) -> tuple[Any, Any]:
     """The layer, and the same one in exact16."""
     other = copy.deepcopy(layer)
     use_exact16_(other, dtype, integers=integers)
@@ -46,7 +48,7 @@ def both(layer: nn.Module, dtype: torch.dtype = BF16, integers: bool = False) ->
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_types_hold_the_integers_they_are_trusted_with(dtype):
+def test_types_hold_the_integers_they_are_trusted_with(dtype: torch.dtype) -> None:
     limit = EXACT_TO[dtype]
     whole, even = torch.arange(limit + 1), torch.arange(0, 2 * limit + 1, 2)
     assert torch.equal(whole.to(dtype).long(), whole)
@@ -60,7 +62,9 @@ def test_types_hold_the_integers_they_are_trusted_with(dtype):
 @pytest.mark.parametrize(
     ("channels", "taps"), [(1, 1), (2, 3), (3, 3), (56, 3), (57, 3), (58, 3), (770, 3), (8192, 1)]
 )
-def test_no_part_can_pass_the_range_of_its_type(channels, taps, sign_zero, dtype):
+def test_no_part_can_pass_the_range_of_its_type(
+    channels: int, taps: int, sign_zero: SignZero, dtype: torch.dtype
+) -> None:
     layer = BinaryConv2d(channels, 1, taps, binarization=Binarization(sign_zero=sign_zero))
     part = channels_per_chunk(layer, dtype)
     sizes = [p.size(1) for p in layer.weight.split(part, 1)]
@@ -74,7 +78,7 @@ def test_no_part_can_pass_the_range_of_its_type(channels, taps, sign_zero, dtype
 
 @pytest.mark.parametrize("sign_zero", ["plus", "zero"])
 @pytest.mark.parametrize(("channels", "taps"), [(3, 3), (227, 3), (228, 3), (455, 3), (456, 3), (3640, 3), (3642, 3)])
-def test_what_is_kept_for_the_gradient_holds_every_sum(channels, taps, sign_zero):
+def test_what_is_kept_for_the_gradient_holds_every_sum(channels: int, taps: int, sign_zero: SignZero) -> None:
     layer = BinaryConv2d(channels, 1, taps, binarization=Binarization(sign_zero=sign_zero))
     most = channels * taps**2
     step = 2 if channels % 2 == 0 and sign_zero == "plus" else 1
@@ -87,7 +91,7 @@ def test_what_is_kept_for_the_gradient_holds_every_sum(channels, taps, sign_zero
 
 @pytest.mark.skipif(True not in INTEGERS, reason="no 8-bit convolutions here")
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
-def test_integer_convolutions_are_an_operation_that_torch_compile_can_trust(stride, padding):
+def test_integer_convolutions_are_an_operation_that_torch_compile_can_trust(stride: int, padding: int) -> None:
     """Its description without data agrees with what it gives: shape, type, memory format."""
     signs = torch.ones(2, 8, 7, 7, dtype=torch.int8).to(memory_format=torch.channels_last)
     weight = torch.ones(16, 8, 3, 3, dtype=torch.int8)
@@ -95,7 +99,7 @@ def test_integer_convolutions_are_an_operation_that_torch_compile_can_trust(stri
     torch.library.opcheck(exact16._integer_conv2d, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_a_kernel_too_large_for_the_type_stays_in_float32():
+def test_a_kernel_too_large_for_the_type_stays_in_float32() -> None:
     layer = BinaryConv2d(2, 1, 17)  # 289 taps: two channels' sums are even, but beyond 512
     assert channels_per_chunk(layer, BF16) == 0
     assert channels_per_chunk(layer, FP16) == 2
@@ -108,7 +112,9 @@ def test_a_kernel_too_large_for_the_type_stays_in_float32():
 @pytest.mark.parametrize("pad_value", [0.0, -1.0, 1.0])
 @pytest.mark.parametrize("sign_zero", ["plus", "zero"])
 @pytest.mark.parametrize("channels", [3, 57, 58, 320])
-def test_conv_equals_float32_whatever_the_weights_are(channels, sign_zero, pad_value, stride, integers):
+def test_conv_equals_float32_whatever_the_weights_are(
+    channels: int, sign_zero: SignZero, pad_value: float, stride: int, integers: bool
+) -> None:
     """Sums from one end of the range to the other; bfloat16 without parts would round most of them."""
     binarization = Binarization(sign_zero=sign_zero, pad_value=pad_value)
     layer = BinaryConv2d(channels, 6, 3, stride, padding=1, binarization=binarization)
@@ -126,7 +132,7 @@ def test_conv_equals_float32_whatever_the_weights_are(channels, sign_zero, pad_v
 
 
 @pytest.mark.parametrize("features", [7, 514, 2000])
-def test_linear_equals_float32(features):
+def test_linear_equals_float32(features: int) -> None:
     torch.manual_seed(1)  # one of 128 seeds makes nothing but multiples of four, which bfloat16 holds
     plain, exact = both(BinaryLinear(features, 5))
     x = torch.rand(3, features) - 0.2
@@ -137,7 +143,7 @@ def test_linear_equals_float32(features):
 
 
 @pytest.mark.parametrize("layer", [BinaryConv2d(6, 4, 3, bias=True), BinaryLinear(6, 4, bias=True)])
-def test_a_bias_is_added_in_float32(layer):
+def test_a_bias_is_added_in_float32(layer: BinaryConv2d | BinaryLinear) -> None:
     """Where float32 itself rounds: its kernels begin their sums with the bias."""
     plain, exact = both(layer)
     x = torch.randn(2, 6, 5, 5) if isinstance(layer, BinaryConv2d) else torch.randn(2, 6)
@@ -156,7 +162,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     ("estimator", "pad_value"),
     [("identity", 0.0), ("identity", 1.0), ("clipped", 0.0), ("approx_sign", -1.0), ("reste", 0.0)],
 )
-def test_both_ways_have_the_same_gradients_bit_for_bit(estimator, pad_value):
+def test_both_ways_have_the_same_gradients_bit_for_bit(estimator: str, pad_value: float) -> None:
     binarization = Binarization(estimator, estimator, pad_value=pad_value)
     layer = BinaryConv2d(6, 4, 3, 2, padding=1, binarization=binarization).to(memory_format=torch.channels_last)
     torch.manual_seed(0)
@@ -174,8 +180,8 @@ def test_both_ways_have_the_same_gradients_bit_for_bit(estimator, pad_value):
     signs, weights = (torch.ones_like(t).double() for t in (layer.pad(x, 1.0), layer.weight))
     absolute = upstream.double().abs()
     sizes = (
-        torch.nn.grad.conv2d_input(signs.shape, weights, absolute, 2)[:, :, 1:-1, 1:-1],
-        torch.nn.grad.conv2d_weight(signs, weights.shape, absolute, 2),
+        grad.conv2d_input(signs.shape, weights, absolute, 2)[:, :, 1:-1, 1:-1],
+        grad.conv2d_weight(signs, weights.shape, absolute, 2),
     )
     for found in exact:
         for a, b, c, n, size, t in zip(found, exact[0], plain, (36, 50), sizes, (x, layer.weight), strict=True):
@@ -186,7 +192,7 @@ def test_both_ways_have_the_same_gradients_bit_for_bit(estimator, pad_value):
 
 
 @pytest.mark.parametrize("layer", [BinaryConv2d(64, 32, 3, padding=1), BinaryLinear(600, 40)])
-def test_gradients_point_where_float64_s_do(layer):
+def test_gradients_point_where_float64_s_do(layer: BinaryConv2d | BinaryLinear) -> None:
     """Rounding to 8 bits turns a gradient of many values by less than 2e-5: 1 - cos <= 2^-18 x a few products."""
     plain, exact = both(layer)
     torch.manual_seed(0)
@@ -208,7 +214,7 @@ def test_gradients_point_where_float64_s_do(layer):
         assert cosine(half, true) >= cosine(single, true) - 2e-5
 
 
-def test_gradients_are_not_made_where_they_are_not_asked_for():
+def test_gradients_are_not_made_where_they_are_not_asked_for() -> None:
     _, exact = both(BinaryConv2d(4, 4, 3))
     x = torch.randn(1, 4, 5, 5)
     exact(x).sum().backward()  # no gradient of x
@@ -220,7 +226,7 @@ def test_gradients_are_not_made_where_they_are_not_asked_for():
 
 @pytest.mark.parametrize("integers", INTEGERS)
 @pytest.mark.parametrize("model", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
-def test_a_network_s_forward_pass_is_float32_s(model, integers):
+def test_a_network_s_forward_pass_is_float32_s(model: str, integers: bool) -> None:
     network = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.5)
     initialize_(network, 0).to(memory_format=torch.channels_last)  # as a run's; norms add up in that order
     plain, exact = both(network, integers=integers)
@@ -250,28 +256,29 @@ def test_a_trained_network_evaluates_bit_for_bit_the_same(
 
 @needs_exact16
 @pytest.mark.parametrize("integers", INTEGERS)
-def test_the_check_passes_here_and_leaves_the_network_as_it_was(integers):
+def test_the_check_passes_here_and_leaves_the_network_as_it_was(integers: bool) -> None:
     network = models.resnet18_paper(10, 32, AttentionBatchNorm2d, width=5)
     use_exact16_(network, BF16, integers=integers)
-    network.layer1.eval()
+    network.get_submodule("layer1").eval()
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     check_exact16(network, torch.zeros(2, 3, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert network.training
-    assert not network.layer1.training
+    assert not network.get_submodule("layer1").training
     assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
 @needs_exact16
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_the_check_finds_a_kernel_that_rounds(kind):
+def test_the_check_finds_a_kernel_that_rounds(kind: str) -> None:
     """As one whose accumulators are too short would, or one that transforms its tiles (Winograd)."""
     layer = BinaryConv2d(64, 8, 3) if kind == "conv" else BinaryLinear(600, 8)
     use_exact16_(layer, BF16)
     x = torch.zeros(2, 64, 8, 8) if kind == "conv" else torch.zeros(2, 600)
     check_exact16(layer, x)
     product = layer.product
+    assert product is not None
     layer.product = lambda *arguments: product(*arguments) * (1 + 2**-9)
     with pytest.raises(ValueError, match="not exact"):
         check_exact16(layer, x)
@@ -288,7 +295,9 @@ def test_the_check_finds_gradients_that_go_elsewhere(monkeypatch: pytest.MonkeyP
 
 @needs_exact16
 @pytest.mark.parametrize("estimator", ["identity", "clipped", "approx_sign", "reste"])
-def test_the_check_finds_gradients_that_are_rounded_in_between(estimator, monkeypatch):
+def test_the_check_finds_gradients_that_are_rounded_in_between(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch's own bfloat16 convolution does on a CPU without oneDNN's: image by image, added in bfloat16."""
     layer = BinaryConv2d(64, 8, 3, padding=1, binarization=Binarization(estimator, estimator))
     use_exact16_(layer, BF16)
@@ -296,7 +305,7 @@ def test_the_check_finds_gradients_that_are_rounded_in_between(estimator, monkey
     check_exact16(layer, images)
     backward = torch.ops.aten.convolution_backward
 
-    def per_image(grad, x, weight, *arguments):
+    def per_image(grad: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, None]:
         parts = [backward(grad[i : i + 1], x[i : i + 1], weight, *arguments) for i in range(len(x))]
         return torch.cat([part[0] for part in parts]), sum(part[1] for part in parts), None
 
@@ -308,7 +317,7 @@ def test_the_check_finds_gradients_that_are_rounded_in_between(estimator, monkey
         check_exact16(layer, images)
 
 
-def rounded_products():
+def rounded_products() -> tuple[Any, ...]:
     """Arguments of convolution_backward, in bfloat16."""
     random = torch.Generator().manual_seed(0)
     grad, x, weight = (
@@ -320,7 +329,7 @@ def rounded_products():
 @needs_exact16
 def test_a_precision_is_timed_against_fp32_and_the_network_left_as_it_was(make_plan: Callable[..., RunPlan]) -> None:
     config = make_plan("precision=exact16", *TINY).config
-    network = make_network(config, "abn", 10, torch.device("cpu"))
+    network: Any = make_network(config, "abn", 10, torch.device("cpu"))
     network[0].eval()
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     products = [layer.product for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
@@ -347,7 +356,7 @@ def test_what_the_device_cannot_do_is_refused(
         make_network(make_plan("precision=exact16", *TINY).config, "abn", 10, torch.device("cpu"))
 
 
-def test_the_check_finds_parts_that_are_too_large():
+def test_the_check_finds_parts_that_are_too_large() -> None:
     layer = BinaryConv2d(320, 8, 3)
     layer.product = partial(exact16._product, dtype=BF16, chunk=320, integers=False, kept=torch.float32)
     with pytest.raises(ValueError, match="not exact"):
@@ -359,7 +368,7 @@ def test_precision_reaches_the_network(make_plan: Callable[..., RunPlan]) -> Non
     for precision, expected in (("fp32", 0), ("exact16", 7)):
         config = make_plan(f"precision={precision}", *TINY).config
         network = make_network(config, "abn", 10, torch.device("cpu"))
-        layers = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
+        layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
         assert len(layers) == 7
         assert sum(layer.product is not None for layer in layers) == expected
         whole = [layer for layer in layers if layer.product is not None and layer.product.keywords["integers"]]

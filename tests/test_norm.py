@@ -1,5 +1,7 @@
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,28 +20,28 @@ NORMS = sorted(path.stem for path in CONF.glob("*.yaml"))
 EPS = 1e-5
 
 
-def norm_layer(name, **changes):
+def norm_layer(name: str, **changes: Any) -> Callable[[int], Any]:
     node = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     return instantiate({**node, **changes})
 
 
-def sigmoid(z):
+def sigmoid(z: Any) -> Any:
     return 1 / (1 + np.exp(-z))
 
 
-def silu(z):
+def silu(z: Any) -> Any:
     return z * sigmoid(z)
 
 
-def silu_slope(z):
+def silu_slope(z: np.ndarray) -> np.ndarray:
     return sigmoid(z) * (1 + z * (1 - sigmoid(z)))
 
 
-def per_channel(vector):
+def per_channel(vector: np.ndarray) -> np.ndarray:
     return vector[None, :, None, None]
 
 
-def one(z):
+def one(z: np.ndarray) -> np.ndarray:
     return np.ones_like(z)
 
 
@@ -57,30 +59,33 @@ CLOSED_FORMS = {
 }
 
 
-def randomized(norm, seed=0):
+def randomized(norm: nn.Module, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     for parameter in norm.parameters():
         parameter.data = torch.tensor(rng.normal(0.5, 1.0, parameter.shape))
     return norm.double()
 
 
-def data(seed=1, shape=(4, 3, 5, 6)):
+def data(seed: int = 1, shape: tuple[int, ...] = (4, 3, 5, 6)) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     return rng.normal(2.0, 3.0, shape), rng.normal(0.0, 1.0, shape)
 
 
-def forward_backward(norm, x, upstream):
+def forward_backward(norm: nn.Module, x: np.ndarray, upstream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     leaf = torch.tensor(x, requires_grad=True)
     y = norm(leaf)
     y.backward(torch.tensor(upstream))
+    assert leaf.grad is not None
     return y.detach().numpy(), leaf.grad.numpy()
 
 
-def close(actual, expected):
+def close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)
 
 
-def gradient_through_standardisation(g_hat, x_hat, var, training):
+def gradient_through_standardisation(
+    g_hat: np.ndarray, x_hat: np.ndarray, var: np.ndarray, training: bool
+) -> np.ndarray:
     """The textbook batch-norm gradient, for the gradient g_hat with respect to x_hat."""
     if training:
         axes = (0, 2, 3)
@@ -88,12 +93,12 @@ def gradient_through_standardisation(g_hat, x_hat, var, training):
     return g_hat / per_channel(np.sqrt(var + EPS))
 
 
-def test_every_configuration_has_a_closed_form_here():
+def test_every_configuration_has_a_closed_form_here() -> None:
     assert set(NORMS) == {*CLOSED_FORMS, "iebn"}
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_configuration_is_a_partial_with_the_fields_every_norm_shares(name):
+def test_configuration_is_a_partial_with_the_fields_every_norm_shares(name: str) -> None:
     text = (CONF / f"{name}.yaml").read_text()
     node = yaml.safe_load(text)
     assert text.startswith("# y = ")
@@ -107,7 +112,7 @@ def test_configuration_is_a_partial_with_the_fields_every_norm_shares(name):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_value_and_gradients_are_the_closed_forms(name, training):
+def test_value_and_gradients_are_the_closed_forms(name: str, training: bool) -> None:
     value, slope, gamma_at = CLOSED_FORMS[name]
     norm = randomized(norm_layer(name)(3)).train(training)
     x, upstream = data()
@@ -139,7 +144,7 @@ def test_value_and_gradients_are_the_closed_forms(name, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_instance_enhancement_is_the_closed_form(training):
+def test_instance_enhancement_is_the_closed_form(training: bool) -> None:
     norm = randomized(norm_layer("iebn")(3)).train(training)
     x, upstream = data()
     mean = x.mean((0, 2, 3)) if training else np.zeros(3)
@@ -161,7 +166,7 @@ def test_instance_enhancement_is_the_closed_form(training):
     close(norm.gate_bias.grad, g_z.sum(0))
 
 
-def test_instance_enhancement_starts_as_batch_norm_times_sigmoid_of_minus_one():
+def test_instance_enhancement_starts_as_batch_norm_times_sigmoid_of_minus_one() -> None:
     x = torch.tensor(data()[0])
     norm = InstanceEnhancementBatchNorm2d(3).double()
     torch.testing.assert_close(norm(x), nn.BatchNorm2d(3).double()(x) / (1 + math.e))
@@ -171,13 +176,13 @@ def test_instance_enhancement_starts_as_batch_norm_times_sigmoid_of_minus_one():
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name not in ("abn_forward", "abn_backward")])
-def test_autograd_agrees_with_finite_differences(name):
+def test_autograd_agrees_with_finite_differences(name: str) -> None:
     norm = randomized(norm_layer(name)(2))
     x = torch.tensor(data(shape=(3, 2, 2, 2))[0], requires_grad=True)
     assert torch.autograd.gradcheck(norm, x)
 
 
-def test_a_scaled_norm_without_gate_is_torch_s_batch_norm():
+def test_a_scaled_norm_without_gate_is_torch_s_batch_norm() -> None:
     ours, torchs = AttentionBatchNorm2d(3, gate="none", scale="output"), nn.BatchNorm2d(3)
     randomized(torchs)
     randomized(ours)
@@ -191,8 +196,9 @@ def test_a_scaled_norm_without_gate_is_torch_s_batch_norm():
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name != "abn_paper"])
-def test_running_statistics_are_torch_s(name):
-    ours, torchs = norm_layer(name, momentum=0.3)(3), nn.BatchNorm2d(3, momentum=0.3)
+def test_running_statistics_are_torch_s(name: str) -> None:
+    ours = norm_layer(name, momentum=0.3)(3)
+    torchs: Any = nn.BatchNorm2d(3, momentum=0.3)
     for seed in range(4):
         x = torch.tensor(data(seed)[0]).float() * (seed + 1)
         ours(x)
@@ -205,7 +211,7 @@ def test_running_statistics_are_torch_s(name):
     assert ours.num_batches_tracked == 4
 
 
-def test_the_paper_s_running_statistics_follow_the_published_rule():
+def test_the_paper_s_running_statistics_follow_the_published_rule() -> None:
     norm = norm_layer("abn_paper")(3).double()
     mean, var = np.zeros(3), np.ones(3)
     for seed in range(4):
@@ -223,7 +229,7 @@ def test_the_paper_s_running_statistics_follow_the_published_rule():
     close(norm.running_mean, mean)
 
 
-def test_the_paper_s_running_statistics_read_no_uninitialised_memory():
+def test_the_paper_s_running_statistics_read_no_uninitialised_memory() -> None:
     norm = norm_layer("abn_paper")(3)
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
@@ -234,7 +240,7 @@ def test_the_paper_s_running_statistics_read_no_uninitialised_memory():
     assert norm.running_var.isfinite().all()
 
 
-def test_statistics_can_stay_out_of_the_state_dict():
+def test_statistics_can_stay_out_of_the_state_dict() -> None:
     kept, lost = norm_layer("abn_paper")(3), norm_layer("abn_paper", persistent_stats=False)(3)
     x = torch.tensor(data()[0]).float()
     for norm in (kept, lost):
@@ -250,7 +256,7 @@ def test_statistics_can_stay_out_of_the_state_dict():
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_state_survives_a_round_trip_and_reset(name):
+def test_state_survives_a_round_trip_and_reset(name: str) -> None:
     norm = norm_layer(name)(3)
     x = torch.tensor(data()[0]).float()
     fresh = {key: value.clone() for key, value in norm.state_dict().items()}
@@ -265,7 +271,7 @@ def test_state_survives_a_round_trip_and_reset(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_errors_are_torch_s_own(name):
+def test_errors_are_torch_s_own(name: str) -> None:
     norm = norm_layer(name)(3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         norm(torch.ones(1, 3, 1, 1))
@@ -275,7 +281,7 @@ def test_errors_are_torch_s_own(name):
 
 
 @pytest.mark.parametrize("arguments", [{"gate": "half"}, {"scale": "input"}])
-def test_unknown_choices_are_refused(arguments):
+def test_unknown_choices_are_refused(arguments: dict[str, Any]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{name}=.* is unknown; use one of"):
         AttentionBatchNorm2d(3, **arguments)
@@ -284,16 +290,18 @@ def test_unknown_choices_are_refused(arguments):
 # What follows from the formula.
 
 
-def test_silu_s_minimum():
+def test_silu_s_minimum() -> None:
     z = torch.linspace(-5, 5, 2_000_001, dtype=torch.float64)
     y = nn.functional.silu(z)
     assert y.min().item() == pytest.approx(-0.2784645, abs=1e-7)
     assert z[y.argmin()].item() == pytest.approx(-1.27846, abs=1e-5)
 
 
-def activations_of_all_integers(beta, mean=3.3, var=500.0, fan_in=576):
+def activations_of_all_integers(
+    beta: float, mean: float = 3.3, var: float = 500.0, fan_in: int = 576
+) -> tuple[np.ndarray, np.ndarray]:
     """(y, sign(ABN(y))) for every integer a binary layer of that fan-in can put out."""
-    norm = AttentionBatchNorm2d(1).double().eval()
+    norm = norm_layer("abn")(1).double().eval()
     norm.running_mean.fill_(mean)
     norm.running_var.fill_(var)
     norm.bias.data.fill_(beta)
@@ -301,10 +309,10 @@ def activations_of_all_integers(beta, mean=3.3, var=500.0, fan_in=576):
     return y.numpy(), sign(norm(y.view(1, 1, 1, -1))).flatten().detach().numpy()
 
 
-def roots_of_silu(level):
+def roots_of_silu(level: float) -> tuple[float, float]:
     """The z < -1.27846 and the z > -1.27846 where SiLU(z) = level, by bisection."""
 
-    def bisect(low, high):
+    def bisect(low: float, high: float) -> float:
         rising = silu(high) > silu(low)
         for _ in range(200):
             middle = (low + high) / 2
@@ -315,7 +323,7 @@ def roots_of_silu(level):
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.1, 0.2, 0.27])
-def test_between_0_and_the_minimum_a_sign_reader_sees_an_interval(beta):
+def test_between_0_and_the_minimum_a_sign_reader_sees_an_interval(beta: float) -> None:
     y, signs = activations_of_all_integers(beta)
     left, right = roots_of_silu(-beta)
     x_hat = (y - 3.3) / np.sqrt(500.0 + EPS)
@@ -325,7 +333,7 @@ def test_between_0_and_the_minimum_a_sign_reader_sees_an_interval(beta):
 
 
 @pytest.mark.parametrize("beta", [-2.0, -0.3, -0.01, 0.0])
-def test_at_or_below_0_there_is_one_threshold(beta):
+def test_at_or_below_0_there_is_one_threshold(beta: float) -> None:
     y, signs = activations_of_all_integers(beta)
     threshold = 0.0 if beta == 0 else roots_of_silu(-beta)[1]
     x_hat = (y - 3.3) / np.sqrt(500.0 + EPS)
@@ -334,11 +342,11 @@ def test_at_or_below_0_there_is_one_threshold(beta):
 
 
 @pytest.mark.parametrize("beta", [0.2784646, 0.5])
-def test_above_the_minimum_a_channel_is_stuck(beta):
+def test_above_the_minimum_a_channel_is_stuck(beta: float) -> None:
     assert set(activations_of_all_integers(beta)[1]) == {1.0}
 
 
-def test_with_beta_0_the_signs_are_those_of_batch_norm_and_the_gradients_are_not():
+def test_with_beta_0_the_signs_are_those_of_batch_norm_and_the_gradients_are_not() -> None:
     x = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients = []
     signs = []
@@ -347,12 +355,13 @@ def test_with_beta_0_the_signs_are_those_of_batch_norm_and_the_gradients_are_not
         y = norm_layer(name)(4).double()(leaf)
         signs.append(sign(y))
         (y * x.cos()).sum().backward()
+        assert leaf.grad is not None
         gradients.append(leaf.grad)
-    assert torch.equal(*signs)
-    assert not torch.allclose(*gradients)
+    assert torch.equal(signs[0], signs[1])
+    assert not torch.allclose(gradients[0], gradients[1])
 
 
-def test_straight_through_gradient_after_hardtanh():
+def test_straight_through_gradient_after_hardtanh() -> None:
     z = torch.tensor([-3.0, -1.3, -1.2784645427610738, -1.2, 0.0, 1.27, 1.2784, 1.2785, 4.0], dtype=torch.float64)
     z.requires_grad_()
     sign_ste(nn.functional.hardtanh(nn.functional.silu(z)), "identity").sum().backward()
@@ -363,7 +372,7 @@ def test_straight_through_gradient_after_hardtanh():
     assert z.grad[7:].tolist() == [0, 0]
 
 
-def test_real_valued_outputs_drift_upward():
+def test_real_valued_outputs_drift_upward() -> None:
     expectation, _ = integrate.quad(lambda z: silu(z) * stats.norm.pdf(z), -12, 12)
     assert expectation == pytest.approx(0.2066, abs=5e-5)
     x = torch.randn(200, 2, 50, 50, generator=torch.Generator().manual_seed(0))
@@ -371,7 +380,7 @@ def test_real_valued_outputs_drift_upward():
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name != "iebn"])
-def test_a_scale_per_channel_before_the_norm_changes_nothing(name):
+def test_a_scale_per_channel_before_the_norm_changes_nothing(name: str) -> None:
     norm = norm_layer(name, eps=1e-12)(3).double()
     x = torch.tensor(data()[0])
     torch.testing.assert_close(norm(x * torch.tensor([0.5, 2.0, 7.0]).view(1, 3, 1, 1)), norm(x))

@@ -88,10 +88,12 @@ def test_results_lead_to_their_runs(tmp_path: Path) -> None:
     study(tmp_path, {"bn": [0.5], "abn": [0.6]})
     results = load_runs(tmp_path)
     assert [result.directory for result in results] == [run.directory for run in find_runs(tmp_path)]
-    assert read_config(results[0].directory) == {"a": 1}  # type: ignore[arg-type]
+    directory = results[0].directory
+    assert directory is not None
+    assert read_config(directory) == {"a": 1}
     with pytest.raises(FileNotFoundError):
         load_network(results[0])
-    assert "directory" not in json.loads((results[0].directory / "result.json").read_text())  # type: ignore[operator]
+    assert "directory" not in json.loads((directory / "result.json").read_text())
 
 
 def test_results_as_a_data_frame(tmp_path: Path) -> None:
@@ -145,11 +147,13 @@ def test_predictions_come_back(tmp_path: Path, classes: int, dtype: type) -> Non
     found = load_predictions(directory)
     assert isinstance(found, Predictions)
     assert found.last.dtype == dtype
+    assert found.best is not None
+    assert found.best_correct is not None
     for predicted, correct, expected in zip(
         (found.last, found.best), (found.last_correct, found.best_correct), guesses, strict=True
     ):
-        assert np.array_equal(predicted, expected)  # type: ignore[arg-type]
-        assert np.array_equal(correct, expected == labels)  # type: ignore[arg-type]
+        assert np.array_equal(predicted, expected)
+        assert np.array_equal(correct, expected == labels)
     (run,) = find_runs(tmp_path / "digits")
     assert run.result is not None
     for form in (run, run.result, str(directory)):

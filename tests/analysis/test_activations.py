@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from abn_exp.analysis.activations import (
     places,
     response,
 )
-from abn_exp.binarize import BinaryConv2d
+from abn_exp.binarize import BinaryConv2d, SignZero
 from abn_exp.models import binarynet, resnet18_paper
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d
@@ -54,9 +55,9 @@ def p_plus(beta: float) -> float:
     return 1 - (normal.cdf(upper) - normal.cdf(lower))
 
 
-def abn(betas: list[float], **options: object) -> AttentionBatchNorm2d:
+def abn(betas: list[float], **options: Any) -> AttentionBatchNorm2d:
     """An ABN that standardises nothing away: mean 0, variance 1."""
-    layer = AttentionBatchNorm2d(len(betas), **options).eval()  # type: ignore[arg-type]
+    layer = AttentionBatchNorm2d(len(betas), **options).eval()
     assert layer.bias is not None
     assert layer.running_var is not None
     layer.bias.data = torch.tensor(betas)
@@ -95,8 +96,9 @@ def test_minus_one_is_the_third_value_of_the_published_sign() -> None:
     from abn_exp.binarize import Binarization
 
     zeros = torch.zeros(1, 1, 4, 4)
-    for sign_zero, expected in (("plus", 1.0), ("zero", 0.0)):
-        layer = BinaryConv2d(1, 1, 1, binarization=Binarization(sign_zero=sign_zero))  # type: ignore[arg-type]
+    expectations: dict[SignZero, float] = {"plus": 1.0, "zero": 0.0}
+    for sign_zero, expected in expectations.items():
+        layer = BinaryConv2d(1, 1, 1, binarization=Binarization(sign_zero=sign_zero))
         (found,), _ = measure(nn.Sequential(layer), zeros)
         assert found.p_plus == [expected]
 
@@ -143,13 +145,13 @@ def test_a_head_s_own_norm_is_told_apart() -> None:
 
 def test_response_is_the_norm_s_formula() -> None:
     layer = abn(BETAS)
-    layer.running_mean.uniform_(-3, 3)  # type: ignore[union-attr]
-    layer.running_var.uniform_(0.1, 9)  # type: ignore[union-attr]
-    expected = GRID / (1 + np.exp(-GRID)) + np.float32(BETAS)[:, None]
+    layer.get_buffer("running_mean").uniform_(-3, 3)
+    layer.get_buffer("running_var").uniform_(0.1, 9)
+    expected = GRID / (1 + np.exp(-GRID)) + np.array(BETAS, np.float32)[:, None]
     np.testing.assert_allclose(response(layer), expected, atol=1e-12)
     plain = nn.BatchNorm2d(2)
     plain.weight.data = torch.tensor([2.0, -0.5])
-    plain.running_mean.fill_(7)  # type: ignore[union-attr]
+    plain.get_buffer("running_mean").fill_(7)
     np.testing.assert_allclose(response(plain), [2 * GRID, -0.5 * GRID], atol=1e-12)
 
 

@@ -5,7 +5,7 @@ import ctypes
 import gc
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_every_engine_gives_torch_s_logits() -> None:
         if name == "torch, compiled":
             continue  # compiles for half a minute; tests/training hold compiled networks to the same
         engine = inference.make_engine(name, inference.make_network("BinaryNet", "abn, 18 %", 0.125), 2)
-        found = engine.run(images)
+        found: Any = engine.run(images)
         logits = (
             found if isinstance(found, torch.Tensor) else next(iter(found.values() if name == "OpenVINO" else found))
         )

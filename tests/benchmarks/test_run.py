@@ -4,6 +4,7 @@ import csv
 import math
 import runpy
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from abn_exp import models
 from abn_exp.binarize import Binarization
+from abn_exp.config import Config
 from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
@@ -39,7 +41,7 @@ TINY = Effort(
 
 
 @pytest.mark.parametrize("model", ["resnet18_paper", "binarynet"])
-def test_the_conventional_network_computes_what_ours_does(model):
+def test_the_conventional_network_computes_what_ours_does(model: str) -> None:
     zero = Binarization(sign_zero="zero")
     ours = getattr(models, model)(10, 32, AttentionBatchNorm2d, width=0.25, binarization=zero)
     initialize_(ours, 0).double()
@@ -54,13 +56,15 @@ def test_the_conventional_network_computes_what_ours_does(model):
     torch.testing.assert_close(theirs(x), ours(x))
     names = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(names[name].grad.view_as(parameter), parameter.grad, msg=name)
+        gradient = names[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient.view_as(parameter), parameter.grad, msg=name)
     biases = [layer.bias for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
     assert len(biases) == sum(isinstance(layer, nn.Conv2d) for layer in ours.modules()) > 5
     assert all(bias is not None for bias in biases)
 
 
-def test_the_conventional_norm_keeps_its_statistics_graph_unless_it_is_cut():
+def test_the_conventional_norm_keeps_its_statistics_graph_unless_it_is_cut() -> None:
     x = torch.randn(4, 2, 3, 3, requires_grad=True)
     for detach in (False, True):
         norm = Norm(2, detach=detach)
@@ -71,7 +75,7 @@ def test_the_conventional_norm_keeps_its_statistics_graph_unless_it_is_cut():
         torch.testing.assert_close(norm.moving_mean.flatten(), 0.99 * mean)
 
 
-def test_conventional_images_are_cropped_flipped_and_normalised():
+def test_conventional_images_are_cropped_flipped_and_normalised() -> None:
     data = random_data(2, 2)
     loop = ConventionalLoop(nn.Linear(1, 1), data, 2, torch.device("cpu"), 0)
     plain = torch.stack([loop.test_loader.dataset[i][0] for i in range(2)])
@@ -81,17 +85,17 @@ def test_conventional_images_are_cropped_flipped_and_normalised():
     assert len(drawn) > 5
 
 
-def test_saved_bytes_count_each_storage_once_and_no_weight():
+def test_saved_bytes_count_each_storage_once_and_no_weight() -> None:
     layer = nn.Linear(8, 8, bias=False)
     x = torch.randn(16, 8, requires_grad=True)
     assert measure.saved_bytes(lambda: (layer(x) * layer(x)).sum(), layer) == 3 * 16 * 8 * 4  # x, both products
 
 
-def test_exponent_is_the_power():
+def test_exponent_is_the_power() -> None:
     assert measure.exponent([1, 2, 4], [3, 24, 192]) == pytest.approx(3)
 
 
-def test_host_growth_finds_a_leak():
+def test_host_growth_finds_a_leak() -> None:
     if not math.isfinite(measure.host_growth(lambda: None, 2)):
         pytest.skip("this system does not say how much memory a process has")
     kept = []
@@ -99,22 +103,27 @@ def test_host_growth_finds_a_leak():
     assert leak == pytest.approx(500_000, rel=0.2)
 
 
-def test_interleaving_takes_turns():
+def test_interleaving_takes_turns() -> None:
     order = []
-    calls = {name: partial(lambda name: order.append(name) or 1.0, name) for name in "ab"}
+
+    def call(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    calls = {name: partial(call, name) for name in "ab"}
     assert measure.interleaved(calls, 2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert order == ["a", "b", "a", "b"]
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each measurement made, but as few times as it can be: what a measurement is worth has tests of its own."""
     ceilings, host_growth = cache(measure.ceilings), measure.host_growth
     monkeypatch.setattr(measure, "ceilings", lambda device, repetitions: ceilings(device, 1))
     monkeypatch.setattr(measure, "host_growth", lambda step, steps: host_growth(step, 1))
     monkeypatch.setattr(run, "configuration", cache(run.configuration))
 
-    def measured(config, norm, counts, device):
+    def measured(config: Config, norm: str, counts: list[int], device: torch.device) -> dict[int, float]:
         loop, batches = parallel.begin(config, norm)
         return {count: count * parallel.training_rate(loop, batches, 0.01) for count in counts}
 
@@ -126,7 +135,7 @@ def quick(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
+def test_a_small_benchmark_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "WIDTHS", {"resnet18_paper": 0.25, "binarynet": 0.0625})
     rows = tuple(row for row in ROWS if not row.compile)
     found = Benchmark(torch.device("cpu"), TINY, 1, rows).run()
@@ -147,8 +156,8 @@ def test_a_small_benchmark_from_end_to_end(tmp_path, monkeypatch):
     assert ("seeds", found.ours) in found.growth or cpu_count() == 1
 
 
-def test_where_exact16_is_refused_the_benchmark_goes_without_it(monkeypatch):
-    def refuse(*_):
+def test_where_exact16_is_refused_the_benchmark_goes_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise ValueError("products on cpu are not exact")
 
     monkeypatch.setattr("abn_exp.training.setup.check_exact16", refuse)
@@ -158,7 +167,7 @@ def test_where_exact16_is_refused_the_benchmark_goes_without_it(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--threads", "x"], ["--device", "tpu"]])
-def test_wrong_arguments_are_refused_in_a_sentence(arguments, capsys):
+def test_wrong_arguments_are_refused_in_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     parser = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark.py"))["parser"]()
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(arguments)

@@ -12,12 +12,14 @@ import torch
 import yaml
 
 from abn_exp.identity import RunPlan
-from abn_exp.results import RunResult, write_result
+from abn_exp.results import write_result
 from benchmarks.time_to_accuracy import TimeToAccuracy, measure_budgets, read, write
+from tests.helpers.records import result_in
 from tests.helpers.runs import REPOSITORY, TINY
 
 MakePlan = Callable[..., RunPlan]
-REACHED = {
+Reached = dict[tuple[str, int], tuple[float, ...]]
+REACHED: Reached = {
     ("constant", 2): (0.60, 0.62),
     ("constant", 4): (0.70, 0.74),
     ("cosine", 1): (0.65, 0.66),
@@ -29,20 +31,14 @@ REACHED = {
 def finish(plan: RunPlan, accuracy: float) -> Path:
     plan.directory.mkdir(parents=True)
     (plan.directory / "config.yaml").write_text(yaml.safe_dump(plan.config.model_dump()))
-    dataset, model, norm, variant, _ = plan.directory.parts[-5:]
-    result = RunResult(
-        **{"dataset": dataset, "model": model, "norm": norm, "recipe": "fixed", "variant": variant},
-        **{"seed": plan.config.seed, "config_hash": "0a1b2c", "epochs": plan.config.recipe.epochs},
-        **{"train_seconds": 12.5, "images_per_second": 800.0, "val_acc_last": 0.8, "val_acc_best": 0.82},
-        **{"best_epoch": 1, "test_acc": accuracy, "test_acc_top5": 0.99, "test_loss": 0.5},
-        **{"test_acc_best_val": accuracy, "test_acc_peak": None, "parameters": {}, "versions": {}},
-        **{"git_commit": "abcdef0", "device": "cpu", "wandb_run_id": None},
+    write_result(
+        plan.directory,
+        result_in(plan.directory, plan.config.seed, accuracy, epochs=plan.config.recipe.epochs, parameters={}),
     )
-    write_result(plan.directory, result)
     return plan.directory.parents[4]
 
 
-def folder_of(make_plan: MakePlan, reached: dict[tuple[str, int], tuple[float, ...]], *overrides: str) -> Path:
+def folder_of(make_plan: MakePlan, reached: Reached, *overrides: str) -> Path:
     for (schedule, epochs), accuracies in reached.items():
         for seed, accuracy in enumerate(accuracies):
             words = (f"recipe.schedule.name={schedule}", f"recipe.epochs={epochs}", f"seed={seed}")
@@ -102,7 +98,9 @@ def test_files(found: TimeToAccuracy, tmp_path: Path) -> None:
         ({("constant", 2): (0.7,), ("cosine", 2): (0.7, 0.7)}, "needs at least two seeds"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(make_plan: MakePlan, tmp_path: Path, reached, message) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_compared_is_refused(
+    make_plan: MakePlan, tmp_path: Path, reached: Reached, message: str
+) -> None:
     folder = folder_of(make_plan, reached) if reached else tmp_path
     with pytest.raises(ValueError, match=re.escape(message)):
         read(folder)

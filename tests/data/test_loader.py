@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
@@ -16,7 +18,7 @@ def split_of(count: int) -> Split:
     return Split(images.to(torch.uint8), torch.arange(count))
 
 
-def loader_of(count: int, batch_size: int, **options: object) -> BatchLoader:
+def loader_of(count: int, batch_size: int, **options: Any) -> BatchLoader:
     return BatchLoader(
         split_of(count),
         torch.arange(count),
@@ -24,11 +26,11 @@ def loader_of(count: int, batch_size: int, **options: object) -> BatchLoader:
         mean=MEAN,
         std=STD,
         device="cpu",
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
-def training_loader(count: int = 50, batch_size: int = 12, seed: int = 5, **options: object) -> BatchLoader:
+def training_loader(count: int = 50, batch_size: int = 12, seed: int = 5, **options: Any) -> BatchLoader:
     return loader_of(count, batch_size, seed=seed, padding=2, flip=True, shuffle=True, **options)
 
 

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from tests.helpers.runs import REPOSITORY
 LETTERS = ["ant", "bee", "cat"]
 
 
-def register(monkeypatch: pytest.MonkeyPatch, name: str, **facts: object) -> None:
+def register(monkeypatch: pytest.MonkeyPatch, name: str, **facts: Any) -> None:
     monkeypatch.setitem(CATALOG, name, dataclasses.replace(CATALOG[name], **facts))
 
 
@@ -270,7 +271,7 @@ def test_folder_has_a_file_for_each_path_and_size(tmp_path: Path) -> None:
 
 def test_folder_is_converted_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write_folder(tmp_path / "a", LETTERS)
-    options = {"path": tmp_path / "a", "image_size": 32}
+    options: dict[str, Any] = {"path": tmp_path / "a", "image_size": 32}
     assert torch.equal(load("folder", tmp_path, **options).train.images, torch.from_numpy(written["train"]))
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "read_image_folder", lambda *a, **k: pytest.fail("converted again"))
@@ -287,7 +288,7 @@ def test_folder_is_converted_again_when_it_changed(tmp_path: Path, monkeypatch: 
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", LETTERS)
-    options = {"path": tmp_path / "a", "image_size": 8}
+    options: dict[str, Any] = {"path": tmp_path / "a", "image_size": 8}
     good = load("folder", tmp_path, **options)
     file = prepare("folder", tmp_path, **options)
     assert file is not None
@@ -316,7 +317,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
 def test_a_damaged_header_that_hides_the_rest_is_found(tmp_path: Path) -> None:
     file = tmp_path / "cifar10.npz"
     split = {"images": pixels(500), "labels": np.arange(500) % 10}
-    arrays = {f"{part}_{key}": array for part in ("train", "test") for key, array in split.items()}
+    arrays: dict[str, Any] = {f"{part}_{key}": array for part in ("train", "test") for key, array in split.items()}
     np.savez(file, classes=np.array(list("abcdefghij")), test_boxes=np.ones((500, 4), np.int64), **arrays)
     assert load("cifar10", tmp_path).test_boxes is not None
     content = file.read_bytes()
@@ -344,10 +345,10 @@ def test_one_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.Mo
     write_folder(tmp_path / "cifar10", [name.decode() for name in CIFAR10_NAMES], per_class=1)
     conversions, sizes = [], []
 
-    def slow(*args: object, **kwargs: object) -> dict[str, np.ndarray]:
+    def slow(*args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         conversions.append(threading.get_ident())
         time.sleep(0.2)
-        return readers.read_image_folder(*args, **kwargs)  # type: ignore[arg-type]
+        return readers.read_image_folder(*args, **kwargs)
 
     monkeypatch.setattr(prepare_module, "read_image_folder", slow)
     start = threading.Barrier(4)

@@ -1,11 +1,14 @@
 """OpenVINO and QONNX: every sum, sign and logit against torch."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from abn_exp.binarize import Binarization
 from abn_exp.deploy.graph import trace
@@ -28,7 +31,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("build", "norm", "options"), OPTIONS)
-def test_qonnx_s_executor_decides_as_torch_does(build, norm, options):
+def test_qonnx_s_executor_decides_as_torch_does(
+    build: Callable[..., nn.Module], norm: str, options: dict[str, Any]
+) -> None:
     qonnx = pytest.importorskip("abn_exp.deploy.qonnx")
     network = trained(build, norm, **options)
     graph = trace(network, 16)
@@ -45,7 +50,7 @@ def test_qonnx_s_executor_decides_as_torch_does(build, norm, options):
 
 
 @pytest.mark.parametrize(("build", "norm", "options"), OPTIONS)
-def test_openvino_decides_as_torch_does(build, norm, options):
+def test_openvino_decides_as_torch_does(build: Callable[..., nn.Module], norm: str, options: dict[str, Any]) -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     network = trained(build, norm, **options)
     graph = trace(network, 16)
@@ -59,7 +64,7 @@ def test_openvino_decides_as_torch_does(build, norm, options):
     assert found.sums == COUNT * int(np.prod(layer.node.shape))
 
 
-def test_openvino_s_file_holds_a_bit_a_weight_and_its_kernels_multiply_bits():
+def test_openvino_s_file_holds_a_bit_a_weight_and_its_kernels_multiply_bits() -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     import openvino as ov
 
@@ -76,7 +81,7 @@ def test_openvino_s_file_holds_a_bit_a_weight_and_its_kernels_multiply_bits():
     assert writer.real_layers == {}
 
 
-def test_a_layer_of_twelve_channels_is_given_as_a_real_one():
+def test_a_layer_of_twelve_channels_is_given_as_a_real_one() -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     writer = openvino.Writer(trace(trained(resnet18_paper, "abn", width=0.75), 16))
     writer.model(NORMALIZATION)
@@ -84,7 +89,7 @@ def test_a_layer_of_twelve_channels_is_given_as_a_real_one():
     assert "layer2.0.conv2" not in writer.real_layers
 
 
-def test_a_crash_of_openvino_is_a_sentence():
+def test_a_crash_of_openvino_is_a_sentence() -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     graph = trace(trained(binarynet, "bn"), 16)
     with openvino.OpenVINO(graph, NORMALIZATION, 1) as engine:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,7 +48,7 @@ def exported(trained: Path) -> Path:
     return trained / "export"
 
 
-def fails(monkeypatch, capsys, *arguments: object) -> str:
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert run_script(monkeypatch, "export", *arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -55,9 +56,10 @@ def fails(monkeypatch, capsys, *arguments: object) -> str:
     return captured.err
 
 
-def test_the_summary_says_what_was_written_and_compared(trained, exported):
+def test_the_summary_says_what_was_written_and_compared(trained: Path, exported: Path) -> None:
     summary = json.loads((exported / "summary.json").read_text())
     result = read_result(trained)
+    assert result is not None
     assert sorted(path.name for path in exported.iterdir()) == ["network.onnx", "summary.json", "summary.md"]
     assert summary["bytes"]["float32"] == result.parameters["bytes_real"]
     assert summary["bytes"]["theory"] == result.parameters["bytes_packed"]
@@ -74,7 +76,7 @@ def test_the_summary_says_what_was_written_and_compared(trained, exported):
     assert "| layer1.conv | stem.norm | real: stem.conv has real weights |" in text
 
 
-def test_the_other_weights_and_another_folder(trained, tmp_path, monkeypatch):
+def test_the_other_weights_and_another_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_script(monkeypatch, "export", trained, "--weights", "best", "--out", tmp_path / "out", "--strict") == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["weights"] == "best"
@@ -100,7 +102,7 @@ sys.exit(main())
 """
 
 
-def test_images_are_classified_without_torch(trained, exported, tmp_path):
+def test_images_are_classified_without_torch(trained: Path, exported: Path, tmp_path: Path) -> None:
     paths = images_in(tmp_path, 8)
     command = [sys.executable, "-c", WITHOUT, str(exported / "network.onnx"), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -112,7 +114,7 @@ def test_images_are_classified_without_torch(trained, exported, tmp_path):
     assert done.stdout.splitlines() == expected
 
 
-def classify_fails(monkeypatch, capsys, *arguments: object) -> str:
+def classify_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     monkeypatch.setattr(sys, "argv", ["abn_exp.deploy", *map(str, arguments)])
     assert classify.main() == 1
     captured = capsys.readouterr()
@@ -121,7 +123,9 @@ def classify_fails(monkeypatch, capsys, *arguments: object) -> str:
     return captured.err
 
 
-def test_mistakes_of_who_classifies_are_one_sentence(exported, tmp_path, monkeypatch, capsys):
+def test_mistakes_of_who_classifies_are_one_sentence(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     network = exported / "network.onnx"
     (image,) = images_in(tmp_path, 1)
     content = network.read_bytes()
@@ -152,7 +156,9 @@ def test_mistakes_of_who_classifies_are_one_sentence(exported, tmp_path, monkeyp
     assert "No such file" in classify_fails(monkeypatch, capsys, tmp_path / "gone.onnx", image)
 
 
-def test_mistakes_of_who_exports_are_one_sentence(trained, tmp_path, monkeypatch, capsys):
+def test_mistakes_of_who_exports_are_one_sentence(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "is no run's folder" in fails(monkeypatch, capsys, tmp_path)
     empty = tmp_path / "seed-0"
     empty.mkdir()
@@ -173,7 +179,7 @@ def test_mistakes_of_who_exports_are_one_sentence(trained, tmp_path, monkeypatch
     assert "This needs onnxruntime, which is not installed; pip install" in fails(monkeypatch, capsys, trained)
 
 
-def test_strict_refuses_a_norm_that_stays_real(trained, tmp_path):
+def test_strict_refuses_a_norm_that_stays_real(trained: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = resnet18_paper(10, 32, InstanceEnhancementBatchNorm2d, width=0.25).eval().requires_grad_(False)
     subject = replace(open_run(trained, "last", None), network=network)
@@ -182,13 +188,15 @@ def test_strict_refuses_a_norm_that_stays_real(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_file_is_left_where_an_engine_decides_otherwise(trained, exported, tmp_path, monkeypatch):
+def test_no_file_is_left_where_an_engine_decides_otherwise(
+    trained: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in FILES:
         (out / name).write_text("of an earlier export")
 
-    def wrong(*arguments: object) -> Fold:
+    def wrong(*arguments: Any) -> Fold:
         found = fold(*arguments)
         moved = np.where(found.thresholds <= found.limit - 2, found.thresholds + 2, found.thresholds)
         return Fold(found.first, moved.astype(np.int32), found.limit)
@@ -202,9 +210,10 @@ def test_no_file_is_left_where_an_engine_decides_otherwise(trained, exported, tm
     assert list(out.iterdir()) == []
 
 
-def test_statistics_that_were_not_saved_are_refused(trained, monkeypatch):
+def test_statistics_that_were_not_saved_are_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = load_network(trained)
-    network.stem.norm.register_buffer("running_mean", network.stem.norm.running_mean, persistent=False)
+    norm = network.get_submodule("stem.norm")
+    norm.register_buffer("running_mean", norm.get_buffer("running_mean"), persistent=False)
     monkeypatch.setattr("abn_exp.results.load_network", lambda *_: network)
     with pytest.raises(ConfigError, match=r"stem\.norm of .* was saved without its running statistics"):
         open_run(trained, "last", None)

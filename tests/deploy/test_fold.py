@@ -1,6 +1,7 @@
 """Folding, against the layers themselves at every integer, and against closed forms in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ NORMS = sorted(path.stem for path in (REPOSITORY / "conf/norm").glob("*.yaml"))
 EDGE = [float(np.float32(0.27846454276107377) + k * np.spacing(np.float32(0.278))) for k in (-1, 0, 1)]  # -min silu
 
 
-def set_parameters(norm: nn.Module, mean, var, weight, bias) -> nn.Module:
+def set_parameters(norm: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     with torch.no_grad():
         norm.running_mean.copy_(torch.tensor(mean))
         norm.running_var.copy_(torch.tensor(var))
@@ -64,7 +65,9 @@ def channels(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]
     eps=st.sampled_from([1e-5, 1e-12, 1.0, 1e6]),
     limit=st.integers(1, 150),
 )
-def test_every_integer_is_decided_as_by_the_layer(name, mean, var, weight, bias, eps, limit):
+def test_every_integer_is_decided_as_by_the_layer(
+    name: str, mean: Any, var: Any, weight: Any, bias: Any, eps: float, limit: int
+) -> None:
     norm = set_parameters(norm_layer(name)(CHANNELS), mean, var, weight, bias)
     norm.eps = eps
     function = nn.Sequential(norm, nn.Hardtanh())
@@ -83,7 +86,7 @@ def random_fold(norm: nn.Module, limit: int) -> tuple[Fold, dict[str, np.ndarray
     return found, {key: v.astype(np.float32).astype(np.float64) for key, v in values.items()}
 
 
-def test_the_threshold_of_batch_norm_is_where_its_line_crosses_zero():
+def test_the_threshold_of_batch_norm_is_where_its_line_crosses_zero() -> None:
     limit = 576
     found, p = random_fold(nn.BatchNorm2d(CHANNELS), limit)
     crossing = p["mean"] - p["bias"] * np.sqrt(p["var"] + 1e-5) / p["weight"]
@@ -92,13 +95,13 @@ def test_the_threshold_of_batch_norm_is_where_its_line_crosses_zero():
     assert np.array_equal(found.first, p["weight"] < 0)
 
 
-def test_abn_has_one_threshold_two_or_none_where_silu_crosses_minus_beta():
+def test_abn_has_one_threshold_two_or_none_where_silu_crosses_minus_beta() -> None:
     limit = 3456
     found, p = random_fold(AttentionBatchNorm2d(CHANNELS), limit)
     assert found.counts.tolist() == [1, 1, 2, 2, 2, 0]
     for c, beta in enumerate(p["bias"]):
 
-        def value(x, beta=beta):
+        def value(x: float, beta: float = beta) -> float:
             return x / (1 + np.exp(-x)) + beta
 
         roots = [brentq(value, -1.2784645, 10)] if beta < 0.2784 else []
@@ -109,7 +112,7 @@ def test_abn_has_one_threshold_two_or_none_where_silu_crosses_minus_beta():
     assert found.first.tolist() == [False, False, True, True, True, True]
 
 
-def test_where_float32_cannot_hold_the_exponential_the_fold_follows_the_layer():
+def test_where_float32_cannot_hold_the_exponential_the_fold_follows_the_layer() -> None:
     """Below xhat = -88.7, silu gives -0 in float32, whose sign is +1 here; in real numbers it is -1."""
     norm = set_parameters(AttentionBatchNorm2d(1), 0.0, 1.0, 1.0, 0.0)
     found = fold(norm, 1, 200)
@@ -118,14 +121,14 @@ def test_where_float32_cannot_hold_the_exponential_the_fold_follows_the_layer():
     assert -110 < found.thresholds.tolist()[0][0] < -85
 
 
-def test_an_interval_may_hold_no_integer():
+def test_an_interval_may_hold_no_integer() -> None:
     norm = set_parameters(AttentionBatchNorm2d(1), 0.5, 0.01, 1.0, 0.27)  # the interval is about 0.03 wide
     found = fold(norm, 1, 100)
     assert found.counts.tolist() == [0]
     assert found.first.all()
 
 
-def test_a_user_s_norm_with_three_crossings_has_three_thresholds():
+def test_a_user_s_norm_with_three_crossings_has_three_thresholds() -> None:
     norm = set_parameters(CubicBatchNorm2d(1), 0.0, 100.0, 1.0, 0.1)
     found = fold(norm, 1, 50)
     roots = np.sort(np.roots([1, 0, -1, 0.1]).real) * np.sqrt(100.0 + 1e-5)
@@ -133,12 +136,12 @@ def test_a_user_s_norm_with_three_crossings_has_three_thresholds():
     assert found.first.tolist() == [False]
 
 
-def test_a_function_that_crosses_zero_all_the_time_is_not_folded():
+def test_a_function_that_crosses_zero_all_the_time_is_not_folded() -> None:
     with pytest.raises(Unfoldable, match="changes its sign 200 times, more than 32"):
         fold(lambda y: torch.cos(torch.pi * y), 1, 100)
 
 
-def test_a_value_of_exactly_zero_has_no_bit_where_sign_zero_is_zero():
+def test_a_value_of_exactly_zero_has_no_bit_where_sign_zero_is_zero() -> None:
     def function(y: Tensor) -> Tensor:
         return y - torch.tensor([0.5, 3.0]).view(1, -1, 1, 1)
 
@@ -148,7 +151,7 @@ def test_a_value_of_exactly_zero_has_no_bit_where_sign_zero_is_zero():
     assert fold(function, 2, 2, "zero").counts.tolist() == [1, 0]
 
 
-def test_a_function_that_rounds_by_position_is_not_folded():
+def test_a_function_that_rounds_by_position_is_not_folded() -> None:
     def function(y: Tensor) -> Tensor:
         return y - 0.5 + (y.size(3) > 1)  # otherwise in a map of one place
 
@@ -156,8 +159,9 @@ def test_a_function_that_rounds_by_position_is_not_folded():
         fold(function, 1, 10)
 
 
-def test_two_dimensions_are_a_linear_layer_s():
+def test_two_dimensions_are_a_linear_layer_s() -> None:
     norm = nn.BatchNorm1d(CHANNELS).eval()
+    assert norm.running_mean is not None
     with torch.no_grad():
         norm.running_mean.copy_(torch.tensor([-20.5, -3.0, 0.0, 0.25, 7.0, 99.0]))
         norm.weight.copy_(torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0, 1.0]))
@@ -168,7 +172,7 @@ def test_two_dimensions_are_a_linear_layer_s():
 
 
 @given(st.lists(st.integers(-20, 20), unique=True, max_size=4), st.booleans())
-def test_a_negated_fold_decides_the_negated_integers(thresholds, first):
+def test_a_negated_fold_decides_the_negated_integers(thresholds: list[int], first: bool) -> None:
     limit = 21
     found = Fold(np.array([first, first]), np.array([sorted(thresholds)] * 2, np.int32).reshape(2, -1), limit)
     y = np.arange(-limit, limit + 1)[:, None].repeat(2, 1)
@@ -178,7 +182,7 @@ def test_a_negated_fold_decides_the_negated_integers(thresholds, first):
 
 
 @given(st.lists(st.lists(st.integers(-9, 9), unique=True, max_size=2), min_size=1, max_size=6), st.data())
-def test_two_thresholds_at_most_are_an_interval(thresholds, data):
+def test_two_thresholds_at_most_are_an_interval(thresholds: list[list[int]], data: st.DataObject) -> None:
     first = np.array([data.draw(st.booleans()) for _ in thresholds])
     padded = np.array([[*sorted(row), 11, 11][:2] for row in thresholds], np.int32)
     found = Fold(first, padded, 10)

@@ -1,5 +1,7 @@
 """What is folded and what is not, and why."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ def paper() -> Graph:
     return trace(trained(resnet18_paper, "abn", width=0.25), 16)
 
 
-def test_a_layer_behind_real_weights_or_a_real_shortcut_stays_real(paper):
+def test_a_layer_behind_real_weights_or_a_real_shortcut_stays_real(paper: Graph) -> None:
     found = reasons(paper)
     assert found["layer1.0.conv1"] == "stem.conv has real weights"
     assert found["layer1.0.conv2"] is None
@@ -35,19 +37,19 @@ def test_a_layer_behind_real_weights_or_a_real_shortcut_stays_real(paper):
     ]
 
 
-def test_operations_that_nothing_reads_any_more_are_left_out(paper):
+def test_operations_that_nothing_reads_any_more_are_left_out(paper: Graph) -> None:
     ops = [node.op for node in paper.nodes]
     assert ops.count("binary") == len(paper.layers) == 14
     assert ops.count("threshold") == 6
     assert ops.count("silu") == 1 + 2 + 2 + 1 + 2 - 1 + 1  # stem, norm2 of five blocks, two shortcuts
 
 
-def test_iebn_reads_the_whole_map():
+def test_iebn_reads_the_whole_map() -> None:
     found = reasons(trace(trained(resnet18_paper, "iebn", width=0.25), 16))
     assert found["layer1.0.conv2"] == "aten.mean.dim reads more than one place of a map"
 
 
-def test_a_network_is_left_as_it_was():
+def test_a_network_is_left_as_it_was() -> None:
     network = trained(binarynet, "abn")
     x = NORMALIZATION(images(4))
     before = network(x)
@@ -58,14 +60,14 @@ def test_a_network_is_left_as_it_was():
     assert all(layer.product is None for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear))
 
 
-def test_a_bias_that_a_norm_does_not_take_back_stays_real():
+def test_a_bias_that_a_norm_does_not_take_back_stays_real() -> None:
     network = trained(binarynet, "bn")
     restore_biases_(network, {"layer2.conv.bias": torch.zeros(1)})
     nn.init.constant_(network.layer2[0].bias, 0.3)
     assert reasons(trace(network, 16))["layer3.conv"] == "layer2.conv has a bias"
 
 
-def test_zero_weights_and_zero_values_are_no_bits():
+def test_zero_weights_and_zero_values_are_no_bits() -> None:
     network = trained(binarynet, "bn", binarization=Binarization(sign_zero="zero"))
     network.layer2.norm.running_mean.zero_()
     network.layer2.norm.bias.zero_()
@@ -90,7 +92,7 @@ class Odd(nn.Module):
 
 
 class Between(nn.Module):
-    def __init__(self, function) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
 
@@ -112,7 +114,9 @@ class Between(nn.Module):
         (lambda x: F.avg_pool2d(x, 2) - 0.1, "aten.avg_pool2d.default reads more than one place of a map"),
     ],
 )
-def test_what_stands_between_may_be_any_function_of_single_values(function, reason):
+def test_what_stands_between_may_be_any_function_of_single_values(
+    function: Callable[[Tensor], Tensor], reason: str | None
+) -> None:
     network = Odd(Between(function)).eval().requires_grad_(False)
     graph = trace(network, 16)
     layer = graph.layers[1]
@@ -125,12 +129,13 @@ def test_what_stands_between_may_be_any_function_of_single_values(function, reas
         sums = network.first(x)
         if threshold.inputs[0].op == "max_pool":
             sums = F.max_pool2d(sums, 2)
+        assert layer.fold is not None
         bits = torch.from_numpy(layer.fold.signs(sums.to(torch.int32).numpy()))
         bits = bits if bits.shape[-1] == 8 else F.max_pool2d(bits.float(), 2).bool()
         assert torch.equal(bits, network.between(network.first(x)) >= 0)
 
 
-def test_what_cannot_be_exported_is_refused():
+def test_what_cannot_be_exported_is_refused() -> None:
     with pytest.raises(ConfigError, match="ends in a binary layer"):
         trace(nn.Sequential(BinaryConv2d(3, 4, 3), nn.Flatten(), BinaryLinear(4 * 14 * 14, 6)), 16)
     with pytest.raises(ConfigError, match=r"aten.gelu.default stays real"):

@@ -1,6 +1,8 @@
 """The file in ONNX Runtime: every bit and logit against torch, and that the comparison finds what is wrong."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,7 +48,7 @@ def check(network: nn.Module, graph: Graph, engine: Engine) -> Verification:
         (resnet18_paper, "bn", {"width": 0.5}),
     ],
 )
-def test_the_file_decides_as_torch_does(build, norm, options):
+def test_the_file_decides_as_torch_does(build: Callable[..., nn.Module], norm: str, options: dict[str, Any]) -> None:
     network = trained(build, norm, **options)
     graph = trace(network, 16)
     writer = Writer(graph)
@@ -68,7 +70,7 @@ def test_the_file_decides_as_torch_does(build, norm, options):
     assert {node.domain for node in onnx.load_from_string(content).graph.node} == {""}
 
 
-def test_weights_are_a_bit_each_in_the_file():
+def test_weights_are_a_bit_each_in_the_file() -> None:
     network = trained(binarynet, "abn", width=0.25)
     binary = sum(m.weight.numel() for m in network.modules() if isinstance(m, BinaryConv2d | BinaryLinear))
     model = Writer(trace(network, 16)).model(NORMALIZATION, {})
@@ -78,16 +80,17 @@ def test_weights_are_a_bit_each_in_the_file():
 
 
 @pytest.fixture(scope="module")
-def paper() -> tuple[nn.Module, Graph]:
+def paper() -> tuple[Any, Graph]:
     """A network whose signs are decided in both ways."""
     network = trained(resnet18_paper, "abn", width=0.5)
     return network, trace(network, 16)
 
 
-def test_a_threshold_that_is_off_by_two_is_found(paper):
+def test_a_threshold_that_is_off_by_two_is_found(paper: tuple[Any, Graph]) -> None:
     network, graph = paper
     layer = next(layer for layer in graph.layers if layer.fold is not None)
     fold = layer.fold
+    assert fold is not None
     original = layer.node.inputs[0].options["fold"]
     channel = int(np.argmax((fold.counts == 1) & (np.abs(fold.thresholds[:, 0]) < 5)))
     moved = fold.thresholds.copy()
@@ -102,7 +105,7 @@ def test_a_threshold_that_is_off_by_two_is_found(paper):
         layer.node.inputs[0].options["fold"] = original
 
 
-def flipping(engine: Engine, layer: str, which) -> Engine:
+def flipping(engine: Engine, layer: str, which: Callable[[np.ndarray], Any]) -> Engine:
     """An engine that reports other bits of a layer: those that `which` says of (image, ...)."""
 
     def run(batch: np.ndarray) -> Answer:
@@ -115,7 +118,7 @@ def flipping(engine: Engine, layer: str, which) -> Engine:
     return run
 
 
-def test_a_sign_that_rounding_does_not_explain_is_found(paper):
+def test_a_sign_that_rounding_does_not_explain_is_found(paper: tuple[Any, Graph]) -> None:
     network, graph = paper
 
     def one_of_image_5(bits: np.ndarray) -> np.ndarray:
@@ -127,7 +130,7 @@ def test_a_sign_that_rounding_does_not_explain_is_found(paper):
         check(network, graph, flipping(engine_of(graph), "layer1.0.conv1", one_of_image_5))
 
 
-def test_a_wrong_logit_is_found(paper):
+def test_a_wrong_logit_is_found(paper: tuple[Any, Graph]) -> None:
     network, graph = paper
     engine = engine_of(graph)
 
@@ -139,11 +142,13 @@ def test_a_wrong_logit_is_found(paper):
         check(network, graph, run)
 
 
-def test_signs_within_rounding_and_what_they_change_are_counted(paper, monkeypatch):
+def test_signs_within_rounding_and_what_they_change_are_counted(
+    paper: tuple[Any, Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With rounding a thousand times as coarse, an engine may decide many values near zero the other way."""
     network, graph = paper
     monkeypatch.setattr(verification, "UNIT", 1000 * verification.UNIT)
-    values = {}
+    values: dict[str, Tensor] = {}
     network.layer1[0].conv1.register_forward_pre_hook(lambda _, inputs: values.update(stem=inputs[0].clone()))
     network(NORMALIZATION(images(COUNT)))
     near = np.abs(values["stem"].numpy()) < 1e-4
@@ -164,7 +169,9 @@ def test_signs_within_rounding_and_what_they_change_are_counted(paper, monkeypat
     assert found.images_with_differences == near.any((1, 2, 3)).sum()
 
 
-def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(paper, monkeypatch):
+def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(
+    paper: tuple[Any, Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model as it is may decide a value near zero otherwise than the one that shows its bits."""
     network, graph = paper
     x = NORMALIZATION(images(COUNT))
@@ -198,7 +205,9 @@ def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(paper, mo
     # Each of the three real convolutions in the shortcuts of resnet18 may add up the worst of all its inputs.
     [(resnet18, "abn", 1e-2), (resnet18_paper, "iebn", 1e-4), (vgg_small, "tanh", 1e-4)],
 )
-def test_bounds_hold_for_other_orders_of_addition_and_are_tight(build, norm, tightness):
+def test_bounds_hold_for_other_orders_of_addition_and_are_tight(
+    build: Callable[..., nn.Module], norm: str, tightness: float
+) -> None:
     """Values against the same network in float64; bounds against float32 in maps laid out in two ways."""
     network = trained(build, norm)
     graph = trace(network, 16)

@@ -7,6 +7,7 @@ results/faults/report.md and report.csv.
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         entry[0] += tried
         entry[1] += lost
     ACCOUNTS.unlink()
-    rows = [[*key, tried, tried - lost, lost] for key, (tried, lost) in total.items()]
+    rows: list[list[Any]] = [[*key, tried, tried - lost, lost] for key, (tried, lost) in total.items()]
     rows.sort(key=lambda row: (PARTS.index(row[0]), row[1]))
     header = ["part", "fault", "tried", "survived", "lost"]
     with open(RESULTS / "report.csv", "w", newline="") as file:

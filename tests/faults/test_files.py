@@ -16,7 +16,7 @@ from abn_exp.report import build as report
 from abn_exp.results import find_runs, load_network, load_runs, read_checkpoint, read_metrics
 from abn_exp.training.callbacks import append_line
 from abn_exp.training.checkpoints import usable_checkpoint
-from tests.helpers.cli import Cli, until
+from tests.helpers.cli import Cli, appears, until
 from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 
@@ -103,7 +103,7 @@ def not_whole(folder: Path) -> list[str]:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Return a function that mounts a small file system, where that is allowed."""
-    mounted = []
+    mounted: list[Path] = []
 
     def mount(options: str) -> Path:
         folder = tmp_path / f"disk{len(mounted)}"
@@ -320,7 +320,7 @@ def test_a_network_of_another_configuration_is_refused(whole: Path, tmp_path: Pa
 def test_two_processes_on_one_run(cli: Cli, tmp_path: Path, account: Account) -> None:
     words = [*SMALL, "recipe.epochs=5000", f"results_dir={tmp_path}"]
     first = cli.start(*words)
-    assert until(lambda: list(tmp_path.rglob("last.ckpt"))), first.err.read_text()
+    assert until(appears(tmp_path, "last.ckpt")), first.err.read_text()
     lost = []
     for more in ([], ["force=true"]):
         second = cli.run(*words, *more)

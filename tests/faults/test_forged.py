@@ -7,7 +7,7 @@ import ast
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def whole(cli: Cli, images: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 CALL = "!!python/object/apply:pickle.loads [!!python/bytes {}]\n"
-IN_RUN = {
+IN_RUN: dict[str, Callable[[bytes], bytes]] = {
     "last.ckpt": bytes,
     "last.ckpt, in torch's archive": checkpoint_of,
     "best.ckpt": bytes,

@@ -362,27 +362,27 @@ def test_forged_converted_data(tmp_path: Path, account: Account, kind: str) -> N
 # --- Pickles ---
 
 
-def write(name: str) -> Callable[[Path, bytes], object]:
-    return lambda root, pickled: (root / name).write_bytes(pickled)
+def write(name: str) -> Callable[[bytes, Path], object]:
+    return lambda pickled, root: (root / name).write_bytes(pickled)
 
 
-def put_object_array(root: Path, pickled: bytes) -> None:
+def put_object_array(pickled: bytes, root: Path) -> None:
     put_npz(root, {"train_images": npy("'|O'", "(4,)", pickled)})
 
 
-def put_pickled_image(root: Path, pickled: bytes) -> None:
+def put_pickled_image(pickled: bytes, root: Path) -> None:
     for part, name in ((part, name) for part in ("train", "test") for name in ("ant", "bee")):
         (root / "images" / part / name).mkdir(parents=True)
         (root / "images" / part / name / "x.png").write_bytes(pickled)
 
 
-def in_cifar(member: str) -> Callable[[Path, bytes], object]:
-    return lambda root, pickled: write("cifar-10-python.tar.gz")(root, cifar10(**{member: pickled}))
+def in_cifar(member: str) -> Callable[[bytes, Path], object]:
+    return lambda pickled, root: write("cifar-10-python.tar.gz")(cifar10(None, **{member: pickled}), root)
 
 
 # Where in data a pickle can lie in wait: the data set, what is said, whether the checksum is the catalog's, how it
 # comes there.
-IN_DATA: dict[str, tuple[str, str, bool, Callable[[Path, bytes], object]]] = {
+IN_DATA: dict[str, tuple[str, str, bool, Callable[[bytes, Path], object]]] = {
     "CIFAR's data_batch_1, known": (
         "cifar10",
         "cannot be read: it asks for",
@@ -410,8 +410,9 @@ def test_a_pickle_in_data_is_not_executed(tmp_path: Path, account: Account, plac
     marker, lost = tmp_path / "marker", []
     for number, (kind, pickled) in enumerate(payloads(marker).items()):
         folder = tmp_path / str(number)
-        shape = {"folder": {"path": folder / "inner/case/data/images", "image_size": 8}, "tinyimagenet": TINY_SHAPE}
-        found = complaints(folder, name, partial(put, pickled=pickled), said, known=known, shape=shape.get(name))
+        images = {"path": folder / "inner/case/data/images", "image_size": 8}
+        shape = images if name == "folder" else TINY_SHAPE if name == "tinyimagenet" else None
+        found = complaints(folder, name, partial(put, pickled), said, known=known, shape=shape)
         lost += [f"{kind}: {line}" for line in [*found, *(["executed"] if marker.exists() else [])]]
     account("hostile", "a pickle that executes code in place of data, images, configuration", number + 1, lost)
 

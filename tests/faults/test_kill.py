@@ -5,11 +5,12 @@ import random
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import FORKED_WORKERS, Cli, until
+from tests.helpers.cli import FORKED_WORKERS, Cli, appears, until
 from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 SHARES = 2
@@ -108,11 +109,15 @@ def test_sweep_killed_between_its_runs(cli: Cli, tmp_path: Path, account: Accoun
         done = cli.run(*words, cwd=tmp_path)
         if done.code != 0 or first.stat().st_mtime_ns != before:
             lost.append(f"{moment}: exit code {done.code}, or a finished run was run again: {done.err}")
-        for seed in ("seed-0", "seed-1"):
-            lost += differences(next((tmp_path / "whole").rglob(seed)), next(folder.rglob(seed)))
+        for name in ("seed-0", "seed-1"):
+            lost += differences(next((tmp_path / "whole").rglob(name)), next(folder.rglob(name)))
         if len(next(folder.rglob("runs.csv")).read_text().splitlines()) != 3:
             lost.append(f"{moment}: the report lacks a run")
     account("kill", "SIGKILL between two runs of a sweep and in its report", len(moments), lost)
+
+
+def goes_on(log: Path) -> bool:
+    return "going on from" in log.read_text()
 
 
 @pytest.mark.parametrize("sweep", [False, True])
@@ -123,7 +128,7 @@ def test_asked_to_stop(cli: Cli, tmp_path: Path, account: Account, sweep: bool) 
         words = ["-m", "seed=0,1"] if sweep else []
         words += [*SMALL, "recipe.epochs=5000", f"results_dir={folder}"]
         started = cli.start(*words, cwd=tmp_path, inject=FORKED_WORKERS)
-        assert until(lambda folder=folder: list(folder.rglob("previous-last.ckpt"))), started.err.read_text()
+        assert until(appears(folder, "previous-last.ckpt")), started.err.read_text()
         os.kill(started.pid, sent)
         done = cli.wait(started)
         name = signal.Signals(sent).name
@@ -139,7 +144,7 @@ def test_asked_to_stop(cli: Cli, tmp_path: Path, account: Account, sweep: bool) 
             lost.append(f"{name}: something else was done")
         resumed = cli.start(*words, cwd=tmp_path, inject=FORKED_WORKERS)
         log = next(folder.rglob("train.log"))
-        if not until(lambda log=log: "going on from" in log.read_text()):
+        if not until(partial(goes_on, log)):
             lost.append(f"{name}: it does not go on: {resumed.err.read_text()}")
         os.kill(resumed.pid, signal.SIGKILL)
         cli.wait(resumed)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from abn_exp.results import read_metrics
-from tests.helpers.cli import Cli, until
+from tests.helpers.cli import Cli, appears, until
 from tests.helpers.faults import FULL, SMALL, Account, differences
 from tests.helpers.runs import REPOSITORY
 
@@ -262,7 +262,7 @@ def test_wandb_sync_of_a_run_killed_offline(cli: Cli, tmp_path: Path, server: Se
 def test_a_server_that_goes_away(cli: Cli, tmp_path: Path, server: Server) -> None:
     words = [*SIX, f"results_dir={tmp_path / 'results'}", f"wandb.dir={tmp_path}"]
     started = cli.start(*words, env=server.env, inject=f"{QUICK}\n{SLOW}")
-    assert until(lambda: list((tmp_path / "results").rglob("metrics.jsonl")))
+    assert until(appears(tmp_path / "results", "metrics.jsonl"))
     server.kill()
     done = cli.wait(started)
     assert done.code == 0, done.err

@@ -109,6 +109,11 @@ class Cli:
         self.process.stdout.close()
 
 
+def appears(folder: Path, pattern: str) -> Callable[[], list[Path]]:
+    """Return a function that lists the files of that name below a folder, to wait for."""
+    return lambda: list(folder.rglob(pattern))
+
+
 def until(condition: Callable[[], object], seconds: float = 60) -> bool:
     """Wait for a condition; return whether it came true in time."""
     deadline = time.monotonic() + seconds

@@ -39,7 +39,7 @@ def norm_layer(name: str) -> Callable[[int], nn.Module]:
     return instantiate(yaml.safe_load((REPOSITORY / f"conf/norm/{name}.yaml").read_text()))
 
 
-def trained(build: Callable[..., nn.Module], norm: str, **options: Any) -> nn.Module:
+def trained(build: Callable[..., nn.Module], norm: str, **options: Any) -> Any:
     """Return a small network for 16 x 16 images, with random parameters of norms and statistics of random images."""
     torch.manual_seed(0)
     network = build(5, 16, norm_layer(norm), **{"width": 0.0625, **options})
@@ -55,6 +55,7 @@ def trained(build: Callable[..., nn.Module], norm: str, **options: Any) -> nn.Mo
             network.train()(NORMALIZATION(images(32)))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # a few channels are constant, as hardly any of a trained network
+            assert module.running_var is not None
             module.running_var.clamp_(min=0.05)
     return network.eval().requires_grad_(False)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from filelock import FileLock
@@ -16,6 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from abn_exp.identity import RunPlan, plan_run
 
 REPOSITORY = Path(__file__).parents[2]
+
+WEIGHTS: tuple[Literal["last", "best"], ...] = ("last", "best")
 
 # A run of a few seconds: 200 of the embedded images, a network of 8 channels.
 TINY = ["dataset.train_images=200", "model.width=0.0625", "recipe.epochs=2", "recipe.batch_size=32"]

@@ -51,7 +51,7 @@ def two_steps(config: Config) -> str:
 def two_conventional_steps() -> str:
     """The benchmark's conventional network, in the memory format in which it can be asked for."""
     network: nn.Module = conventional(resnet18_paper(10, 32, Norm, width=NARROWEST))
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     for _ in range(2):
         network(torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward(retain_graph=True)
     return "trained"

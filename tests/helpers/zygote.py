@@ -87,7 +87,7 @@ def run(job: dict[str, Any]) -> int:
     import atexit
     import threading
 
-    threading._shutdown()  # what the interpreter does at its end
+    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does at its end
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -39,6 +39,7 @@ def test_a_norm_may_end_in_what_keeps_its_output_for_the_gradient(model: str) ->
         network(images).square().sum().backward()
     for (name, ours), theirs in zip(plain.named_parameters(), copied.parameters(), strict=True):
         assert ours.grad is not None
+        assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad), name
 
 

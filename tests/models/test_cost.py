@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -9,20 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from abn_exp import models
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
-from abn_exp.models.cost import summarize
+from abn_exp.models.cost import LayerSummary, summarize
 from abn_exp.norm import AttentionBatchNorm2d
 
 
-def on_meta(name, image_size=32, num_classes=10, **arguments):
+def on_meta(name: str, image_size: int = 32, num_classes: int = 10, **arguments: Any) -> Any:
     with torch.device("meta"):
         return getattr(models, name)(num_classes, image_size, AttentionBatchNorm2d, **arguments)
 
 
-def macs(layer):
+def macs(layer: LayerSummary) -> tuple[int, int]:
     return layer.binary_macs, layer.real_macs
 
 
-def test_a_network_counted_by_hand():
+def test_a_network_counted_by_hand() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False),  # 108 weights, 8 x 8 positions
         AttentionBatchNorm2d(4),  # 4 shifts
@@ -53,13 +54,13 @@ def test_a_network_counted_by_hand():
     }
 
 
-def test_bits_are_packed_into_whole_bytes():
+def test_bits_are_packed_into_whole_bytes() -> None:
     assert summarize(nn.Sequential(BinaryConv2d(3, 1, 1)), 4).totals["bytes_packed"] == 1
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
 @pytest.mark.parametrize("name", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
-def test_macs_are_half_of_what_torch_counts(name, image_size):
+def test_macs_are_half_of_what_torch_counts(name: str, image_size: int) -> None:
     network = on_meta(name, image_size)
     with FlopCounterMode(display=False) as counter:
         network.eval()(torch.zeros(1, 3, image_size, image_size, device="meta"))
@@ -73,7 +74,7 @@ def test_macs_are_half_of_what_torch_counts(name, image_size):
     ("name", "gmacs", "real_gmacs", "binary"),
     [("binarynet", 4.550, 0.011, 36_421_632), ("resnet18_paper", 0.6576, 0.0022, 4_326_400)],
 )
-def test_the_published_networks(name, gmacs, real_gmacs, binary):
+def test_the_published_networks(name: str, gmacs: float, real_gmacs: float, binary: int) -> None:
     totals = summarize(on_meta(name), 32).totals
     assert (totals["binary_macs"] + totals["real_macs"]) / 1e9 == pytest.approx(gmacs, abs=5e-4)
     assert totals["real_macs"] / 1e9 == pytest.approx(real_gmacs, abs=5e-4)
@@ -81,9 +82,9 @@ def test_the_published_networks(name, gmacs, real_gmacs, binary):
     assert totals["bytes_packed"] == binary // 8 + 4 * (totals["total"] - binary)
 
 
-def test_summarize_leaves_no_trace():
+def test_summarize_leaves_no_trace() -> None:
     network = models.vgg_small(10, 16, nn.BatchNorm2d, width=0.1)
-    network.layer2.eval()
+    network.get_submodule("layer2").eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     flags = [module.training for module in network.modules()]
     rng = torch.get_rng_state()
@@ -94,7 +95,7 @@ def test_summarize_leaves_no_trace():
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_summarize_restores_the_network_after_an_error():
+def test_summarize_restores_the_network_after_an_error() -> None:
     network = models.vgg_small(10, 16, nn.BatchNorm2d, width=0.1)
     with pytest.raises(RuntimeError):
         summarize(network, 32)
@@ -102,7 +103,7 @@ def test_summarize_restores_the_network_after_an_error():
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_table_shows_every_layer_and_the_totals():
+def test_table_shows_every_layer_and_the_totals() -> None:
     console = Console(width=110, record=True, file=io.StringIO())
     summary = summarize(on_meta("binarynet"), 32)
     console.print(summary.table())
@@ -116,7 +117,7 @@ def test_table_shows_every_layer_and_the_totals():
 
 
 @pytest.mark.parametrize("name", ["binarynet", "vgg_small", "resnet18", "resnet18_paper"])
-def test_table_fits_a_terminal_of_80_columns(name):
+def test_table_fits_a_terminal_of_80_columns(name: str) -> None:
     console = Console(width=200)
     table = summarize(on_meta(name), 32).table()
     assert Measurement.get(console, console.options, table).maximum <= 80

@@ -7,15 +7,18 @@ import runpy
 import shutil
 import time
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from abn_exp.report.build import build_report, print_report, write_report
-from abn_exp.report.comparisons import collect_cells, compare_cells
+from abn_exp.report.comparisons import Comparison, collect_cells, compare_cells
 from abn_exp.report.figures import NORM_STYLES, norm_styles
 from abn_exp.report.spread import pairs_needed
+from abn_exp.report.tables import Report
 from abn_exp.results import find_runs
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 from tests.helpers.runs import REPOSITORY
@@ -25,23 +28,23 @@ SCRIPT = REPOSITORY / "scripts" / "report.py"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     return study(tmp_path / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of a report's time, where a test is about its text."""
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
     monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
-def only(report):
+def only(report: Report) -> Comparison:
     (comparison,) = report.comparisons
     return comparison
 
 
-def test_cells_hold_scores_by_seed_and_reasons(folder):
+def test_cells_hold_scores_by_seed_and_reasons(folder: Path) -> None:
     directory = start_run(folder, "abn", 5)
     (directory / "FAILED").write_text("diverged: the loss is nan in epoch 4")
     start_run(folder, "abn", 6)
@@ -56,14 +59,14 @@ def test_cells_hold_scores_by_seed_and_reasons(folder):
     np.testing.assert_allclose(abn.sample("test_acc", [0, 5]), [70.8, np.nan])
 
 
-def judged(folder, **options):
+def judged(folder: Path, **options: Any) -> tuple[str, str]:
     """Return the verdict on the only difference of means, and its sentence."""
     report = build_report(folder, **options)
     c = only(report)
     return c.mean.verdict, report.mean_sentence(c.cell, c.mean, report.reference)
 
 
-def test_a_clear_difference_is_better_in_the_numbers_of_scipy(folder):
+def test_a_clear_difference_is_better_in_the_numbers_of_scipy(folder: Path) -> None:
     verdict, sentence = judged(folder)
     assert verdict == "better"
     # mean 0.94 points, std 0.1817: 0.94 +- 2.7764 * 0.1817 / sqrt(5), t = 11.57, p = 0.000318
@@ -73,13 +76,13 @@ def test_a_clear_difference_is_better_in_the_numbers_of_scipy(folder):
     )
 
 
-def test_the_same_numbers_the_other_way_round_are_worse(folder):
+def test_the_same_numbers_the_other_way_round_are_worse(folder: Path) -> None:
     verdict, sentence = judged(folder, reference="abn")
     assert verdict == "worse"
     assert "bn - abn is -0.94 points (95 % interval -1.17 to -0.71" in sentence
 
 
-def test_a_difference_within_the_noise_is_undecided_and_it_is_said_what_would_decide(tmp_path):
+def test_a_difference_within_the_noise_is_undecided_and_it_is_said_what_would_decide(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": [0.71, 0.70, 0.72, 0.71, 0.72]})
     verdict, sentence = judged(tmp_path)
     assert verdict == "undecided"
@@ -90,7 +93,7 @@ def test_a_difference_within_the_noise_is_undecided_and_it_is_said_what_would_de
     assert sentence.endswith(f"equivalence, where there is no difference, {j.seeds_for_equivalence}.")
 
 
-def test_a_small_and_certain_difference_is_equivalent_and_says_so(tmp_path):
+def test_a_small_and_certain_difference_is_equivalent_and_says_so(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": [b + d for b, d in zip(BN, [0.002, 0.001, 0.0015, 0.002, 0.001], strict=True)]})
     verdict, sentence = judged(tmp_path)
     assert verdict == "equivalent"
@@ -99,7 +102,7 @@ def test_a_small_and_certain_difference_is_equivalent_and_says_so(tmp_path):
     assert sentence.endswith("; higher, by less than 0.5 points (p = 0.0026).")
 
 
-def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path):
+def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path: Path) -> None:
     barely = [0.701, 0.718, 0.706, 0.722, 0.722]  # differences 0.1, 0.8, 0.1, 0.7, 0.2: t = 2.5, p = 0.068
     above = [0.703, 0.716, 0.707, 0.721, 0.722]  # 0.3, 0.6, 0.2, 0.6, 0.2: t = 4.1, p = 0.014
     study(tmp_path / "one", {"bn": BN, "abn": above})
@@ -113,12 +116,12 @@ def test_holm_withdraws_what_many_comparisons_find_by_chance(tmp_path):
     assert "uncorrected 95 % interval 0.13 to 0.63" in report.mean_sentence(report.comparisons[2].cell, j, "bn")
 
 
-def spread_of(report):
+def spread_of(report: Report) -> tuple[str, str]:
     c = only(report)
     return c.spread.verdict, report.spread_sentence(c.cell, c.spread, report.reference)
 
 
-def test_five_seeds_never_decide_on_spread(tmp_path):
+def test_five_seeds_never_decide_on_spread(tmp_path: Path) -> None:
     study(tmp_path, {"bn": [0.69, 0.70, 0.71, 0.72, 0.73], "abn": [0.705, 0.71, 0.715, 0.72, 0.725]})
     verdict, sentence = spread_of(build_report(tmp_path))
     assert verdict == "undecided"
@@ -127,7 +130,7 @@ def test_five_seeds_never_decide_on_spread(tmp_path):
     assert sentence.endswith(f"undecided, the test needs 10 pairs; {takes}")
 
 
-def test_spread_is_decided_where_the_seeds_suffice(tmp_path):
+def test_spread_is_decided_where_the_seeds_suffice(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     narrow, wide = 0.7 + 0.002 * rng.standard_normal(25), 0.7 + 0.01 * rng.standard_normal(25)
     study(tmp_path, {"bn": wide.tolist(), "abn": narrow.tolist()})
@@ -139,7 +142,7 @@ def test_spread_is_decided_where_the_seeds_suffice(tmp_path):
 
 
 @pytest.mark.parametrize("accuracies", [[], [0.7], [0.701, 0.711, 0.706, 0.716, 0.721], BN])
-def test_too_little_to_compare_is_said_and_never_a_warning(accuracies, tmp_path):
+def test_too_little_to_compare_is_said_and_never_a_warning(accuracies: list[float], tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": accuracies})
     if not accuracies:
         start_run(tmp_path, "abn", 0)
@@ -152,7 +155,7 @@ def test_too_little_to_compare_is_said_and_never_a_warning(accuracies, tmp_path)
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_report_says_what_is_missing_and_why(folder):
+def test_report_says_what_is_missing_and_why(folder: Path) -> None:
     shutil.rmtree(folder / "digits/binarynet/abn/fixed/seed-4")
     (start_run(folder, "bn", 5) / "FAILED").write_text("OutOfMemoryError: 2 GB | wanted\nmore")
     write_report(folder)
@@ -175,7 +178,7 @@ def test_report_says_what_is_missing_and_why(folder):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder, tmp_path):
+def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder: Path, tmp_path: Path) -> None:
     write_report(folder)
     assert "peeking" not in (folder / "report.md").read_text()
     for seed in range(2):
@@ -186,7 +189,7 @@ def test_peak_on_the_test_set_is_shown_only_where_it_was_recorded(folder, tmp_pa
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_only_equal_dataset_model_and_variant_are_compared(tmp_path):
+def test_only_equal_dataset_model_and_variant_are_compared(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, dataset="cifar10")
     study(tmp_path, {"abn": BN}, variant="fixed-lr-0.5")
@@ -201,7 +204,7 @@ def test_only_equal_dataset_model_and_variant_are_compared(tmp_path):
     assert {row["variant"] for row in table_rows(section(text, "Test accuracy (%)"))} == {"fixed", "fixed-lr-0.5"}
 
 
-def test_without_the_reference_norm_there_is_no_comparison(tmp_path):
+def test_without_the_reference_norm_there_is_no_comparison(tmp_path: Path) -> None:
     study(tmp_path, {"abn": BN})
     report = write_report(tmp_path)
     assert report.comparisons == []
@@ -215,13 +218,13 @@ def test_without_the_reference_norm_there_is_no_comparison(tmp_path):
     assert text.count("No comparison of norms: the reference norm bn was not run.") == text.count("No comparison") > 0
 
 
-def everything_in(folder):
+def everything_in(folder: Path) -> dict[str, bytes]:
     names = ["report.md", "report.csv", "runs.csv", "report.tex"]
     files = [folder / name for name in names] + sorted((folder / "figures").iterdir())
     return {file.name: file.read_bytes() for file in files}
 
 
-def test_written_twice_and_elsewhere_it_is_byte_for_byte_the_same(folder, tmp_path):
+def test_written_twice_and_elsewhere_it_is_byte_for_byte_the_same(folder: Path, tmp_path: Path) -> None:
     write_report(folder)
     first = everything_in(folder)
     assert {
@@ -235,7 +238,7 @@ def test_written_twice_and_elsewhere_it_is_byte_for_byte_the_same(folder, tmp_pa
     assert everything_in(elsewhere) == first
 
 
-def test_figures_are_embedded_relatively_and_stale_ones_removed(folder):
+def test_figures_are_embedded_relatively_and_stale_ones_removed(folder: Path) -> None:
     write_report(folder)
     embedded = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
     assert embedded == [f"figures/{name}.png" for name in ("learning_curves", "seeds", "differences", "spreads")]
@@ -245,7 +248,7 @@ def test_figures_are_embedded_relatively_and_stale_ones_removed(folder):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_csv_files_hold_the_numbers(folder):
+def test_csv_files_hold_the_numbers(folder: Path) -> None:
     write_report(folder)
     runs = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
     assert [float(row["test_acc"]) for row in runs] == BN + CLEARLY_ABOVE
@@ -263,7 +266,7 @@ def test_csv_files_hold_the_numbers(folder):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
+def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn_noshift": CLEARLY_ABOVE})
     write_report(tmp_path)
     text = (tmp_path / "report.tex").read_text()
@@ -276,7 +279,7 @@ def test_latex_is_a_booktabs_table_with_escaped_text(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_question_and_command(folder):
+def test_question_and_command(folder: Path) -> None:
     assert build_report(folder).command.splitlines() == [
         f"python train.py -m dataset=digits model=binarynet norm={norm} recipe=fixed seed=0,1,2,3,4 name=claims"
         for norm in ("bn", "abn")
@@ -291,7 +294,7 @@ def test_question_and_command(folder):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_provenance_counts_what_differs(folder):
+def test_provenance_counts_what_differs(folder: Path) -> None:
     path = folder / "digits/binarynet/bn/fixed/seed-0/result.json"
     path.write_text(path.read_text().replace("2.15.0", "2.14.0"))
     (path.parent / "SHA256SUMS").unlink(missing_ok=True)
@@ -300,14 +303,14 @@ def test_provenance_counts_what_differs(folder):
     assert "- torch: 2.14.0 (1 runs), 2.15.0 (9 runs)" in (folder / "report.md").read_text()
 
 
-def test_the_same_run_in_two_studies_is_refused(tmp_path):
+def test_the_same_run_in_two_studies_is_refused(tmp_path: Path) -> None:
     study(tmp_path / "a", {"bn": BN})
     study(tmp_path / "b", {"bn": BN})
     with pytest.raises(ValueError, match="hold the same run twice; give the folder of one study"):
         build_report(tmp_path)
 
 
-def test_terminal_shows_accuracies_verdicts_and_gaps(folder, capsys):
+def test_terminal_shows_accuracies_verdicts_and_gaps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_run(folder, "abn", 5)
     print_report(build_report(folder), Console(width=300))
     out = capsys.readouterr().out
@@ -317,7 +320,7 @@ def test_terminal_shows_accuracies_verdicts_and_gaps(folder, capsys):
     assert "seed 5: unfinished" in out
 
 
-def test_a_study_of_several_factors_is_readable_at_80_columns(tmp_path):
+def test_a_study_of_several_factors_is_readable_at_80_columns(tmp_path: Path) -> None:
     for estimator, epochs in product(("ste", "approxsign"), (10, 20)):
         config = f"recipe: {{epochs: {epochs}, optimizer: {{rebuild_each_epoch: false}}}}\n"
         config += f"model: {{binarization: {{activation_estimator: {estimator}}}}}\n"
@@ -330,7 +333,7 @@ def test_a_study_of_several_factors_is_readable_at_80_columns(tmp_path):
     assert len([line for line in lines if line.startswith(" digits, binarynet")]) == 4
 
 
-def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
+def test_comparison_does_not_depend_on_what_else_is_there(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     scores = {norm: (0.7 + 0.01 * rng.standard_normal(12)).tolist() for norm in ("bn", "abn", "iebn")}
     study(tmp_path, scores)
@@ -343,9 +346,9 @@ def test_comparison_does_not_depend_on_what_else_is_there(tmp_path):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("fault", ["a directory in its place", "a read-only folder"])
 def test_a_report_that_cannot_be_written_is_a_sentence_and_goes_elsewhere(
-    folder, tmp_path, capsys, monkeypatch, fault
-):
-    def read_only(path, text):
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def read_only(path: Path, text: str) -> None:
         if path.is_relative_to(folder):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         path.write_text(text)
@@ -364,7 +367,9 @@ def test_a_report_that_cannot_be_written_is_a_sentence_and_goes_elsewhere(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_path, capsys, monkeypatch):
+def test_script_writes_and_prints_or_says_in_one_sentence_why_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]
     monkeypatch.setattr("sys.argv", ["report.py", str(folder), "--reference", "abn"])
     assert main() == 0
@@ -378,7 +383,7 @@ def test_script_writes_and_prints_or_says_in_one_sentence_why_not(folder, tmp_pa
     assert len(err.splitlines()) == 1
 
 
-def test_every_norm_has_its_own_style_everywhere():
+def test_every_norm_has_its_own_style_everywhere() -> None:
     norms = [*NORM_STYLES, *(f"norm{i}" for i in range(60))]
     styles = norm_styles(norms)
     assert len({(s.color, s.marker, str(s.linestyle)) for s in styles.values()}) == len(norms)
@@ -398,7 +403,7 @@ precision: fp32
 """
 
 
-def test_runs_csv_has_a_column_for_each_option_that_varies(tmp_path, no_figures):
+def test_runs_csv_has_a_column_for_each_option_that_varies(tmp_path: Path, no_figures: None) -> None:
     for epochs, lr in ((4, 0.1), (4, 0.01), (8, 0.1)):
         config = RECORDED.format(epochs=epochs, lr=lr)
         study(tmp_path / "s", {"bn": [0.7], "abn": [0.8]}, variant=f"fixed_epochs-{epochs}_lr-{lr}", config=config)
@@ -412,7 +417,7 @@ def test_runs_csv_has_a_column_for_each_option_that_varies(tmp_path, no_figures)
     assert not {"model.width", "precision", "dataset.name", "norm._target_"} & rows[0].keys()
 
 
-def test_folders_are_compared_in_one_report(tmp_path, no_figures):
+def test_folders_are_compared_in_one_report(tmp_path: Path, no_figures: None) -> None:
     config = RECORDED.format(epochs=4, lr=0.1)
     study(tmp_path / "a", {"bn": BN}, config=config)
     study(tmp_path / "b", {"abn": CLEARLY_ABOVE}, config=config)
@@ -428,7 +433,7 @@ def test_folders_are_compared_in_one_report(tmp_path, no_figures):
 
 
 @pytest.mark.parametrize("variant", ["fixed", "fixed_by-another-name"])
-def test_the_same_run_in_two_folders_is_refused(tmp_path, variant):
+def test_the_same_run_in_two_folders_is_refused(tmp_path: Path, variant: str) -> None:
     config = RECORDED.format(epochs=4, lr=0.1)
     study(tmp_path / "a", {"bn": BN}, config=config)
     study(tmp_path / "b", {"bn": BN[:1]}, variant=variant, config=config)
@@ -436,7 +441,7 @@ def test_the_same_run_in_two_folders_is_refused(tmp_path, variant):
         build_report(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_part_of_a_data_set_is_a_cell_of_its_own(tmp_path):
+def test_a_part_of_a_data_set_is_a_cell_of_its_own(tmp_path: Path) -> None:
     """Though it has the whole one's name: as in a folder of before the number of images was recorded."""
     config = RECORDED.format(epochs=4, lr=0.1)
     study(tmp_path / "whole", {"bn": BN}, config=config)
@@ -449,12 +454,14 @@ def test_a_part_of_a_data_set_is_a_cell_of_its_own(tmp_path):
     assert [len(cell.runs) for cell in report.cells] == [5, 5]
 
 
-def test_the_script_compares_folders(tmp_path, monkeypatch, capsys, no_figures):
+def test_the_script_compares_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_figures: None
+) -> None:
     config = RECORDED.format(epochs=4, lr=0.1)
     study(tmp_path / "a", {"bn": BN}, config=config)
     study(tmp_path / "b", {"abn": CLEARLY_ABOVE}, config=config)
 
-    def script(*arguments):
+    def script(*arguments: object) -> tuple[object, Any]:
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as done:
             runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -6,7 +6,10 @@ With three pairs, t has two degrees of freedom and p = 1 - t / sqrt(t^2 + 2).
 import csv
 import math
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +18,13 @@ from rich.console import Console
 from scipy import stats as st
 
 from abn_exp.report.build import build_report, print_report, write_report
-from abn_exp.report.effects import CONTRASTS
+from abn_exp.report.effects import CONTRASTS, EffectTable
 from abn_exp.report.factors import find_factors
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
     monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
@@ -29,11 +32,19 @@ def no_figures(monkeypatch):
 FAST = "fixed_norm.momentum-0.9"
 
 
-def p_of(t):
+def p_of(t: float) -> float:
     return 1 - t / math.sqrt(t**2 + 2)
 
 
-def finish(folder, norm, percents, variant="fixed", peaks=None, settings=None, **where):
+def finish(
+    folder: Path,
+    norm: str,
+    percents: Sequence[float],
+    variant: str = "fixed",
+    peaks: list[float] | None = None,
+    settings: dict[str, Any] | None = None,
+    **where: Any,
+) -> None:
     """Write finished runs, seeds 0, 1, ..., with accuracies in percent and a configuration."""
     for seed, percent in enumerate(percents):
         peak = None if peaks is None else peaks[seed] / 100
@@ -41,12 +52,12 @@ def finish(folder, norm, percents, variant="fixed", peaks=None, settings=None, *
         finish_run(folder, norm, seed, percent / 100, peak=peak, variant=variant, config=text, **where)
 
 
-def momentum(value, **recipe):
+def momentum(value: float, **recipe: Any) -> dict[str, Any]:
     return {"norm": {"momentum": value}, "recipe": {"epochs": 4, **recipe}}
 
 
 @pytest.fixture
-def crossed(tmp_path):
+def crossed(tmp_path: Path) -> Path:
     """bn loses 1, 0.5 and 1 points by momentum 0.9; abn gains 0, 1 and 0.5."""
     folder = tmp_path / "crossed"
     slow, fast = "fixed", FAST
@@ -57,11 +68,11 @@ def crossed(tmp_path):
     return folder
 
 
-def tables_of(folder):
+def tables_of(folder: Path) -> dict[str, EffectTable]:
     return {table.title: table for table in build_report(folder).effects}
 
 
-def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed):
+def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed: Path) -> None:
     table = tables_of(crossed)["Effect of norm.momentum, against 0.1"]
     assert table.header == ("dataset", "model", "norm", "norm.momentum")
     bn, abn, average = table.effects
@@ -80,7 +91,7 @@ def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed):
     assert [e.verdict for e in table.effects] == ["not better by delta", "undecided", "not better by delta"]
 
 
-def test_the_change_of_a_difference_is_a_difference_of_differences(crossed):
+def test_the_change_of_a_difference_is_a_difference_of_differences(crossed: Path) -> None:
     (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
     # abn - bn is 1, 0, 1 at momentum 0.1 and 2, 1.5, 2.5 at 0.9
     assert change.labels == ("digits", "binarynet", "abn - bn", "0.9", "+0.67", "+2.00")
@@ -94,7 +105,7 @@ def test_the_change_of_a_difference_is_a_difference_of_differences(crossed):
     assert change.judgement.mean.interval == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-5)
 
 
-def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed):
+def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed: Path) -> None:
     finish_run(crossed, "bn", 3, 0.9)
     finish_run(crossed, "abn", 3, 0.1)
     assert tables_of(crossed)["Effect of norm.momentum, against 0.1"].effects[-1].judgement.mean.n == (3, 3)
@@ -102,10 +113,10 @@ def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed)
     assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
 
 
-def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path):
+def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path: Path) -> None:
     """Scores that went through float32, as counts of 359 images: every change is one image."""
 
-    def percent(*counts):
+    def percent(*counts: int) -> list[float]:
         return [100 * float(np.float32(count / 359)) for count in counts]
 
     finish(tmp_path, "bn", percent(300, 310, 331), settings=momentum(0.1))
@@ -121,7 +132,7 @@ def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path):
     assert change.verdict == "undecided"
 
 
-def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path):
+def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path: Path) -> None:
     finish(tmp_path, "bn", [70, 71, 72], "fixed", settings=momentum(0.1, val_fraction=0.1))
     finish(tmp_path, "abn", [71, 71, 73], "fixed", settings=momentum(0.1, val_fraction=0.1))
     finish(tmp_path, "bn", [69, 70.5, 71], "fixed_val_fraction-0", settings=momentum(0.1, val_fraction=0))
@@ -133,17 +144,17 @@ def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path):
     assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
 
 
-def factors_of(*rows):
+def factors_of(*rows: tuple[str, str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """Return {factor: levels} for (norm, variant, {key: value}) rows of one data set and network."""
     settings = {("digits", "binarynet", norm, variant): keys for norm, variant, keys in rows}
     return {factor.name: factor.levels for factor in find_factors(settings)}
 
 
-def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor():
+def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor() -> None:
     assert factors_of(("bn", "fixed", {"gate": "none", "lr": 1}), ("abn", "fixed", {"gate": "full", "lr": 1})) == {}
 
 
-def test_keys_that_follow_from_the_recipe_are_the_recipe():
+def test_keys_that_follow_from_the_recipe_are_the_recipe() -> None:
     fixed = {"recipe": "fixed", "lr": 0.1, "epochs": 200, "split": 0.1}
     paper = {"recipe": "paper", "lr": 0.2, "epochs": 200, "split": 0}
     strong = {"recipe": "strong", "lr": 0.3, "epochs": 400, "split": 0.1}
@@ -153,28 +164,28 @@ def test_keys_that_follow_from_the_recipe_are_the_recipe():
     assert factors_of(*rows, *crossed) == {"recipe": ("fixed", "paper", "strong"), "lr": ("5", "0.1", "0.2", "0.3")}
 
 
-def test_keys_that_vary_together_are_one_factor_and_crossed_ones_two():
+def test_keys_that_vary_together_are_one_factor_and_crossed_ones_two() -> None:
     rows = [("bn", f"{a:02}-{b:d}", {"recipe.a": a, "recipe.b": -a, "c": b}) for a in (2, 10) for b in (False, True)]
     assert factors_of(*rows) == {"a, b": ("2, -2", "10, -10"), "c": ("false", "true")}
 
 
-def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides():
+def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides() -> None:
     default = [("bn", "fixed", {"m": 0.9}), ("bn", "fixed_m-0.1", {"m": 0.1})]
     assert factors_of(*default)["m"] == ("0.9", "0.1")
     assert factors_of(*default, ("abn", "fixed_m-0.1", {"m": 0.1}))["m"] == ("0.1", "0.9")
 
 
-def test_fp32_is_what_other_precisions_are_compared_with():
+def test_fp32_is_what_other_precisions_are_compared_with() -> None:
     rows = [(norm, f"fixed_precision-{p}", {"precision": p}) for norm in ("bn", "abn") for p in ("bf16", "fp32")]
     most = [("iebn", "fixed_precision-bf16", {"precision": "bf16"})]
     assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
 
 
-def test_variants_that_no_key_tells_apart_go_by_their_names():
+def test_variants_that_no_key_tells_apart_go_by_their_names() -> None:
     assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}
 
 
-def test_levels_are_columns_and_part_of_each_place(crossed):
+def test_levels_are_columns_and_part_of_each_place(crossed: Path) -> None:
     write_report(crossed)
     text = (crossed / "report.md").read_text()
     rows = table_rows(section(text, "Test accuracy (%)"))
@@ -185,7 +196,7 @@ def test_levels_are_columns_and_part_of_each_place(crossed):
     assert "On digits with binarynet (norm.momentum 0.9), abn - bn is +2.00 points" in text
 
 
-def test_report_shows_effects_and_their_averages_in_words(crossed, capsys):
+def test_report_shows_effects_and_their_averages_in_words(crossed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_report(write_report(crossed), Console(width=400))
     text, out = (crossed / "report.md").read_text(), capsys.readouterr().out
     body = section(text, "Effect of norm.momentum, against 0.1 (exploratory)")
@@ -202,7 +213,7 @@ def test_report_shows_effects_and_their_averages_in_words(crossed, capsys):
     assert rows[1]["where"] == "dataset digits; model binarynet; norm bn; norm.momentum 0.9"
 
 
-def test_report_without_factors_has_none_of_it(tmp_path):
+def test_report_without_factors_has_none_of_it(tmp_path: Path) -> None:
     (tmp_path / "effects.csv").write_text("of an earlier report")
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
     write_report(tmp_path)
@@ -212,7 +223,7 @@ def test_report_without_factors_has_none_of_it(tmp_path):
     assert not (tmp_path / "effects.csv").exists()
 
 
-def test_named_contrasts_are_paired_and_corrected_as_one_family(tmp_path):
+def test_named_contrasts_are_paired_and_corrected_as_one_family(tmp_path: Path) -> None:
     finish(tmp_path, "bn_noscale", [70, 71, 72])
     finish(tmp_path, "abn_forward", [69, 70.5, 71])  # -1, -0.5, -1: t = -5
     finish(tmp_path, "abn_backward", [70, 72, 72.5])  # 0, 1, 0.5: t = sqrt 3
@@ -233,7 +244,7 @@ def test_named_contrasts_are_paired_and_corrected_as_one_family(tmp_path):
     )
 
 
-def test_every_contrast_needs_both_norms_in_one_group(tmp_path):
+def test_every_contrast_needs_both_norms_in_one_group(tmp_path: Path) -> None:
     finish(tmp_path, "bn_noscale", [70, 71, 72])
     finish(tmp_path, "abn", [71, 72, 73], dataset="cifar10")
     assert build_report(tmp_path).effects == []
@@ -242,7 +253,7 @@ def test_every_contrast_needs_both_norms_in_one_group(tmp_path):
     assert len(tables_of(tmp_path)["What each part of the norm does"].effects) == len(CONTRASTS)
 
 
-def test_the_gate_as_a_two_by_two(tmp_path):
+def test_the_gate_as_a_two_by_two(tmp_path: Path) -> None:
     finish(tmp_path, "bn_noscale", [70, 71, 72])
     finish(tmp_path, "abn_forward", [71, 71.5, 73])
     finish(tmp_path, "abn_backward", [69, 71, 71])
@@ -256,12 +267,12 @@ def test_the_gate_as_a_two_by_two(tmp_path):
     assert not any("2 x 2" in title for title in tables_of(tmp_path))
 
 
-def test_the_published_pairing_is_between_two_momenta(crossed):
+def test_the_published_pairing_is_between_two_momenta(crossed: Path) -> None:
     (row,) = tables_of(crossed)["The published pairing: abn at momentum 0.9 against bn at 0.1"].effects
     assert row.judgement.mean.differences == pytest.approx([1, 1, 1.5])  # 71, 72, 73.5 against 70, 71, 72
 
 
-def test_readings_of_the_epoch_stand_beside_each_other(tmp_path):
+def test_readings_of_the_epoch_stand_beside_each_other(tmp_path: Path) -> None:
     finish(tmp_path, "bn", [70, 72], peaks=[71, 74])
     finish(tmp_path, "abn", [71, 72], peaks=[71.5, 75])
     write_report(tmp_path)
@@ -279,13 +290,13 @@ def test_readings_of_the_epoch_stand_beside_each_other(tmp_path):
     assert differences[0]["minus bn, peak on the test set"] == "+0.75 [-2.43 to 3.93]"  # 0.5 and 1
 
 
-def split_tables(text):
+def split_tables(text: str) -> list[list[str]]:
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]
     return [lines[a - 1 : b - 1] for a, b in pairwise([*starts, len(lines) + 1])]
 
 
-def test_costs_are_shown_where_norms_differ_in_them(tmp_path):
+def test_costs_are_shown_where_norms_differ_in_them(tmp_path: Path) -> None:
     finish(tmp_path, "bn", [70, 72])
     finish(tmp_path, "abn", [71, 72])
     for path in (tmp_path / "digits/binarynet/bn").rglob("result.json"):
@@ -298,7 +309,7 @@ def test_costs_are_shown_where_norms_differ_in_them(tmp_path):
     assert "bytes packed" not in bn
 
 
-def test_one_effect_over_all_cells(tmp_path):
+def test_one_effect_over_all_cells(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": CLEARLY_ABOVE})  # 0.8, 1.0, 1.1, 0.7, 1.1
     study(tmp_path, {"bn": CLEARLY_ABOVE, "abn": [a + 0.001 for a in CLEARLY_ABOVE]}, dataset="cifar10")
     study(tmp_path, {"bn": BN, "abn": [b + 0.003 for b in BN[:4]]}, dataset="cifar100")
@@ -313,19 +324,19 @@ def test_one_effect_over_all_cells(tmp_path):
     assert (row["norm"], row["cells"], row["difference (points)"]) == ("abn", "3", "+0.43")
 
 
-def test_written_twice_it_is_byte_for_byte_the_same(crossed):
+def test_written_twice_it_is_byte_for_byte_the_same(crossed: Path) -> None:
     write_report(crossed)
     first = {name: (crossed / name).read_bytes() for name in ("report.md", "report.csv", "effects.csv")}
     write_report(crossed)
     assert {name: (crossed / name).read_bytes() for name in first} == first
 
 
-def fail(folder, norm, seed, variant="fixed", settings=None):
+def fail(folder: Path, norm: str, seed: int, variant: str = "fixed", settings: dict[str, Any] | None = None) -> None:
     text = yaml.safe_dump({} if settings is None else settings)
     (start_run(folder, norm, seed, variant=variant, config=text) / "FAILED").write_text("diverged: the loss is nan")
 
 
-def test_failures_take_back_a_change_of_a_difference(crossed):
+def test_failures_take_back_a_change_of_a_difference(crossed: Path) -> None:
     """abn at momentum 0.9 alone fails in two more seeds: what speaks for it there holds only with these at chance."""
     for seed, percent in ((3, 70.0), (4, 70.5)):
         for norm, variant, value in (("bn", "fixed", 0.1), ("abn", "fixed", 0.1), ("bn", FAST, 0.9)):
@@ -348,9 +359,9 @@ def test_failures_take_back_a_change_of_a_difference(crossed):
     assert (change.judgement.failed, change.verdict) == ((2, 2), "better")
 
 
-def test_failures_take_back_an_interaction_of_the_gate(tmp_path):
-    scores = {"bn_noscale": [70, 71, 72, 70], "abn_forward": [70, 71, 72, 70], "abn_backward": [70, 71, 72, 70]}
-    for norm, percents in {**scores, "abn": [71.0, 72.1, 73.2]}.items():
+def test_failures_take_back_an_interaction_of_the_gate(tmp_path: Path) -> None:
+    equal, higher = [70.0, 71, 72, 70], [71, 72.1, 73.2]
+    for norm, percents in {"bn_noscale": equal, "abn_forward": equal, "abn_backward": equal, "abn": higher}.items():
         finish(tmp_path, norm, percents)
     title = "The gate's forward pass and its gradient, as a 2 x 2"
     assert tables_of(tmp_path)[title].effects[-1].verdict == "better"

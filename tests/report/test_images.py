@@ -12,17 +12,19 @@ from abn_exp.report import images
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
-def draw(rng, seeds, count, seed_std, image_std, norm=0.0):
+def draw(
+    rng: np.random.Generator, seeds: int, count: int, seed_std: float, image_std: float, norm: float = 0.0
+) -> np.ndarray:
     """Runs that classify an image rightly where its ease, the network's skill and luck add up above zero."""
     skill, ease = rng.normal(0, seed_std, size=(seeds, 1)), rng.normal(0.8, image_std, size=count)
     return skill + ease + norm + rng.normal(size=(seeds, count)) > 0
 
 
-def test_variance_of_a_crossed_mean_is_that_of_a_two_way_table(rng):
+def test_variance_of_a_crossed_mean_is_that_of_a_two_way_table(rng: np.random.Generator) -> None:
     x = draw(rng, 6, 40, 0.3, 1.0).astype(float)
     found = images.crossed_mean(x)
     x = 100 * x
@@ -35,10 +37,10 @@ def test_variance_of_a_crossed_mean_is_that_of_a_two_way_table(rng):
     assert found.mean == pytest.approx(x.mean())
 
 
-def test_the_interval_covers_new_seeds_and_a_new_test_set(rng):
+def test_the_interval_covers_new_seeds_and_a_new_test_set(rng: np.random.Generator) -> None:
     """A difference of two norms on the same images; the truth is a mean over very many seeds and images."""
 
-    def difference(seeds, count):
+    def difference(seeds: int, count: int) -> np.ndarray:
         skill, ease = rng.normal(0, 0.2, size=(seeds, 1)), rng.normal(0.8, 1, size=count)
         taste = rng.normal(0, 1.2, size=count)  # an image may suit one norm
         a = skill + ease + taste + rng.normal(0, 0.1, size=(seeds, 1)) + rng.normal(size=(seeds, count)) > 0
@@ -57,7 +59,7 @@ def test_the_interval_covers_new_seeds_and_a_new_test_set(rng):
     assert np.mean(by_seeds_alone) < 0.85
 
 
-def test_the_split_is_the_covariance_of_halves_averaged_over_all_of_them(rng):
+def test_the_split_is_the_covariance_of_halves_averaged_over_all_of_them(rng: np.random.Generator) -> None:
     correct = draw(rng, 7, 8, 0.8, 1.0)
     found = images.split_spread(correct)
     halves = [list(half) for half in itertools.combinations(range(8), 4)]
@@ -72,7 +74,7 @@ def test_the_split_is_the_covariance_of_halves_averaged_over_all_of_them(rng):
     assert 0 <= low < high
 
 
-def test_networks_that_are_equally_good_have_a_spread_of_the_test_set_alone(rng):
+def test_networks_that_are_equally_good_have_a_spread_of_the_test_set_alone(rng: np.random.Generator) -> None:
     alike = [images.split_spread(draw(rng, 20, 500, 0.0, 1.0)) for _ in range(100)]
     assert np.mean([s.std_of_networks**2 for s in alike]) < 0.3 * np.mean([s.std**2 for s in alike])
     different = images.split_spread(draw(rng, 200, 500, 0.5, 1.0))
@@ -80,7 +82,7 @@ def test_networks_that_are_equally_good_have_a_spread_of_the_test_set_alone(rng)
     assert different.std_of_networks == pytest.approx(endless, rel=0.12)
 
 
-def test_mcnemar_is_statsmodels(rng):
+def test_mcnemar_is_statsmodels(rng: np.random.Generator) -> None:
     a, b = draw(rng, 3, 200, 0.5, 1.0), draw(rng, 3, 200, 0.5, 1.0)
     for found, x, y in zip(images.mcnemar(a, b), a, b, strict=True):
         table = [[np.sum(x & y), np.sum(x & ~y)], [np.sum(~x & y), np.sum(~x & ~y)]]
@@ -89,14 +91,14 @@ def test_mcnemar_is_statsmodels(rng):
     assert images.mcnemar(a[:1], a[:1])[0].p == 1
 
 
-def test_agreement_by_hand():
+def test_agreement_by_hand() -> None:
     runs = [np.array([0, 1, 2, 3]), np.array([0, 1, 2, 0]), np.array([0, 1, 0, 0])]
     assert images.agreement_within(runs) == pytest.approx((3 / 4 + 2 / 4 + 3 / 4) / 3)
     assert images.agreement_between(runs[:2], runs[1:]) == pytest.approx(3 / 4)
     assert math.isnan(images.agreement_within(runs[:1]))
 
 
-def test_one_seed_has_no_interval():
+def test_one_seed_has_no_interval() -> None:
     one = np.array([[True, False, True]])
     assert math.isnan(images.crossed_mean(one).standard_error)
     assert math.isnan(images.split_spread(one).std)

@@ -3,6 +3,8 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from scipy import stats as st
 from abn_exp.errors import DamagedFile
 from abn_exp.report import build
 from abn_exp.report.build import build_report, draw, write_report
-from abn_exp.report.comparisons import collect_cells
+from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
 from abn_exp.report.tables import difference_table
@@ -21,22 +23,23 @@ from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
 
 
-def fixed(statistic="mean", delta=0.5, **primary):
+def fixed(statistic: str = "mean", delta: float = 0.5, **primary: Any) -> str:
     primary = {"norm": "abn", "reference": "bn", "datasets": None, "models": None, **primary}
     return yaml.safe_dump({"delta": delta, "primary": {**primary, "statistic": statistic}})
 
 
-def first_line(folder):
+def first_line(folder: Path) -> str:
     return (folder / "report.md").read_text().split("\n\n")[1]
 
 
-def test_what_the_runs_agree_on_was_fixed():
+def test_what_the_runs_agree_on_was_fixed() -> None:
     primary = {"norm": "abn", "reference": "bn", "datasets": ["cifar10"], "models": None, "statistic": "pooled"}
     found = fixed_before([{"delta": 0.3, "primary": primary}] * 2)
+    assert found.question is not None
     assert (found.delta, found.question.datasets, found.question.statistic) == (0.3, ["cifar10"], "pooled")
     assert found.note == "The primary comparison and delta = 0.3 points were fixed before the runs."
     assert fixed_before([{"delta": 0.3, "primary": None}]).question is None
@@ -49,7 +52,7 @@ def test_what_the_runs_agree_on_was_fixed():
     assert (mixed.delta, mixed.question) == (0.3, None)
 
 
-def test_the_verdict_on_the_primary_comparison_is_the_first_line(tmp_path):
+def test_the_verdict_on_the_primary_comparison_is_the_first_line(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed(delta=0.3))
     write_report(tmp_path)
     assert first_line(tmp_path) == (
@@ -62,7 +65,7 @@ def test_the_verdict_on_the_primary_comparison_is_the_first_line(tmp_path):
     )
 
 
-def test_the_correction_is_over_the_primary_family_alone(tmp_path):
+def test_the_correction_is_over_the_primary_family_alone(tmp_path: Path) -> None:
     barely = [0.703, 0.716, 0.707, 0.721, 0.722]  # p = 0.014
     for dataset in ("cifar10", "digits"):
         norms = {"bn": BN, "abn": barely, "iebn": barely}
@@ -76,7 +79,7 @@ def test_the_correction_is_over_the_primary_family_alone(tmp_path):
     assert [row["family"] for row in rows] == ["exploratory (3)", "exploratory (3)", "primary (1)", "exploratory (3)"]
 
 
-def test_a_pooled_and_a_spread_primary_comparison(tmp_path):
+def test_a_pooled_and_a_spread_primary_comparison(tmp_path: Path) -> None:
     for dataset in ("cifar10", "digits"):
         study(tmp_path / "pooled", {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed("pooled"), dataset=dataset)
     write_report(tmp_path / "pooled")
@@ -94,7 +97,7 @@ def test_a_pooled_and_a_spread_primary_comparison(tmp_path):
     assert first_line(tmp_path / "none") == ("**Primary comparison: abn against bn. It has no runs in this folder.**")
 
 
-def test_between_looks_there_is_neither_verdict_nor_interval(tmp_path):
+def test_between_looks_there_is_neither_verdict_nor_interval(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": BN[::-1]}, config=fixed())
     report = write_report(tmp_path)
     report = build_report(tmp_path, interim=True)
@@ -107,7 +110,7 @@ def test_between_looks_there_is_neither_verdict_nor_interval(tmp_path):
 # --- failures ---
 
 
-def test_failures_take_back_a_verdict_and_say_so(tmp_path):
+def test_failures_take_back_a_verdict_and_say_so(tmp_path: Path) -> None:
     config = yaml.safe_dump({"dataset": {"num_classes": 10}})
     study(tmp_path, {"bn": [*BN, 0.71, 0.705], "abn": CLEARLY_ABOVE}, config=config)
     for seed in (5, 6):
@@ -129,7 +132,7 @@ def test_failures_take_back_a_verdict_and_say_so(tmp_path):
     assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
 
 
-def test_failures_take_back_a_smaller_spread(tmp_path):
+def test_failures_take_back_a_smaller_spread(tmp_path: Path) -> None:
     """The candidate's worst seeds diverged: what is left of it varies little, which says nothing for it."""
     rng, config = np.random.default_rng(0), yaml.safe_dump({"dataset": {"num_classes": 10}})
     bn = [0.7 + 0.02 * float(x) for x in rng.standard_normal(14)]
@@ -150,7 +153,7 @@ def test_failures_take_back_a_smaller_spread(tmp_path):
     )
 
 
-def test_a_cell_that_only_failed_is_not_left_out_of_the_pooled_effect(tmp_path):
+def test_a_cell_that_only_failed_is_not_left_out_of_the_pooled_effect(tmp_path: Path) -> None:
     config = yaml.safe_dump({"dataset": {"num_classes": 10}})
     for model in ("binarynet", "vgg_small", "resnet18"):
         study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE if model != "resnet18" else []}, model=model, config=config)
@@ -161,7 +164,7 @@ def test_a_cell_that_only_failed_is_not_left_out_of_the_pooled_effect(tmp_path):
     assert (len(pooled.cells), pooled.judgement.verdict) == (3, "undecided")
 
 
-def test_chance_in_a_folder_of_images_is_that_of_the_classes_found_there(tmp_path):
+def test_chance_in_a_folder_of_images_is_that_of_the_classes_found_there(tmp_path: Path) -> None:
     directory = finish_run(tmp_path, "abn", 0, 0.7, config=yaml.safe_dump({"dataset": {"num_classes": None}}))
     (start_run(tmp_path, "abn", 1) / "FAILED").write_text("diverged")
     (cell,) = cells_of(tmp_path)
@@ -177,11 +180,17 @@ def test_chance_in_a_folder_of_images_is_that_of_the_classes_found_there(tmp_pat
 PLAN = Plan("abn", "bn", (("digits", "binarynet", "fixed"),), 0.5, (3, 5), (0, 1, 2, 3, 4), "pocock")
 
 
-def cells_of(folder):
+def plan_in(folder: Path) -> Plan:
+    plan = read_plan(folder)
+    assert plan is not None
+    return plan
+
+
+def cells_of(folder: Path) -> list[Cell]:
     return collect_cells(find_runs(folder))
 
 
-def test_a_look_is_judged_by_its_seeds_at_its_levels(tmp_path):
+def test_a_look_is_judged_by_its_seeds_at_its_levels(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
     j = PLAN.judge(cells_of(tmp_path), 0)
     assert j.mean.differences == pytest.approx([0.8, 1.0, 1.1])
@@ -193,7 +202,7 @@ def test_a_look_is_judged_by_its_seeds_at_its_levels(tmp_path):
     assert (j.verdict == "better") == (p < j.level)
 
 
-def test_entries_are_kept_and_the_report_follows_them(tmp_path):
+def test_entries_are_kept_and_the_report_follows_them(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": [0.702, 0.701, 0.716, 0.722, 0.731], "iebn": BN[::-1]})
     write_plan(tmp_path, PLAN)
     before = build_report(tmp_path)
@@ -206,14 +215,14 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path):
         assert pairs
         assert {"bn", "abn"} not in pairs
         assert other.pooled == other.effects == other.images.pairs == []
-    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
     assert (plan.entries[0]["verdict"], plan.entries[0]["pairs"], plan.decided) == ("undecided", 3, False)
     assert (
         build_report(tmp_path).answer()[0].endswith("It is judged at 5 seeds, look 2 of 2.")
     )  # seeds 3 and 4 are there
-    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-02")
+    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-02")
     assert plan.decided
-    assert [entry["date"] for entry in read_plan(tmp_path).entries] == ["2026-01-01", "2026-01-02"]
+    assert [entry["date"] for entry in plan_in(tmp_path).entries] == ["2026-01-01", "2026-01-02"]
     finish_run(tmp_path, "bn", 7, 0.1)
     finish_run(tmp_path, "abn", 7, 0.9)
     answer = build_report(tmp_path).answer()[0]
@@ -222,17 +231,19 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path):
     assert "sequential 95 % interval" in answer
 
 
-def test_figures_and_tables_show_the_sequential_interval_and_say_so(tmp_path, monkeypatch):
+def test_figures_and_tables_show_the_sequential_interval_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study(tmp_path, {"bn": BN, "abn": [0.702, 0.701, 0.716, 0.722, 0.731], "iebn": BN[::-1]})
     write_plan(tmp_path, replace(PLAN, looks=(5, 20), seeds=tuple(range(20)), delta=500.0))
-    plan = look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
     assert plan.decided  # at the first look, by the least that it may use of its error
     report = build_report(tmp_path)
     (j,) = [c.mean for c in report.comparisons if c.cell.norm == "abn"]
     low, high = plan.entries[0]["interval"]
     assert j.interval == pytest.approx((low, high))
     assert high - low > 1.3 * np.ptp(j.mean.interval)
-    drawn = {}
+    drawn: dict[str, Any] = {}
     keep = lambda panels, *kind: drawn.update(panels=panels, kind=kind)  # noqa: E731
     monkeypatch.setattr(build.figures, "paired_differences", keep)
     draw(report)
@@ -247,17 +258,17 @@ def test_figures_and_tables_show_the_sequential_interval_and_say_so(tmp_path, mo
     assert "sequential" not in " ".join(build_report(study(tmp_path / "other", {"bn": BN, "abn": BN[::-1]})).notes())
 
 
-def test_a_run_that_failed_by_a_look_counts(tmp_path):
+def test_a_run_that_failed_by_a_look_counts(tmp_path: Path) -> None:
     config = yaml.safe_dump({"dataset": {"num_classes": 10}})
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE[:4]}, config=config)
     (start_run(tmp_path, "abn", 4, config=config) / "FAILED").write_text("diverged")
     write_plan(tmp_path, PLAN)
-    look(tmp_path, read_plan(tmp_path), cells_of(tmp_path), "2026-01-01")
+    look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
     j = PLAN.judge(cells_of(tmp_path), 1)
     assert (j.failed, j.without_failures, j.verdict) == ((1, 0), "better", "undecided")
 
 
-def test_a_plan_that_is_not_whole_is_a_sentence(tmp_path):
+def test_a_plan_that_is_not_whole_is_a_sentence(tmp_path: Path) -> None:
     assert read_plan(tmp_path) is None
     for text in ("{", "[]", '{"looks": [5, 3], "seeds": [], "groups": []}'):
         (tmp_path / "plan.json").write_text(text)
@@ -267,7 +278,7 @@ def test_a_plan_that_is_not_whole_is_a_sentence(tmp_path):
         PLAN.judge([], 0)
 
 
-def test_what_contradicts_a_plan_is_told():
+def test_what_contradicts_a_plan_is_told() -> None:
     other = Plan("abn", "bn", PLAN.groups, 1.0, (3, 6), tuple(range(6)), "pocock")
     assert PLAN.contradictions(PLAN) == []
     assert PLAN.contradictions(other) == [
@@ -280,7 +291,7 @@ def test_what_contradicts_a_plan_is_told():
 # --- looks without a plan ---
 
 
-def test_seeds_added_between_reports_without_a_plan_are_told(tmp_path):
+def test_seeds_added_between_reports_without_a_plan_are_told(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN[:3], "abn": CLEARLY_ABOVE[:3]})
     assert write_report(tmp_path).unplanned == []
     start_run(tmp_path, "abn", 3)

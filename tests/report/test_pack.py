@@ -2,6 +2,8 @@ import json
 import runpy
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +20,13 @@ REPORTS = ("report.md", "report.csv", "runs.csv", "report.tex")
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
     monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     made = study(tmp_path / "results" / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
     failed = start_run(made, "abn", 5)
     (failed / "FAILED").write_text("diverged: train/loss is not finite")
@@ -32,7 +34,7 @@ def folder(tmp_path):
     return made
 
 
-def test_a_packed_study_has_the_same_runs_and_the_same_report(folder, no_figures):
+def test_a_packed_study_has_the_same_runs_and_the_same_report(folder: Path, no_figures: None) -> None:
     write_report(folder)
     done = pack(folder)
     assert (done.folder, done.added, done.present, done.left_out) == (folder.parent / "quoted" / "claims", 11, 0, [])
@@ -47,7 +49,7 @@ def test_a_packed_study_has_the_same_runs_and_the_same_report(folder, no_figures
         assert read_metrics(packed.directory) == read_metrics(run.directory)
 
 
-def test_later_runs_are_added_and_another_record_of_the_same_run_is_refused(folder, no_figures):
+def test_later_runs_are_added_and_another_record_of_the_same_run_is_refused(folder: Path, no_figures: None) -> None:
     target = pack(folder).folder
     before = (target / RECORDS).read_bytes()
     assert (pack(folder).added, (target / RECORDS).read_bytes()) == (0, before)
@@ -67,7 +69,7 @@ def test_later_runs_are_added_and_another_record_of_the_same_run_is_refused(fold
     assert (target / RECORDS).read_bytes() == before
 
 
-def test_damaged_and_missing_runs_are_refused(folder, no_figures, tmp_path):
+def test_damaged_and_missing_runs_are_refused(folder: Path, no_figures: None, tmp_path: Path) -> None:
     directory = folder / "digits" / "binarynet" / "bn" / "fixed" / "seed-0"
     record = json.loads((directory / "result.json").read_text())
     (directory / "result.json").write_text(json.dumps(record | {"test_acc": 0.9}))
@@ -80,7 +82,7 @@ def test_damaged_and_missing_runs_are_refused(folder, no_figures, tmp_path):
         pack(tmp_path / "nothing")
 
 
-def test_tables_and_figures_of_analyses_are_copied_without_pdf(folder, no_figures):
+def test_tables_and_figures_of_analyses_are_copied_without_pdf(folder: Path, no_figures: None) -> None:
     analysis = folder / "analysis" / "cam"
     analysis.mkdir(parents=True)
     for name in ("images.csv", "maps.png", "maps.pdf", "summary.md", "histograms.csv"):
@@ -90,14 +92,16 @@ def test_tables_and_figures_of_analyses_are_copied_without_pdf(folder, no_figure
     assert copied == {"images.csv", "maps.png", "summary.md"}
 
 
-def test_a_run_in_an_archive_has_no_weights(folder, no_figures):
+def test_a_run_in_an_archive_has_no_weights(folder: Path, no_figures: None) -> None:
     packed = find_runs(pack(folder).folder)[0]
     with pytest.raises(FileNotFoundError):
         load_network(packed.directory)
 
 
-def test_the_script_packs_and_refuses_in_a_sentence(folder, no_figures, monkeypatch, capsys):
-    def run(argument):
+def test_the_script_packs_and_refuses_in_a_sentence(
+    folder: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argument: object) -> tuple[object, Any]:
         monkeypatch.setattr(sys, "argv", ["runs.py", "--pack", str(argument)])
         with pytest.raises(SystemExit) as done:
             runpy.run_path(str(REPOSITORY / "scripts" / "runs.py"), run_name="__main__")
@@ -110,7 +114,7 @@ def test_the_script_packs_and_refuses_in_a_sentence(folder, no_figures, monkeypa
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in QUOTED.glob(f"*/{RECORDS}")))
-def test_quoted_reports_are_what_their_records_say(name):
+def test_quoted_reports_are_what_their_records_say(name: str) -> None:
     report = build_report(QUOTED / name)
     drawn = [figure for figure in FIGURES if (QUOTED / name / "figures" / f"{figure}.png").is_file()]
     written = {"report.md": markdown(report, drawn), "report.csv": cells_csv(report)}
@@ -120,7 +124,7 @@ def test_quoted_reports_are_what_their_records_say(name):
         assert (path.read_text(encoding="utf-8") if path.is_file() else "") == text, f"{name}/{file}"
 
 
-def test_committed_results_are_few_files():
+def test_committed_results_are_few_files() -> None:
     folders = (REPOSITORY / "results" / name for name in ("quoted", "benchmark", "faults"))
     found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     ignored = {*OWN_TABLES, "report.html", "report.tex", ".report.lock"}  # by .gitignore; made when they are wanted

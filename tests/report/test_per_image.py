@@ -1,5 +1,8 @@
 """Evidence from test predictions, made up ones and those of trained networks."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -7,10 +10,11 @@ from scipy import stats as st
 from sklearn.metrics import confusion_matrix
 from statsmodels.stats.contingency_tables import mcnemar
 
+from abn_exp.identity import RunPlan
 from abn_exp.report import build
 from abn_exp.report.build import print_report, write_report
 from abn_exp.report.images import crossed_mean, split_spread
-from abn_exp.results import Predictions, load_input_format, load_network
+from abn_exp.results import Predictions, Run, load_input_format, load_network
 from abn_exp.training.run import run
 from abn_exp.training.setup import load_data
 from tests.helpers.records import BN, CLEARLY_ABOVE, section, study, table_rows
@@ -18,28 +22,29 @@ from tests.helpers.records import BN, CLEARLY_ABOVE, section, study, table_rows
 LABELS = np.random.default_rng(0).integers(0, 10, size=400)
 
 
-def predict(run):
+def predict(run: Run) -> Predictions | None:
     """Predictions that are right as often as the run's record says, but for one run that has kept none."""
     if (run.norm, run.seed) == ("abn", 4):
         return None
+    assert run.result is not None
     rng = np.random.default_rng([run.seed, run.norm == "abn"])
     right = rng.permutation(400) < 400 * run.result.test_acc
     return Predictions(np.where(right, LABELS, (LABELS + 1) % 10), right, None, None, "digest")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "draw", lambda report: {})
     monkeypatch.setattr(build, "read_predictions", predict)
     return study(tmp_path / "images", {"bn": BN, "abn": CLEARLY_ABOVE})
 
 
-def test_cells_and_pairs_are_gathered_and_what_is_missing_is_said(folder):
+def test_cells_and_pairs_are_gathered_and_what_is_missing_is_said(folder: Path) -> None:
     report = write_report(folder)
     bn, abn = report.images.cells
     assert (bn.seeds, abn.seeds) == ((0, 1, 2, 3, 4), (0, 1, 2, 3))
     correct = {
-        norm: np.array([predict(run).last_correct for run in cell.runs if predict(run)])
+        norm: np.array([found.last_correct for run in cell.runs if (found := predict(run)) is not None])
         for norm, cell in (("bn", bn.cell), ("abn", abn.cell))
     }
     assert bn.split == split_spread(correct["bn"])
@@ -54,8 +59,8 @@ def test_cells_and_pairs_are_gathered_and_what_is_missing_is_said(folder):
     print_report(report, Console(quiet=True))
 
 
-def test_runs_on_other_test_images_are_not_compared(folder, monkeypatch):
-    def other(run):
+def test_runs_on_other_test_images_are_not_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(run: Run) -> Predictions | None:
         found = predict(run)
         if found is None or run.norm == "bn":
             return found
@@ -70,14 +75,16 @@ def test_runs_on_other_test_images_are_not_compared(folder, monkeypatch):
     )
 
 
-def test_without_any_predictions_one_sentence_says_so(folder, monkeypatch):
+def test_without_any_predictions_one_sentence_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "read_predictions", lambda run: None)
     report = build.build_report(folder)
     assert len(report.images.left_out) == 1
     assert report.images.left_out[0].startswith("None of these runs has kept its predictions")
 
 
-def test_the_tables_of_trained_networks_against_what_these_say_of_each_image(make_plan, monkeypatch):
+def test_the_tables_of_trained_networks_against_what_these_say_of_each_image(
+    make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four networks, asked again; the numbers come from pairs of images, of runs and of one seed."""
     monkeypatch.setattr(build, "draw", lambda report: {})
     plans = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as st
 
-from abn_exp.report.sequential import nominal_levels, spent
+from abn_exp.report.sequential import Spending, nominal_levels, spent
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,14 @@ from abn_exp.report.sequential import nominal_levels, spent
         ("obrien_fleming", (400, 800, 1200, 1600, 2000), [4.877, 3.357, 2.680, 2.290, 2.031]),
     ],
 )
-def test_many_values_have_the_published_boundaries(spending, looks, table):
+def test_many_values_have_the_published_boundaries(
+    spending: Spending, looks: tuple[int, ...], table: list[float]
+) -> None:
     assert st.norm.isf(nominal_levels(looks, 0.025, spending)) == pytest.approx(table, abs=0.003)
 
 
 @pytest.mark.parametrize("spending", ["obrien_fleming", "pocock"])
-def test_all_is_spent_at_the_end_and_a_single_look_is_the_plain_test(spending):
+def test_all_is_spent_at_the_end_and_a_single_look_is_the_plain_test(spending: Spending) -> None:
     assert spent(1.0, 0.05, spending) == pytest.approx(0.05)
     assert spent(0.5, 0.05, spending) < 0.05
     assert nominal_levels((7,), 0.05, spending) == pytest.approx((0.05,))
@@ -38,7 +40,7 @@ def test_all_is_spent_at_the_end_and_a_single_look_is_the_plain_test(spending):
         ("pocock", (2, 3, 4, 5, 6), 0.05),  # one value more a look; the normal limit: 5.9 %
     ],
 )
-def test_t_tests_keep_their_error_at_few_values(spending, looks, alpha):
+def test_t_tests_keep_their_error_at_few_values(spending: Spending, looks: tuple[int, ...], alpha: float) -> None:
     levels = nominal_levels(looks, alpha, spending)
     rng, draws = np.random.default_rng(3), 400_000
     crossed, spent_so_far = np.zeros(draws, bool), []
@@ -53,6 +55,6 @@ def test_t_tests_keep_their_error_at_few_values(spending, looks, alpha):
 
 
 @pytest.mark.parametrize("looks", [(), (1, 2), (5, 5), (10, 5)])
-def test_looks_increase(looks):
+def test_looks_increase(looks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="increasing"):
         nominal_levels(looks, 0.05, "pocock")

@@ -9,16 +9,16 @@ from abn_exp.report.spread import compare_spreads, rejection_rate
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def log_ratio(x, y, axis):
+def log_ratio(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     return np.abs(np.log(x.var(axis=axis, ddof=1) / y.var(axis=axis, ddof=1)))
 
 
 @pytest.mark.parametrize("n", [10, 18])  # all swaps, random ones
-def test_swaps_within_seeds_agree_with_scipys_permutations(n, rng):
+def test_swaps_within_seeds_agree_with_scipys_permutations(n: int, rng: np.random.Generator) -> None:
     x = rng.normal(0, 1, size=n)
     y = 0.5 * x + rng.normal(0, 1.4, size=n)
     found = compare_spreads(x, y, rng)
@@ -37,7 +37,7 @@ def test_swaps_within_seeds_agree_with_scipys_permutations(n, rng):
     assert found.p == pytest.approx(oracle.pvalue, abs=1e-12 if n == 10 else 0.02)
 
 
-def test_the_interval_holds_the_ratios_that_the_test_does_not_reject(rng):
+def test_the_interval_holds_the_ratios_that_the_test_does_not_reject(rng: np.random.Generator) -> None:
     x, y = rng.normal(0, 1, size=12), rng.normal(0, 2, size=12)
     found = compare_spreads(x, y, rng)
     low, high = found.ratio_interval
@@ -47,7 +47,7 @@ def test_the_interval_holds_the_ratios_that_the_test_does_not_reject(rng):
         assert (compare_spreads(x, y * ratio, rng).p < 0.05) == rejected
 
 
-def test_there_is_no_test_below_ten_pairs_or_without_spread(rng):
+def test_there_is_no_test_below_ten_pairs_or_without_spread(rng: np.random.Generator) -> None:
     few = compare_spreads(rng.normal(size=9), rng.normal(size=9), rng)
     assert few.ratio > 0
     assert math.isnan(few.p)
@@ -59,11 +59,11 @@ def test_there_is_no_test_below_ten_pairs_or_without_spread(rng):
     assert (one.n, math.isnan(one.ratio)) == (1, True)
 
 
-def test_level_and_power_are_the_simulated_ones(rng):
+def test_level_and_power_are_the_simulated_ones(rng: np.random.Generator) -> None:
     """Against scipy's permutations on other draws."""
     n, draws = 10, 150
 
-    def pairs(ratio):
+    def pairs(ratio: float) -> tuple[np.ndarray, np.ndarray]:
         shared = rng.normal(size=n)
         x, y = (math.sqrt(0.5) * (shared + rng.normal(size=n)) for _ in range(2))
         return x, ratio * y
@@ -76,8 +76,9 @@ def test_level_and_power_are_the_simulated_ones(rng):
     assert rejection_rate(20, 2.0, 0.05 / 4) < rejection_rate(20, 2.0)
 
 
-def test_pairs_needed_reach_the_power(monkeypatch):
+def test_pairs_needed_reach_the_power(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = spread.pairs_needed()
+    assert needed is not None
     assert 16 <= needed <= 21
     assert rejection_rate(needed, 2.0) >= 0.8
     monkeypatch.setattr(spread, "MOST_PAIRS", 12)

@@ -10,11 +10,11 @@ NAN = float("nan")
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def test_summary_of_five_scores_worked_out_by_hand():
+def test_summary_of_five_scores_worked_out_by_hand() -> None:
     s = stats.summarize([1, 2, 3, 4, 5])
     assert (s.n, s.mean, s.minimum, s.maximum) == (5, 3, 1, 5)
     assert s.std == pytest.approx(math.sqrt(2.5))
@@ -23,13 +23,13 @@ def test_summary_of_five_scores_worked_out_by_hand():
     assert s.std_interval == pytest.approx((math.sqrt(10 / 11.1433), math.sqrt(10 / 0.484419)), rel=1e-5)
 
 
-def test_missing_seeds_are_left_out():
+def test_missing_seeds_are_left_out() -> None:
     a, b = stats.summarize([1.0, 3.0, NAN]), stats.summarize([NAN, 10.0, NAN])
     assert (a.n, a.mean, b.n, b.mean) == (2, 2.0, 1, 10.0)
 
 
 @pytest.mark.parametrize("sample", [[], [NAN], [0.5], [0.5, 0.5, 0.5], [0.1 + 0.2, 0.3, 0.3]])
-def test_no_interval_without_spread(sample, rng):
+def test_no_interval_without_spread(sample: list[float], rng: np.random.Generator) -> None:
     s = stats.summarize(sample)
     assert np.isnan([*s.mean_interval, *s.std_interval]).all()
     other = np.zeros(len(sample))
@@ -37,14 +37,14 @@ def test_no_interval_without_spread(sample, rng):
     assert np.isnan([*mean.interval, mean.p, mean.effect, mean.standard_error, mean.df]).all()
 
 
-def test_a_matrix_is_not_a_sample():
+def test_a_matrix_is_not_a_sample() -> None:
     with pytest.raises(ValueError, match="one axis"):
         stats.summarize(np.ones((2, 2)))
     with pytest.raises(ValueError, match="Rows are seeds"):
         stats.compare_means([1, 2], [1, 2, 3], np.random.default_rng(0))
 
 
-def test_paired_comparison_agrees_with_scipy(rng):
+def test_paired_comparison_agrees_with_scipy(rng: np.random.Generator) -> None:
     b = rng.normal(70, 2, size=9)
     a = b + rng.normal(0.4, 0.5, size=9)
     found, oracle = stats.compare_means(a, b, rng), st.ttest_rel(a, b)
@@ -61,14 +61,14 @@ def test_paired_comparison_agrees_with_scipy(rng):
     assert found.effect == pytest.approx(0.9027033 * np.mean(a - b) / np.std(a - b, ddof=1))
 
 
-def test_pairs_are_the_seeds_that_both_have(rng):
+def test_pairs_are_the_seeds_that_both_have(rng: np.random.Generator) -> None:
     a, b = np.array([1.0, 2.5, NAN, 4.0, 5.5]), np.array([0.0, 2.0, 9.0, NAN, 3.0])
     found = stats.compare_means(a, b, rng)
     assert found.differences == (1.0, 0.5, 2.5)
     assert found.interval == pytest.approx(tuple(st.ttest_rel(a[[0, 1, 4]], b[[0, 1, 4]]).confidence_interval()))
 
 
-def test_welch_where_seeds_do_not_match(rng):
+def test_welch_where_seeds_do_not_match(rng: np.random.Generator) -> None:
     x, y = rng.normal(1, 1, size=5), rng.normal(0, 3, size=4)
     a, b = np.full(9, NAN), np.full(9, NAN)
     a[:5], b[5:] = x, y
@@ -84,28 +84,28 @@ def test_welch_where_seeds_do_not_match(rng):
 @pytest.mark.parametrize(
     ("differences", "p"), [([1, 2, 3], 0.25), ([1, 1, -1], 1.0), ([1] * 5, 2 / 32), ([2.0], 1.0)]
 )
-def test_sign_flips_counted_by_hand(differences, p, rng):
+def test_sign_flips_counted_by_hand(differences: list[float], p: float, rng: np.random.Generator) -> None:
     assert stats.sign_flip_p(differences, rng) == p
 
 
-def test_sign_flips_at_twenty_seeds_are_exact_and_above_random(rng):
+def test_sign_flips_at_twenty_seeds_are_exact_and_above_random(rng: np.random.Generator) -> None:
     assert stats.sign_flip_p(np.ones(20), rng) == 2 / 2**20
     differences = rng.normal(0.4, 1, size=25)
     assert stats.sign_flip_p(differences, rng) == pytest.approx(st.ttest_1samp(differences, 0).pvalue, abs=0.02)
 
 
-def test_hedges_correction_by_hand():
+def test_hedges_correction_by_hand() -> None:
     assert stats.hedges_correction(4) == pytest.approx(math.sqrt(2 / math.pi))
     assert np.isnan(stats.hedges_correction(1))
 
 
-def test_holm_by_hand():
+def test_holm_by_hand() -> None:
     assert stats.holm([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.06, NAN, 0.06], nan_ok=True)
     assert stats.holm([0.6, 0.7]) == [1.0, 1.0]
     assert stats.holm([]) == []
 
 
-def test_false_alarms_are_as_rare_as_promised(rng):
+def test_false_alarms_are_as_rare_as_promised(rng: np.random.Generator) -> None:
     t, flips = [], []
     for _ in range(1000):
         mean = stats.compare_means(rng.normal(size=6), rng.normal(size=6), rng)

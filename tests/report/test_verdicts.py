@@ -15,11 +15,11 @@ from abn_exp.report.verdicts import PValues, decide, guard_against_failures
 NAN = math.nan
 
 
-def p_values_of(d):
+def p_values_of(d: np.ndarray) -> PValues:
     return verdicts.t_tests(d.mean(), d.std(ddof=1) / np.sqrt(len(d)), len(d) - 1, delta=0.5)
 
 
-def test_p_values_are_those_of_statsmodels():
+def test_p_values_are_those_of_statsmodels() -> None:
     d = np.random.default_rng(1).normal(0.2, 0.6, size=8)
     found, oracle = p_values_of(d), DescrStatsW(d)
     p, (_, p_low, _), (_, p_high, _) = oracle.ttost_mean(-0.5, 0.5)
@@ -45,16 +45,16 @@ def test_p_values_are_those_of_statsmodels():
         (0.0, 2.0, "undecided"),
     ],
 )
-def test_the_first_verdict_that_holds_is_given(mean, half, verdict):
+def test_the_first_verdict_that_holds_is_given(mean: float, half: float, verdict: str) -> None:
     assert decide(verdicts.t_tests(mean, half / 2.131847, 4, 0.5)) == verdict  # t(0.95, 4 df) = 2.131847
 
 
-def test_nothing_is_decided_without_a_standard_error():
+def test_nothing_is_decided_without_a_standard_error() -> None:
     assert decide(verdicts.t_tests(0.3, NAN, NAN, 0.5)) == "undecided"
     assert math.isnan(verdicts.t_tests(0.3, NAN, NAN, 0.5).equivalent)
 
 
-def test_failures_of_the_candidate_take_back_what_speaks_for_it_alone():
+def test_failures_of_the_candidate_take_back_what_speaks_for_it_alone() -> None:
     better, unclear = PValues(0.001, True, 0.9, 0.001), PValues(0.4, False, 0.02, 0.7)
     assert decide(guard_against_failures(better, unclear, (2, 0))) == "undecided"
     assert decide(guard_against_failures(better, unclear, (2, 2))) == "better"
@@ -69,7 +69,7 @@ def test_failures_of_the_candidate_take_back_what_speaks_for_it_alone():
     assert decide(guard_against_failures(same, PValues(NAN, False, NAN, NAN), (0, 1))) == "not worse by delta"
 
 
-def test_each_test_is_corrected_over_the_family_by_holm():
+def test_each_test_is_corrected_over_the_family_by_holm() -> None:
     rng = np.random.default_rng(2)
     family = [p_values_of(rng.normal(0.3, 0.5, size=6)) for _ in range(4)]
     found = verdicts.correct(family)
@@ -80,12 +80,12 @@ def test_each_test_is_corrected_over_the_family_by_holm():
 
 
 @pytest.mark.parametrize(("n", "level"), [(5, 0.05), (5, 0.05 / 6), (20, 0.05)])
-def test_detectable_difference_has_its_power_by_statsmodels(n, level):
+def test_detectable_difference_has_its_power_by_statsmodels(n: int, level: float) -> None:
     d = verdicts.detectable_difference(0.7, n, level)
     assert TTestPower().power(d / 0.7, n, level, alternative="two-sided") == pytest.approx(0.8, abs=1e-4)
 
 
-def test_seeds_that_would_decide():
+def test_seeds_that_would_decide() -> None:
     assert verdicts.seeds_for_difference(0.5, 0.65) == math.ceil(
         TTestPower().solve_power(0.5 / 0.65, power=0.8, alpha=0.05)
     )
@@ -94,14 +94,14 @@ def test_seeds_that_would_decide():
     assert verdicts.seeds_for_difference(1e-4, 10) is None
 
 
-def test_power_of_equivalence_is_the_share_of_simulated_samples():
+def test_power_of_equivalence_is_the_share_of_simulated_samples() -> None:
     x = np.random.default_rng(4).normal(0, 0.65, size=(20_000, 12))
     half = 1.795885 * x.std(axis=1, ddof=1) / np.sqrt(12)  # t(0.95, 11 df)
     share = np.mean(np.abs(x.mean(axis=1)) + half < 0.5)
     assert verdicts.power_of_equivalence(0.5 / 0.65, 12) == pytest.approx(share, abs=0.012)
 
 
-def test_an_interval_that_contradicts_the_corrected_verdict_says_why():
+def test_an_interval_that_contradicts_the_corrected_verdict_says_why() -> None:
     """p = 0.03 alone; over six comparisons there is no verdict on the difference."""
     d = np.array([-0.1, -0.3, -0.4, -0.5, -0.7])
     found = verdicts.Tested(compare_means(d, np.zeros(5), np.random.default_rng(0)))

@@ -1,6 +1,7 @@
 """The command that gets data sets ahead of time: each set once, nothing else written, errors in a sentence."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.helpers.scripts import run_script
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with converted files of CIFAR, in an empty working directory."""
-    split = {f"{part}_{key}": value for part in ("train", "test") for key, value in _split().items()}
+    split: dict[str, Any] = {f"{part}_{key}": value for part in ("train", "test") for key, value in _split().items()}
     for name in ("cifar10", "cifar100"):
         np.savez(tmp_path / f"{name}.npz", classes=np.array(list("abcdefghij")), **split)
     (tmp_path / "empty").mkdir()

@@ -16,7 +16,7 @@ from abn_exp.training import checkpoints
 from abn_exp.training.checkpoints import keep_weights
 from abn_exp.training.estimate import disk_use
 from abn_exp.training.run import run
-from tests.helpers.runs import plan_in
+from tests.helpers.runs import WEIGHTS, plan_in
 
 Make = Callable[..., RunPlan]
 
@@ -52,9 +52,9 @@ def names(made: RunPlan) -> set[str]:
 def test_weights_are_kept_and_the_optimizer_s_state_is_not(all_kept: RunPlan, weights_kept: RunPlan) -> None:
     assert names(all_kept) == {"last.ckpt", "previous-last.ckpt", "best.ckpt"}
     assert names(weights_kept) == {"last.ckpt", "best.ckpt"}
-    for weights in ("last", "best"):
-        whole = load_network(all_kept.directory, weights).state_dict()  # type: ignore[arg-type]
-        kept = load_network(weights_kept.directory, weights).state_dict()  # type: ignore[arg-type]
+    for weights in WEIGHTS:
+        whole = load_network(all_kept.directory, weights).state_dict()
+        kept = load_network(weights_kept.directory, weights).state_dict()
         assert all(torch.equal(whole[name], kept[name]) for name in whole)
     assert read_checkpoint(all_kept.directory / "checkpoints" / "last.ckpt")["optimizer_states"]
     assert not read_checkpoint(weights_kept.directory / "checkpoints" / "last.ckpt")["optimizer_states"]

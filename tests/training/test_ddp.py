@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from abn_exp.results import (
     read_metrics,
 )
 from tests.helpers import two_ranks
-from tests.helpers.cli import Cli, Done, until
+from tests.helpers.cli import Cli, Done, appears, until
 from tests.helpers.runs import TINY
 from tests.helpers.two_ranks import LAYERS, batch_of, step
 
@@ -56,7 +58,7 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(
         else:
             assert torch.equal(first, second)
             found = first
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4, msg=partial("{}: {}".format, key))
 
 
 def test_outside_it_nothing_is_synchronized() -> None:
@@ -127,7 +129,7 @@ def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
 
 def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path) -> None:
     started = cli.start("device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000")
-    assert until(lambda: list(tmp_path.rglob("last.ckpt")), 120)
+    assert until(appears(tmp_path, "last.ckpt"), 120)
     (other,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     os.kill(started.pid, signal.SIGTERM)
     done = cli.wait(started)
@@ -138,7 +140,7 @@ def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path) -> None:
     assert run.status == "unfinished"
 
 
-def test_devices_are_science_only_where_each_normalises_alone(make_plan) -> None:  # type: ignore[no-untyped-def]
+def test_devices_are_science_only_where_each_normalises_alone(make_plan: Callable[..., RunPlan]) -> None:
     plain: RunPlan = make_plan()
     assert make_plan("devices=2", "sync_norm=true").config_hash == plain.config_hash
     assert make_plan("devices=2", "sync_norm=true").directory == plain.directory
@@ -148,7 +150,7 @@ def test_devices_are_science_only_where_each_normalises_alone(make_plan) -> None
     assert "devices-2" in alone.variant
 
 
-def test_shares_must_be_equal(make_plan) -> None:  # type: ignore[no-untyped-def]
+def test_shares_must_be_equal(make_plan: Callable[..., RunPlan]) -> None:
     with pytest.raises(ValueError, match=r"recipe\.batch_size=32 must be a multiple of devices=3"):
         make_plan("devices=3")
 

@@ -38,8 +38,8 @@ from abn_exp.training import checkpoints
 from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
-from tests.helpers.cli import Cli, until
-from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.cli import Cli, appears, until
+from tests.helpers.runs import REPOSITORY, TINY, WEIGHTS
 
 Make = Callable[..., RunPlan]
 TIMES = {"train_seconds", "images_per_second", "seconds"}
@@ -88,7 +88,8 @@ def test_a_run_leaves_a_complete_record(make_plan: Make) -> None:
 
 
 def test_what_a_run_is_made_with_is_read_before_it_trains(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abn_exp.provenance.versions", lambda: {}["torch"])
+    versions: dict[str, str] = {}
+    monkeypatch.setattr("abn_exp.provenance.versions", lambda: versions["torch"])
     plan = make_plan()
     with pytest.raises(KeyError):
         run(plan, "python train.py")
@@ -103,8 +104,8 @@ def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
     assert options.mean is not None
     assert options.std is not None
     mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
-    for weights, expected in (("last", result.test_acc), ("best", result.test_acc_best_val)):
-        network = load_network(plan.directory, weights)  # type: ignore[arg-type]
+    for weights, expected in zip(WEIGHTS, (result.test_acc, result.test_acc_best_val), strict=True):
+        network = load_network(plan.directory, weights)
         with torch.no_grad():
             guesses = torch.cat([network((i / 255 - mean) / std) for i in data.test.images[:, None]]).argmax(1)
         # One image may sit on a sign's edge, where the batch's size decides the last bit.
@@ -227,7 +228,7 @@ def test_sigterm_is_not_success(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "train.py", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    assert until(lambda: list(tmp_path.rglob("last.ckpt")), 300)
+    assert until(appears(tmp_path, "last.ckpt"), 300)
     process.terminate()
     assert b"the same command goes on from the end of epoch" in process.communicate()[0]
     assert process.returncode == 143

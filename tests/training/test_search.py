@@ -5,6 +5,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -41,7 +42,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Search:
     folder = tmp_path_factory.mktemp("searched")
     stopped, train, calls = search(folder), module.run, []
 
-    def stop_at_the_seventh_run(*arguments):  # type: ignore[no-untyped-def]
+    def stop_at_the_seventh_run(*arguments: Any) -> object:
         calls.append(arguments)
         if len(calls) == 7:
             raise KeyboardInterrupt
@@ -93,7 +94,7 @@ def test_a_trial_is_judged_by_its_mean_validation_accuracy(searched: Search) -> 
     """Against the records, found by what the runs' configurations say."""
     for row in searched.table():
         accuracies = [
-            run.result.val_acc_last
+            run.result.val_acc_last or 0.0
             for run in find_runs(searched.folder)
             if run.norm == row["norm"]
             and run.result is not None
@@ -101,7 +102,7 @@ def test_a_trial_is_judged_by_its_mean_validation_accuracy(searched: Search) -> 
             == row["recipe.optimizer.lr"]
         ]
         assert len(accuracies) == 2
-        assert row["val acc %"] == f"{100 * statistics.mean(accuracies):.2f}"  # type: ignore[type-var]
+        assert row["val acc %"] == f"{100 * statistics.mean(accuracies):.2f}"
     for norm, values in searched.best().items():
         mine = [row for row in searched.table() if row["norm"] == norm]
         best = max(mine, key=lambda row: float(row["val acc %"]))

@@ -5,6 +5,7 @@ import ctypes
 import resource
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def logits_and_gradients(network: nn.Module, autocast: bool = False) -> Result:
 
 
 def channels_last(network: nn.Module) -> Result:
-    return logits_and_gradients(copy.deepcopy(network).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return logits_and_gradients(copy.deepcopy(network).to(memory_format=torch.channels_last))
 
 
 def deterministic(network: nn.Module) -> Result:
@@ -90,7 +91,9 @@ OPTIONS: list[tuple[Callable[[nn.Module], Result], bool, bool, float]] = [
 @pytest.mark.parametrize(
     ("option", "same_logits", "same_gradients", "least"), OPTIONS, ids=lambda x: getattr(x, "__name__", "")
 )
-def test_what_an_option_changes(network, option, same_logits, same_gradients, least):
+def test_what_an_option_changes(
+    network: nn.Module, option: Callable[[nn.Module], Result], same_logits: bool, same_gradients: bool, least: float
+) -> None:
     logits, gradients = logits_and_gradients(network)
     other_logits, other_gradients = option(network)
     assert gradients.keys() == other_gradients.keys()
@@ -137,7 +140,7 @@ def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same(integ
         for network in (plain, exact, compiled):
             y = network(x)
             y.square().sum().backward()
-            saved = saved_bytes(lambda network=network: network(x), network)
+            saved = saved_bytes(partial(network, x), network)
             results.append((y.detach(), [p.grad for p in network.parameters()], saved))
     _, (exact_y, exact_gradients, _), (y, gradients, saved) = results
     assert (y != exact_y).float().mean() < 0.02  # a value on a threshold may fall to its other side

@@ -387,7 +387,7 @@ def test_seeds_until_decided_end_the_same_after_a_kill(cli: Cli, undisturbed: Pa
         assert sentence in refused.err
         assert len(refused.err.splitlines()) == 1
     typed = (runs_of(tmp_path)["abn", 2].directory / "config.yaml").read_text().splitlines()[0]
-    words = shlex.split(typed.removeprefix("# python train.py "))
-    again = cli.wait(sweep(cli, tmp_path, *words))  # the run alone, as its record says
+    alone = shlex.split(typed.removeprefix("# python train.py "))
+    again = cli.wait(sweep(cli, tmp_path, *alone))  # the run alone, as its record says
     assert again.code == 0, again.err
     assert "finished before" in again.out

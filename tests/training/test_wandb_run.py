@@ -32,7 +32,7 @@ from abn_exp.training import wandb_run as tracking
 from abn_exp.training.wandb_run import Tracker
 from tests.helpers.cli import FORKED_WORKERS, Cli
 from tests.helpers.records import finish_run, start_run
-from tests.helpers.runs import REPOSITORY, TINY, once
+from tests.helpers.runs import REPOSITORY, TINY, WEIGHTS, once
 from tests.helpers.scripts import run_script
 
 SECRET = "0123456789abcdef" * 2 + "76543210"  # as long as a key is
@@ -56,7 +56,7 @@ def summary_of(record: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def settings(tmp_path: Path, mode: str = "offline") -> WandbConfig:
-    return WandbConfig(mode=mode, project="abn_exp", entity=None, dir=str(tmp_path))  # type: ignore[arg-type]
+    return WandbConfig.model_validate({"mode": mode, "dir": str(tmp_path)})
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_weights_and_reports_are_artifacts_where_asked_for(
         (tmp_path / entry["path"]).parent.mkdir(exist_ok=True)
         shutil.copy(entry["local_path"], tmp_path / entry["path"])
     trained = next((sweep / "results").rglob("result.json")).parent
-    for weights in ("last", "best"):
-        ours, theirs = (load_network(folder, weights).state_dict() for folder in (trained, tmp_path))  # type: ignore[arg-type]
+    for weights in WEIGHTS:
+        ours, theirs = (load_network(folder, weights).state_dict() for folder in (trained, tmp_path))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     kept = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert kept["optimizer_states"] == []

@@ -50,7 +50,12 @@ def test_a_run_of_this_process_is_looked_at_from_a_thread(
     monkeypatch.setattr(watch, "POLL", 0.01)
     monkeypatch.setattr(watch, "FLOOR", 0.05)
     plan, told = make_plan(), threading.Event()
-    caplog.handler.addFilter(lambda _: told.set() or True)  # type: ignore[func-returns-value]
+
+    def seen(_: logging.LogRecord) -> bool:
+        told.set()
+        return True
+
+    caplog.handler.addFilter(seen)
     with caplog.at_level(logging.WARNING), watch.watching(plan, SimpleNamespace(value=1)):
         assert told.wait(10)
     assert str(plan.directory) in caplog.text
