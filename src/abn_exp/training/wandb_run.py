@@ -95,7 +95,7 @@ class Tracker:
         return self.run.id if self.run is not None else None
 
     def log_network(self, summary: NetworkSummary) -> None:
-        """Log what the network's layers hold and cost as a table, at step 0."""
+        """Log what the network's layers hold and cost as a table, with the first epoch."""
         if self._epoch > 0:
             return
         rows = [{**vars(layer), "output_shape": "x".join(map(str, layer.output_shape))} for layer in summary.layers]
@@ -104,7 +104,7 @@ class Tracker:
             import wandb
 
             table = wandb.Table(columns=list[str | int](rows[0]), data=[list(row.values()) for row in rows])
-            run.log({"network": table}, step=0)
+            run.log({"network": table}, step=1, commit=False)
 
         self._attempt(act)
 
