@@ -127,7 +127,7 @@ def test_the_epoch_is_the_x_axis(runs: list[dict[str, list[Any]]]) -> None:
     assert metrics["val/acc"]["step_metric"] == "epoch"
     history = [line["item"] for line in runs[0]["history"]]
     assert [line["epoch"] for line in history] == [1, 2]
-    assert "network" in history[0]
+    assert history[0]["network._type"] == "table-file"
     assert all({"train/loss", "train/acc", "val/acc", "lr", "bnn/flip_ratio/layer1.conv"} <= set(h) for h in history)
 
 
