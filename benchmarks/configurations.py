@@ -45,9 +45,8 @@ class Effort:
     repetitions: int
     warm: int  # steps before the timed ones
     steps: int
-    all_rows: tuple[
-        str, ...
-    ]  # the networks of which every row is measured; of others, the conventional loop and exact16's, or fp32's
+    # Networks of which every row is measured; of others, the conventional loop and exact16's, or fp32's.
+    all_rows: tuple[str, ...]
     images: tuple[int, ...]
     widths: tuple[float, ...]
     batches: tuple[int, ...]
@@ -87,13 +86,7 @@ GPU = Effort(
 
 def configuration(model: str, width: float, batch_size: int, overrides: tuple[str, ...]) -> Config:
     """Return what `train.py` would run, with all images for training."""
+    words = [f"model={model}", f"model.width={width}", "norm=abn", "dataset=cifar10", "wandb=disabled"]
+    words += [f"recipe.batch_size={batch_size}", "recipe.val_fraction=0", *overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return read(
-            compose(
-                "config",
-                [
-                    *(f"model={model}", f"model.width={width}", "norm=abn", "dataset=cifar10", "wandb=disabled"),
-                    *(f"recipe.batch_size={batch_size}", "recipe.val_fraction=0", *overrides),
-                ],
-            )
-        )
+        return read(compose("config", words))

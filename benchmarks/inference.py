@@ -4,8 +4,6 @@ Weights and statistics are random, for time does not depend on them; the shifts 
 channels have two thresholds, and so which operations a folded norm costs.
 """
 
-import csv
-import io
 import logging
 import math
 import subprocess
@@ -33,6 +31,7 @@ from abn_exp.deploy.graph import Graph, Normalization, trace
 from abn_exp.files import write_text_atomic
 from abn_exp.models import binarynet, resnet18_paper
 from abn_exp.norm import AttentionBatchNorm2d
+from abn_exp.report.formatting import csv_text
 from benchmarks.measure import interleaved, peak_bytes, quartiles, seconds
 from benchmarks.report import cell, device_folder, table
 
@@ -50,9 +49,8 @@ def make_network(model: str, norm: str, width: float | None = None) -> nn.Module
     """Return a network for 32 x 32 images whose channels have two thresholds in the share that `norm` names."""
     build, full = NETWORKS[model]
     torch.manual_seed(0)
-    network = build(
-        10, 32, nn.BatchNorm2d if norm == "bn" else AttentionBatchNorm2d, full if width is None else width
-    )
+    layer = nn.BatchNorm2d if norm == "bn" else AttentionBatchNorm2d
+    network = build(10, 32, layer, full if width is None else width)
     random = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -82,11 +80,9 @@ def binarize_once_(network: nn.Module) -> nn.Module:
 
 def _product(layer: BinaryConv2d | BinaryLinear, x: Tensor, weight: Tensor) -> Tensor:
     x = layer.binarization.activations(x)
-    return (
-        F.linear(x, weight)
-        if isinstance(layer, BinaryLinear)
-        else F.conv2d(x, weight, None, layer.stride, layer.padding)
-    )
+    if isinstance(layer, BinaryLinear):
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding)
 
 
 @dataclass
@@ -183,7 +179,7 @@ def measure(repetitions: int, width: float | None, peaks: bool) -> Findings:
     for model in NETWORKS:
         for batch in BATCHES:
             images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
-            calls: dict[Any, Callable[[], float]] = {}
+            calls: dict[tuple[str, str, str, int], Callable[[], float]] = {}
             for norm in TWO_THRESHOLDS:
                 for name in ENGINES:
                     if norm == "abn, all" and name not in FOLDED:
@@ -193,7 +189,7 @@ def measure(repetitions: int, width: float | None, peaks: bool) -> Findings:
                     engine.run(images)
                     found.files[model, norm, name] = engine.bytes
                     calls[model, norm, name, batch] = partial(seconds, partial(engine.run, images), device)
-            found.seconds.update(interleaved(calls, repetitions))  # type: ignore[arg-type]
+            found.seconds.update(interleaved(calls, repetitions))
         for name in ENGINES if peaks else ():
             found.peaks[model, name] = _peak_of_process(model, name, width)
     return found
@@ -245,15 +241,14 @@ def write(found: Findings, repetitions: int, width: float | None, command: str, 
 
 
 def _csv(found: Findings) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     times = ("time_over_bn", "time_over_bn_low", "time_over_bn_high", "verdict", "n")
-    writer.writerow(["network", "norm", "engine", "batch", *times, "seconds of each repetition"])
+    header = ("network", "norm", "engine", "batch", *times, "seconds of each repetition")
+    rows = []
     for key, values in found.seconds.items():
         *ratios, verdict = over_bn(found, *key) if key[1] != "bn" else ("", "", "", "")
         shown = [f"{ratio:.4f}" if ratio else "" for ratio in ratios]
-        writer.writerow([*key, *shown, verdict, len(values), " ".join(f"{value:.6g}" for value in values)])
-    return out.getvalue()
+        rows.append([*key, *shown, verdict, len(values), " ".join(f"{value:.6g}" for value in values)])
+    return csv_text([dict(zip(header, row, strict=True)) for row in rows])
 
 
 def _markdown(found: Findings, repetitions: int, width: float | None, command: str) -> str:
@@ -283,29 +278,17 @@ def _markdown(found: Findings, repetitions: int, width: float | None, command: s
                         f"{found.peaks[model, engine] / 1e6:.0f}" if (model, engine) in found.peaks else "",
                     ]
                 )
-        header = [
-            "norm: engine",
-            "ms, batch 1",
-            "times torch, bn",
-            "images/s, batch 64",
-            "times torch, bn",
-            "file, MB",
-        ]
-        sections += [
-            f"## {model} at width {full if width is None else width:g}\n",
-            table([*header, "peak, MB"], rows),
-        ]
-        sections += ["\nABN's time over BN's:\n"]
+        header = ["norm: engine", "ms, batch 1", "times torch, bn", "images/s, batch 64", "times torch, bn"]
+        sections.append(f"## {model} at width {full if width is None else width:g}\n")
+        sections.append(table([*header, "file, MB", "peak, MB"], rows))
+        sections.append("\nABN's time over BN's:\n")
+        columns = [(name, batch) for name in FOLDED for batch in BATCHES]
         lines = [
-            [
-                norm,
-                *(ratio(found, model, batch, (norm, name), ("bn", name)) for name in FOLDED for batch in BATCHES),
-            ]
+            [norm, *(ratio(found, model, batch, (norm, name), ("bn", name)) for name, batch in columns)]
             for norm in TWO_THRESHOLDS
             if norm != "bn"
         ]
-        columns = [f"{name}, batch {batch}" for name in FOLDED for batch in BATCHES]
-        sections += [table(["two thresholds", *columns], lines)]
+        sections.append(table(["two thresholds", *(f"{name}, batch {batch}" for name, batch in columns)], lines))
     return "\n".join(sections)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abn_exp.training.parallel import memory, synchronize
+
+K = TypeVar("K")
 
 
 class Quartiles(NamedTuple):
@@ -29,9 +31,9 @@ def quartiles(values: list[float]) -> Quartiles:
     return Quartiles(*(float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])))
 
 
-def interleaved(calls: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[K, Callable[[], float]], repetitions: int) -> dict[K, list[float]]:
     """Call everything in turn, `repetitions` times, so that a disturbance of the machine affects all alike."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[K, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
             found[name].append(call())
@@ -125,9 +127,7 @@ def ceilings(device: torch.device, repetitions: int) -> Ceilings:
     size, megabytes = (8192, 2048) if device.type == "cuda" else (2048, 128)
     calls: dict[str, Callable[[], float]] = {}
     work: dict[str, float] = {}
-    types = (
-        (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    )
+    types = [torch.float32, torch.bfloat16, *[torch.float16] * (device.type == "cuda")]
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     for dtype in types:

@@ -1,7 +1,5 @@
 """Write a benchmark as CSV, a Markdown summary and a figure."""
 
-import csv
-import io
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from abn_exp import provenance
 from abn_exp.files import write_text_atomic
 from abn_exp.report import figures
-from abn_exp.report.formatting import markdown_table, significant_text
+from abn_exp.report.formatting import csv_text, markdown_table, significant_text
 from benchmarks.configurations import BASE, WIDTHS, Effort
 from benchmarks.measure import Quartiles
 from benchmarks.run import Findings
@@ -37,18 +35,14 @@ def device_folder(folder: Path, device_name: str) -> Path:
 
 
 def _csv(found: Findings) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["place", "row", "column", "q1", "median", "q3"])
-    for (place, row, column), q in found.columns.items():
-        writer.writerow([place, row, column, *(f"{value:.6g}" for value in q)])
-    for (place, row), q in found.ratios.items():
-        writer.writerow([place, row, "ratio to conventional", *(f"{value:.6g}" for value in q)])
+    ratios = {(place, row, "ratio to conventional"): q for (place, row), q in found.ratios.items()}
+    rows = [[*key, *(f"{value:.6g}" for value in q)] for key, q in (found.columns | ratios).items()]
     for (axis, row), (sizes, values, slope) in found.growth.items():
         for size, q in zip(sizes, values, strict=True):
-            writer.writerow([f"growth: {axis}", row, f"{axis}={size:g}, s", *(f"{value:.6g}" for value in q)])
-        writer.writerow([f"growth: {axis}", row, "exponent", "", f"{slope:.4g}", ""])
-    return out.getvalue()
+            rows.append([f"growth: {axis}", row, f"{axis}={size:g}, s", *(f"{value:.6g}" for value in q)])
+        rows.append([f"growth: {axis}", row, "exponent", "", f"{slope:.4g}", ""])
+    header = ("place", "row", "column", "q1", "median", "q3")
+    return csv_text([dict(zip(header, row, strict=True)) for row in rows])
 
 
 def cell(q: Quartiles | None) -> str:
@@ -98,6 +92,10 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
             "in use before the step. exact16's ceiling is bfloat16's, which its 8-bit products on a CPU can pass.\n",
         ]
     loader_ratios = "; ".join(f"{at}: {cell(q)} times" for (at, _), q in found.ratios.items() if "loader" in at)
+    growth = []
+    for (axis, row), (sizes, values, slope) in found.growth.items():
+        seconds = ", ".join(significant_text(q.median) for q in values)
+        growth.append([axis, row, ", ".join(f"{size:g}" for size in sizes), seconds, f"{slope:.2f}"])
     sections += [
         "## Norm chain alone, forward and backward\n",
         _describe_device(found, "chain", "loop"),
@@ -106,19 +104,7 @@ def _markdown(found: Findings, effort: Effort, device_name: str, command: str) -
         "## Host memory\n",
         _describe_device(found, "host", "loop"),
         "## Growth\n",
-        table(
-            ["axis", "loop", "sizes", "median seconds", "exponent"],
-            [
-                [
-                    axis,
-                    row,
-                    ", ".join(f"{s:g}" for s in sizes),
-                    ", ".join(significant_text(q.median) for q in values),
-                    f"{slope:.2f}",
-                ]
-                for (axis, row), (sizes, values, slope) in found.growth.items()
-            ],
-        ),
+        table(["axis", "loop", "sizes", "median seconds", "exponent"], growth),
         f"resnet18_paper; images and batch at width {effort.growth_width:g}, images and width with batches of "
         f"{effort.growth_batch}. Images: a whole epoch of training, its start included. Seeds, where measured: an "
         f"epoch of {effort.images[-1]:,} images of each, at once in a process with one thread each; one after "

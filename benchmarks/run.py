@@ -64,9 +64,8 @@ class Benchmark:
         # A graph that is kept from step to step cannot be compiled.
         norm = partial(Norm, detach=row.compile)
         network = initialize_(getattr(models, model)(10, 32, norm, width=width), 0)
-        loop = ConventionalLoop(
-            conventional(network), data, batch_size, self.device, self.workers, row.autocast, row.autocast
-        )
+        bf16 = row.autocast
+        loop = ConventionalLoop(conventional(network), data, batch_size, self.device, self.workers, bf16, bf16)
         if row.compile:
             loop.network.compile()
         return loop
@@ -171,9 +170,8 @@ class Benchmark:
             if row.ours or row.autocast:
                 x = x.to(memory_format=torch.channels_last)
             norm: nn.Module = AttentionBatchNorm2d(80) if row.ours else Norm(80, detach=row.compile)
-            call: Callable[[Tensor], Tensor] = partial(
-                _chain, norm.to(self.device), sign_ste if row.ours else Binarize.apply
-            )
+            sign = sign_ste if row.ours else Binarize.apply
+            call: Callable[[Tensor], Tensor] = partial(_chain, norm.to(self.device), sign)
             if row.compile:
                 call = torch.compile(call)
             x = x.bfloat16() if row.autocast else x
@@ -206,13 +204,8 @@ class Benchmark:
         for column, workers, used in (("one thread", 0, 1), ("1,024 images, workers started", self.workers, threads)):
             theirs = ConventionalLoop(network, few, size, self.device, workers).train_loader
             torch.set_num_threads(used)
-            times = measure.interleaved(
-                {
-                    BASE: partial(per_image, theirs, 1024),
-                    "ours": partial(per_image, ours, 10_000),
-                },
-                self.effort.repetitions,
-            )
+            calls = {BASE: partial(per_image, theirs, 1024), "ours": partial(per_image, ours, 10_000)}
+            times = measure.interleaved(calls, self.effort.repetitions)
             torch.set_num_threads(threads)
             for name, values in times.items():
                 self._add("loader", name, f"loader alone, {column}, images/s", [1 / t for t in values])
@@ -236,13 +229,11 @@ class Benchmark:
             step()
             return partial(measure.seconds, step, self.device)
 
+        def epoch_of(row: Row, images: int) -> Callable[[], float]:
+            return self.loop(row, model, effort.growth_width, effort.growth_batch, random_data(images, 500)).epoch
+
         axes: dict[str, tuple[tuple[float, ...], Callable[[Row, Any], Callable[[], float]]]] = {
-            "images": (
-                effort.images,
-                lambda row, n: (
-                    self.loop(row, model, effort.growth_width, effort.growth_batch, random_data(n, 500)).epoch
-                ),
-            ),
+            "images": (effort.images, epoch_of),
             "width": (effort.widths, lambda row, width: step_of(row, width, effort.growth_batch)),
             "batch": (effort.batches, lambda row, size: step_of(row, effort.growth_width, size)),
         }
@@ -252,10 +243,9 @@ class Benchmark:
             if axis != "images":  # whose epochs include the start, as a run's do
                 for call in calls.values():
                     call()
-            repetitions = {str(key): call for key, call in calls.items()}
-            times = measure.interleaved(repetitions, 1 if axis == "images" else min(3, effort.repetitions))
+            times = measure.interleaved(calls, 1 if axis == "images" else min(3, effort.repetitions))
             for row in rows:
-                found = [quartiles(times[str((row.name, size))]) for size in sizes]
+                found = [quartiles(times[row.name, size]) for size in sizes]
                 slope = measure.exponent([float(size) for size in sizes], [q.median for q in found])
                 self.found.growth[axis, row.name] = ([float(size) for size in sizes], found, slope)
         if effort.seeds:

@@ -87,14 +87,11 @@ def read(folder: Path) -> tuple[Config, tuple[str, str, str], list[Budget]]:
     runs = [run for run in find_runs(folder) if run.result is not None]
     cells = {(run.dataset, run.model, run.norm) for run in runs}
     if len(cells) != 1:
-        raise ValueError(
-            f"{folder} has finished runs of {len(cells)} cells; name the folder of one data set, model and norm."
-        )
+        what = "name the folder of one data set, model and norm"
+        raise ValueError(f"{folder} has finished runs of {len(cells)} cells; {what}.")
     configs = [parse(read_config(run.directory)) for run in runs]
-    others = [
-        {key: value for key, value in all_options(config.model_dump()).items() if key not in VARIED}
-        for config in configs
-    ]
+    options = [all_options(config.model_dump()) for config in configs]
+    others = [{key: value for key, value in each.items() if key not in VARIED} for each in options]
     if different := sorted(key for one in others for key in one if one[key] != others[0].get(key)):
         raise ValueError(f"{folder} has runs that differ in {different[0]}; only {', '.join(VARIED)} may vary.")
     found: dict[tuple[str, int], dict[int, float]] = {}
@@ -230,10 +227,7 @@ def _figure(found: TimeToAccuracy) -> Figure:
             if not rows:
                 continue
             summaries = [summarize(row.budget.accuracies) for row in rows]
-            spread = [
-                [s.mean - s.mean_interval[0] for s in summaries],
-                [s.mean_interval[1] - s.mean for s in summaries],
-            ]
+            spread = np.abs([(s.mean_interval[0] - s.mean, s.mean_interval[1] - s.mean) for s in summaries]).T
             hours, means = [row.hours for row in rows], [s.mean for s in summaries]
             ax.errorbar(hours, means, spread, color=color, marker=marker, capsize=2, label=f"{loop}, {schedule} rate")
         ax.axhline(found.rows[0].budget.mean, color="black", linewidth=0.6, linestyle=":")

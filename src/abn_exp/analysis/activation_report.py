@@ -1,6 +1,6 @@
 """The report on the binary activations of trained networks, norm beside norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +120,11 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
         _draw(report, members, by_norm, layers, place, name)
     report.csv("comparison", contrast_rows(contrasts, judged=True) + contrast_rows(described, judged=False))
     report.csv("comparison_layers", contrast_rows(layered, judged=False))
-    report.csv("layers", _layer_rows(cells, found))
-    report.csv("channels", _channel_rows(cells, found))
-    report.csv("histograms", _histogram_rows(cells, found))
+    measured_places = list(_places(cells, found))
+    report.csv("layers", [row | {"channels": x.channels} | x.scores() for row, x in measured_places])
+    channels = ((row, enumerate(x.p_plus.tolist())) for row, x in measured_places)
+    report.csv("channels", [row | {"channel": i, "p_plus": p} for row, each in channels for i, p in each])
+    report.csv("histograms", [row | bin_ for row, x in measured_places for bin_ in _bins(x)])
     report.parts.append("## Is it the trained network?\n\n" + _accuracies(cells, found))
     report.finish(NOTES)
     report.show("means")
@@ -266,44 +268,20 @@ def _flips(members: Sequence[Cell]) -> dict[str, dict[str, Array]]:
     return panels
 
 
-def _where(cell: Cell, run: Run, place: Distribution) -> dict[str, object]:
-    row: dict[str, object] = dict(zip(("dataset", "model", "norm", "variant"), cell.key, strict=True))
-    return row | {
-        "seed": run.seed,
-        "place": place.name,
-        "kind": place.kind,
-        "from_feature_map_norm": place.feature_map,
-    }
-
-
-def _layer_rows(cells: Sequence[Cell], found: dict[Path, NetworkActivations]) -> list[dict[str, object]]:
-    return [
-        _where(cell, run, place) | {"channels": place.channels} | place.scores()
-        for cell in cells
-        for run in cell.runs
-        for place in found[run.directory].places
-    ]
-
-
-def _channel_rows(cells: Sequence[Cell], found: dict[Path, NetworkActivations]) -> list[dict[str, object]]:
-    rows = []
+def _places(
+    cells: Sequence[Cell], found: dict[Path, NetworkActivations]
+) -> Iterator[tuple[dict[str, object], Distribution]]:
+    """Yield each place of each network, after the columns that say which it is."""
     for cell in cells:
         for run in cell.runs:
             for place in found[run.directory].places:
-                where = _where(cell, run, place)
-                rows += [where | {"channel": i, "p_plus": p} for i, p in enumerate(place.p_plus.tolist())]
-    return rows
+                where = {"seed": run.seed, "place": place.name, "kind": place.kind}
+                yield cell.columns | where | {"from_feature_map_norm": place.feature_map}, place
 
 
-def _histogram_rows(cells: Sequence[Cell], found: dict[Path, NetworkActivations]) -> list[dict[str, object]]:
-    rows = []
-    for cell in cells:
-        for run in cell.runs:
-            for place in found[run.directory].places:
-                for low, high, n in zip(EDGES[:-1], EDGES[1:], place.histogram.tolist(), strict=True):
-                    if n:
-                        rows.append(_where(cell, run, place) | {"low": float(low), "high": float(high), "count": n})
-    return rows
+def _bins(place: Distribution) -> list[dict[str, object]]:
+    bins = zip(EDGES[:-1].tolist(), EDGES[1:].tolist(), place.histogram.tolist(), strict=True)
+    return [{"low": low, "high": high, "count": count} for low, high, count in bins if count]
 
 
 def _accuracies(cells: Sequence[Cell], found: dict[Path, NetworkActivations]) -> str:

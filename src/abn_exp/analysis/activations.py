@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -111,7 +112,8 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
     seen: list[Tensor] = []
     last_norm: list[nn.Module] = []
 
-    def before(name: str, layer: nn.Module, x: Tensor) -> None:
+    def before(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
         if isinstance(layer, BinaryConv2d | BinaryLinear) and not any(x is other for other in seen):
             seen.append(x)
             norm = last_norm[-1] if last_norm else None
@@ -124,10 +126,7 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
         if isinstance(layer, nn.BatchNorm2d):
             found[name] = Distribution(name, "norm output", True, layer.num_features)
 
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: before(name, m, args[0]))
-        for name, module in network.named_modules()
-    ]
+    handles = [m.register_forward_pre_hook(partial(before, name)) for name, m in network.named_modules()]
     with hooks(handles), torch.no_grad():
         network(image)
     return found
@@ -139,22 +138,20 @@ def measure(network: nn.Module, images: Tensor) -> tuple[list[Distribution], Ten
     found = places(network, images[:1])
     modules = dict(network.named_modules())
 
-    def binary(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+    def binary(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, BinaryConv2d | BinaryLinear)
         x = args[0]
         found[name].add(x, x >= 0 if module.binarization.sign_zero == "plus" else x > 0)
 
-    def norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
+    def norm(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         found[name].add(output, output >= 0)
 
     handles: list[Any] = []
     for name, place in found.items():
         if place.kind == "binary input":
-            hook = modules[name].register_forward_pre_hook
-            handles.append(hook(lambda m, args, name=name: binary(m, args, name)))
+            handles.append(modules[name].register_forward_pre_hook(partial(binary, name)))
         else:
-            after = modules[name].register_forward_hook
-            handles.append(after(lambda m, args, y, name=name: norm(m, args, y, name)))
+            handles.append(modules[name].register_forward_hook(partial(norm, name)))
     with hooks(handles):
         predicted = torch.cat([network(batch).argmax(1) for batch in images.split(BATCH)])
     return list(found.values()), predicted.cpu()
@@ -187,14 +184,14 @@ def drawn_part(plus: ArrayLike) -> slice:
     return slice(int(first), int(last))
 
 
-def beyond_one_threshold(y: Array, xhat: ArrayLike = WIDE) -> Array:
-    """Return for each response y (C, G) the share of inputs whose sign no single threshold gives, (C,).
+def beyond_one_threshold(y: Array) -> Array:
+    """Return for each response y (C, G) to WIDE the share of inputs whose sign no single threshold gives, (C,).
 
-    Inputs are standard normal, on the even grid xhat (G,); the threshold, and which side is +1, are the best ones.
+    Inputs are standard normal; the threshold, and which side is +1, are the best ones.
     0 for whatever is monotone. For SiLU(xhat) + beta with two thresholds close to 0 it is the normal distribution
     below the lower one: how much of the second threshold is used.
     """
-    weights = np.exp(-(np.asarray(xhat, dtype=np.float64) ** 2) / 2)
+    weights = np.exp(-(WIDE**2) / 2)
     weights /= weights.sum()
     plus = (y >= 0) * weights
     edge = np.zeros((len(y), 1))

@@ -135,11 +135,10 @@ def replacement_curve(
     order: Tensor,
     targets: Tensor,
     ends: tuple[Tensor, Tensor],
-    steps: int = STEPS,
 ) -> Tensor:
-    """Return the targets' probabilities, (B, steps + 1), while pixels of `before` are replaced by those of `after`.
+    """Return the targets' probabilities, (B, STEPS + 1), while pixels of `before` are replaced by those of `after`.
 
-    At step k the first k / steps of the pixels in `order` (B, S * S) are. `ends` are the probabilities of `before`
+    At step k the first k / STEPS of the pixels in `order` (B, S * S) are. `ends` are the probabilities of `before`
     and of `after`, (B,): several curves have them in common. Deletion goes from the image to a constant one,
     insertion from a blurred image to the image (Petsiuk et al., BMVC 2018, arXiv 1806.07421).
     """
@@ -147,8 +146,8 @@ def replacement_curve(
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size * size, device=order.device).expand_as(order))
     rank = rank.view(-1, 1, size, size)
     between = [
-        probability(network, torch.where(rank < k * size * size / steps, after, before), targets)
-        for k in range(1, steps)
+        probability(network, torch.where(rank < k * size * size / STEPS, after, before), targets)
+        for k in range(1, STEPS)
     ]
     return torch.stack([ends[0], *between, ends[1]], 1)
 

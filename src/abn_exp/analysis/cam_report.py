@@ -177,8 +177,12 @@ def _rows(cells: Sequence[Cell], found: dict[Path, dict[str, np.ndarray]], opene
         for run in cell.runs:
             images, scores = opener.images(run), found[run.directory]
             for i, (index, label) in enumerate(zip(images.indices.tolist(), images.labels.tolist(), strict=True)):
-                row: dict[str, object] = dict(zip(("dataset", "model", "norm", "variant"), cell.key, strict=True))
-                row |= {"seed": run.seed, "image": index, "label": label, "predicted": int(scores["predicted"][i])}
+                row = cell.columns | {
+                    "seed": run.seed,
+                    "image": index,
+                    "label": label,
+                    "predicted": int(scores["predicted"][i]),
+                }
                 row |= {k: float(scores[k][i]) for k in (*JUDGED, *DESCRIBED) if k in scores}
                 rows.append(row)
     return rows

@@ -21,7 +21,7 @@ from rich.markup import escape
 from abn_exp.analysis.trained import common_folder
 from abn_exp.config import parse
 from abn_exp.report import figures, stats
-from abn_exp.report.comparisons import Cell, Group, group_cells
+from abn_exp.report.comparisons import Cell, Group, group_cells, pairs_of
 from abn_exp.report.formatting import (
     Table,
     csv_text,
@@ -63,17 +63,12 @@ def paired_runs(cells: Sequence[Cell], reference: str) -> Iterator[tuple[Cell, l
 
     Raises ValueError where there is no such pair.
     """
-    for group, members in group_cells(cells).items():
-        base = next((cell for cell in members if cell.norm == reference), None)
-        for cell in members:
-            if base is None or cell is base:
-                continue
-            pairs = [(x, y) for x in cell.runs for y in base.runs if x.seed == y.seed]
-            if not pairs:
-                raise ValueError(
-                    f"On {group_title(cells, group)}, {cell.norm} and {reference} have no seed in common."
-                )
-            yield cell, pairs
+    for cell, base in pairs_of(cells, None, reference):
+        pairs = [(x, y) for x in cell.runs for y in base.runs if x.seed == y.seed]
+        if not pairs:
+            where = group_title(cells, cell.group)
+            raise ValueError(f"On {where}, {cell.norm} and {reference} have no seed in common.")
+        yield cell, pairs
 
 
 def check_pairs(cells: Sequence[Cell], reference: str) -> None:
@@ -152,14 +147,9 @@ def contrast_table(contrasts: Iterable[Contrast]) -> Table:
     """One row a contrast."""
     rows = []
     for c in contrasts:
-        numbers = [
-            signed_text(c.paired.difference, DIGITS),
-            interval_text(c.paired.interval, DIGITS),
-            p_text(c.paired.p),
-            p_text(c.p_holm),
-        ]
-        means = [number_text(c.own, DIGITS), number_text(c.base, DIGITS)]
-        rows.append([c.place, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0]), *means, *numbers])
+        row = [c.place, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0])]
+        row += [number_text(c.own, DIGITS), number_text(c.base, DIGITS), signed_text(c.paired.difference, DIGITS)]
+        rows.append([*row, interval_text(c.paired.interval, DIGITS), p_text(c.paired.p), p_text(c.p_holm)])
     header = ["where", "norms", "measure", "n", "mean", "reference", "difference", "95 % interval", "p", "p (Holm)"]
     return header, rows
 
@@ -203,7 +193,7 @@ class AnalysisWriter:
 
     def verdicts(self, claim: str, contrasts: Sequence[Contrast], cells: Sequence[Cell], reference: str) -> None:
         """Write the verdict on each contrast, and where there is nothing to compare with."""
-        judged = [(decision, sentence) for decision, sentence in map(verdict, contrasts)]
+        judged = list(map(verdict, contrasts))
         lines = [f"**{decision}**: {sentence}" for decision, sentence in judged]
         self.sentences += [f"{decision.capitalize()}. {sentence}" for decision, sentence in judged]
         for group, members in group_cells(cells).items():

@@ -43,7 +43,6 @@ class EpochLogger(pl.Callback):
         self.path = directory / "metrics.jsonl"
         self.tracker = tracker
         self.brief = brief
-
         self.lines: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,9 +93,7 @@ class EpochLogger(pl.Callback):
         self.tracker.log_epoch(metrics)
         self._log_epoch(metrics, trainer)
         bad = _not_finite(metrics, pl_module)
-        if trainer.strategy.reduce_boolean_decision(
-            bad is not None, all=False
-        ):  # running statistics are each device's
+        if trainer.strategy.reduce_boolean_decision(bad is not None, all=False):  # of any device
             bad = bad if bad is not None else "a running statistic of another device"
             raise Diverged(f"diverged in epoch {epoch}: {bad} is not finite")
 
