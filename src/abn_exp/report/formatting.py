@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
@@ -71,7 +71,7 @@ def document(title: str, parts: Sequence[str]) -> str:
     return "\n\n".join([f"# {title}", *filter(None, parts)]) + "\n"
 
 
-def csv_text(rows: list[dict[str, object]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows as CSV, floats with eight digits; what there is not, is empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()

@@ -75,18 +75,14 @@ def checkpoints(directory: Path, *, keep_best: bool) -> list[pl.Callback]:
 
     Only ends of epochs are saved: a checkpoint inside an epoch resumes on other batches.
     """
-    best_weights = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
-    kinds: list[dict[str, Any]] = [best_weights, {"filename": "last"}] if keep_best else [{"filename": "last"}]
-    return [  # the best first, so that last.ckpt knows what best.ckpt holds
-        _Checkpoint(
-            directory / "checkpoints",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-            auto_insert_metric_name=False,
-            **kind,
-        )
-        for kind in kinds
-    ]
+    best: dict[str, Any] = {"filename": "best", "monitor": "val/acc", "mode": "max", "save_weights_only": True}
+    common: dict[str, Any] = {
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+        "auto_insert_metric_name": False,
+    }
+    kinds = [*[best] * keep_best, {"filename": "last"}]  # in this order: last.ckpt knows what best.ckpt holds
+    return [_Checkpoint(directory / "checkpoints", **common, **kind) for kind in kinds]
 
 
 class _Checkpoint(ModelCheckpoint):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,8 @@ from abn_exp.models.build import build_network
 from abn_exp.optimizer import state_size
 from abn_exp.report.progress import clock, describe, progress, speed_text
 from abn_exp.results import Run, find_runs
+
+SECONDS = 2.0  # that each cell's speed is measured in training, and in evaluation
 
 
 class DiskUse(NamedTuple):
@@ -111,16 +112,16 @@ def measure_speed(plan: RunPlan, seconds: float) -> Speed:
     return Speed(train, images / (time.monotonic() - start))
 
 
-def dry_run(plans: Sequence[RunPlan], seconds: float = 2.0) -> Iterator[str]:
+def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
     """Yield the lines that `dry_run=true` prints: the runs and their states, and what those to do will take.
 
     Each cell that has runs to do is measured for some seconds, in this process.
     """
-    folders = {plan.directory.parents[4] for plan in plans}
-    found = {run.directory: run for folder in folders for run in find_runs(folder)}
+    found = {run.directory: run for folder in {plan.study for plan in plans} for run in find_runs(folder)}
     to_do: list[RunPlan] = []
     total = 0.0
-    for cell, group in groupby(sorted(plans, key=_cell_and_seed), lambda plan: plan.directory.parent):
+    ordered = sorted(plans, key=lambda plan: (plan.directory.parent, plan.config.seed))
+    for cell, group in groupby(ordered, lambda plan: plan.directory.parent):
         yield str(cell)
         pending: list[tuple[RunPlan, int]] = []
         for plan in group:
@@ -129,7 +130,7 @@ def dry_run(plans: Sequence[RunPlan], seconds: float = 2.0) -> Iterator[str]:
                 pending.append((plan, 0 if plan.config.force else done))
             yield f"  {plan.directory.name:<9} {state:<10} {rest}".rstrip()
         if pending:
-            speed = measure_speed(pending[0][0], seconds)
+            speed = measure_speed(pending[0][0], SECONDS)
             times = [seconds_left(plan, speed, done) for plan, done in pending]
             yield f"  {len(pending)} to do, {clock(max(times))} for one, {speed_text(speed.train)}"
             to_do += [plan for plan, _ in pending]
@@ -141,10 +142,6 @@ def dry_run(plans: Sequence[RunPlan], seconds: float = 2.0) -> Iterator[str]:
         several = f", {count} at a time, which is {gain:.2f} times as fast as one" if count > 1 else ""
         yield f"time: about {clock(total / gain)}{several}"
         yield disk_sentence(to_do, count)
-
-
-def _cell_and_seed(plan: RunPlan) -> tuple[Path, int]:
-    return plan.directory.parent, plan.config.seed
 
 
 def _state(run: Run | None) -> tuple[str, str, int]:

@@ -93,7 +93,9 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
     select_device(config)  # before `force` clears anything
     source = None if config.force else restore_quoted(plan)
     directory.mkdir(parents=True, exist_ok=True)
-    with _lock_run_dir(directory), _log_to(directory / "train.log"):
+    with run_lock(directory) as free, _log_to(directory / "train.log"):
+        if not free:
+            raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.")
         remove_temporary_files(directory)
         remove_temporary_files(directory / "checkpoints")
         if config.force:
@@ -187,11 +189,8 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
     loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
     network = make_network(config, plan.choices["norm"], len(data.classes), device)
     if rank == 0 and config.precision != "fp32" and (times := time_against_fp32(config, network, device)) > SLOWER:
-        log.warning(
-            "precision=%s is slower than fp32 on this device: a pass of four images takes %.1f times as long",
-            config.precision,
-            times,
-        )
+        what = f"precision={config.precision} is slower than fp32 on this device"
+        log.warning("%s: a pass of four images takes %.1f times as long", what, times)
     summary = summarize(network, config.dataset.image_size)
     made_with = {  # read before training, so that an error here cannot end a run after its last epoch
         "versions": provenance.versions(),
@@ -208,9 +207,8 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
     where = f"{' '.join(cell)}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
     log.info("%s\n%s", where, as_text(summary.table()))
 
-    stages = tuple(
-        stage for stage in ("val", "test") if stage in loaders and (stage == "val" or recipe.test_every_epoch)
-    )
+    evaluated: tuple[Stage, ...] = ("val", "test") if recipe.test_every_epoch else ("val",)
+    stages = tuple(stage for stage in evaluated if stage in loaders)
     if config.compile:
         network.compile()
     classifier = LitClassifier(
@@ -276,9 +274,8 @@ def _test(
     test = classifier.evaluated
     if not math.isfinite(test["test/loss"]):
         raise Diverged(f"diverged in epoch {config.recipe.epochs}: test/loss is not finite")
-    last, predicted_best = classifier.predicted.cpu().numpy(), None
+    last, predicted_best, test_best = classifier.predicted.cpu().numpy(), None, None
     val = [line["val/acc"] for line in metrics if "val/acc" in line]
-    test_best = None
     if "val" in classifier.eval_stages:
         best = directory / "checkpoints" / "best.ckpt"
         try:
@@ -339,15 +336,6 @@ def as_text(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=80).print(table)
     return out.getvalue()
-
-
-@contextmanager
-def _lock_run_dir(directory: Path) -> Iterator[None]:
-    """Keep a run's directory to one process."""
-    with run_lock(directory) as free:
-        if not free:
-            raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.")
-        yield
 
 
 class RunLog(logging.FileHandler):

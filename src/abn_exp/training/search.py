@@ -5,8 +5,6 @@ ordinary runs in their own folders: a search that was stopped goes on with the s
 the same command shares the work. The test accuracies in their records are not used.
 """
 
-import csv
-import io
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from abn_exp.errors import ConfigError, Diverged
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import RunPlan, plan_run
 from abn_exp.options import set_options
+from abn_exp.report.formatting import csv_text
 from abn_exp.seeding import derive_seed
 from abn_exp.training.run import run
 
@@ -83,11 +82,10 @@ def _distribution(override: Override) -> BaseDistribution:
     try:
         if isinstance(value, IntervalSweep):
             start, end = value.start, value.end
-            whole = isinstance(start, int) and isinstance(end, int)
             assert start is not None
             assert end is not None
-            if whole:
-                return IntDistribution(int(start), int(end), log=log_scale)
+            if isinstance(start, int) and isinstance(end, int):
+                return IntDistribution(start, end, log=log_scale)
             return FloatDistribution(float(start), float(end), log=log_scale)
         if isinstance(value, RangeSweep) and isinstance(numbers := value.range(), range):
             return IntDistribution(numbers[0], numbers[-1], step=abs(numbers.step))
@@ -221,15 +219,10 @@ class Search:
             trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
             for trial in sorted(trials, key=lambda trial: -1.0 if trial.value is None else trial.value, reverse=True):
                 accuracies = [100 * value for value in trial.user_attrs.get("accuracies", [])]
-                rows.append(
-                    {
-                        "norm": norm,
-                        **dict(value.split("=", 1) for value in self.values(trial.params)),
-                        "val acc %": f"{statistics.mean(accuracies):.2f}" if accuracies else "diverged",
-                        "std": f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "",
-                        "seeds": str(len(accuracies)),
-                    }
-                )
+                row = {"norm": norm} | dict(value.split("=", 1) for value in self.values(trial.params))
+                row["val acc %"] = f"{statistics.mean(accuracies):.2f}" if accuracies else "diverged"
+                row["std"] = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+                rows.append(row | {"seeds": str(len(accuracies))})
         return rows
 
     def best(self) -> dict[str, list[str]]:
@@ -242,13 +235,9 @@ class Search:
 
     def write(self) -> Path:
         """Write `search.csv`, a line for each finished trial, and return its path."""
-        rows = self.table()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else ["norm"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text_atomic(self.folder / "search.csv", text.getvalue())
-        return self.folder / "search.csv"
+        path, rows = self.folder / "search.csv", self.table()
+        write_text_atomic(path, csv_text(rows) if rows else "norm\n")
+        return path
 
 
 def _first(options: BaseDistribution) -> Any:

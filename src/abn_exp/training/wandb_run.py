@@ -21,13 +21,13 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from abn_exp.config import WandbConfig
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.files import write_text_atomic
 from abn_exp.models.cost import NetworkSummary
+from abn_exp.report.progress import run_lock
 from abn_exp.results import Run, RunResult, find_runs, read_checkpoint, read_config, read_metrics
 
 log = logging.getLogger(__name__)
@@ -193,14 +193,10 @@ def upload(folder: Path) -> Iterator[str]:
     for run in runs:
         if run.status == "damaged" or not run.directory.is_dir():
             continue
-        try:
-            with FileLock(run.directory / ".lock", timeout=0):
-                done = _upload(run)
-        except Timeout:
-            yield f"{run.directory}: being trained, it logs its epochs itself"
-            continue
+        with run_lock(run.directory) as free:
+            done = _upload(run) if free else "being trained, it logs its epochs itself"
         if done:
-            missing += 1
+            missing += free
             yield f"{run.directory}: {done}"
     yield f"{len(runs)} runs, {missing} of them lacked something in W&B"
     if missing and (folder / "report.csv").is_file():
