@@ -31,3 +31,10 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     made = Cli(tmp_path_factory.mktemp("cli"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of a report's time, where a test is about its text."""
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")

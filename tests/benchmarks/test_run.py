@@ -2,7 +2,6 @@
 
 import csv
 import math
-import runpy
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from benchmarks import measure, report, run
 from benchmarks.configurations import BASE, EAGER, PLAIN, ROWS, Effort
 from benchmarks.conventional import ConventionalLoop, Norm, conventional
 from benchmarks.run import Benchmark
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.scripts import load_script
 
 TINY = Effort(
     batch_size={"resnet18_paper": 4, "binarynet": 4},
@@ -168,7 +167,7 @@ def test_where_exact16_is_refused_the_benchmark_goes_without_it(monkeypatch: pyt
 
 @pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--threads", "x"], ["--device", "tpu"]])
 def test_wrong_arguments_are_refused_in_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    parser = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark.py"))["parser"]()
+    parser = load_script("benchmark").parser()
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(arguments)
     assert caught.value.code == 2

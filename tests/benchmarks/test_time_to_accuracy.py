@@ -2,9 +2,7 @@
 
 import csv
 import re
-import runpy
-import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,9 @@ from abn_exp.identity import RunPlan
 from abn_exp.results import write_result
 from benchmarks.time_to_accuracy import TimeToAccuracy, measure_budgets, read, write
 from tests.helpers.records import result_in
-from tests.helpers.runs import REPOSITORY, TINY
+from tests.helpers.runs import plan_in
+from tests.helpers.scripts import run_script
 
-MakePlan = Callable[..., RunPlan]
 Reached = dict[tuple[str, int], tuple[float, ...]]
 REACHED: Reached = {
     ("constant", 2): (0.60, 0.62),
@@ -28,27 +26,31 @@ REACHED: Reached = {
 }
 
 
-def finish(plan: RunPlan, accuracy: float) -> Path:
-    plan.directory.mkdir(parents=True)
-    (plan.directory / "config.yaml").write_text(yaml.safe_dump(plan.config.model_dump()))
-    write_result(
-        plan.directory,
-        result_in(plan.directory, plan.config.seed, accuracy, epochs=plan.config.recipe.epochs, parameters={}),
-    )
-    return plan.directory.parents[4]
+@cache
+def composed(*words: str) -> RunPlan:
+    return plan_in(Path("results"), *words)
 
 
-def folder_of(make_plan: MakePlan, reached: Reached, *overrides: str) -> Path:
+def finish(folder: Path, plan: RunPlan, accuracy: float) -> None:
+    directory = folder.joinpath(*plan.directory.parts[-5:])
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(plan.config.model_dump()))
+    epochs = plan.config.recipe.epochs
+    write_result(directory, result_in(directory, plan.config.seed, accuracy, epochs=epochs, parameters={}))
+
+
+def folder_of(folder: Path, reached: Reached, *overrides: str) -> Path:
+    """Fill a study's folder with runs that reached these accuracies."""
     for (schedule, epochs), accuracies in reached.items():
         for seed, accuracy in enumerate(accuracies):
             words = (f"recipe.schedule.name={schedule}", f"recipe.epochs={epochs}", f"seed={seed}")
-            folder = finish(make_plan(*TINY, *overrides, *words, tiny=False), accuracy)
+            finish(folder, composed(*overrides, *words), accuracy)
     return folder
 
 
-@pytest.fixture
-def found(make_plan: MakePlan) -> TimeToAccuracy:
-    return measure_budgets(folder_of(make_plan, REACHED), torch.device("cpu"), 1, 2)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> TimeToAccuracy:
+    return measure_budgets(folder_of(tmp_path_factory.mktemp("reached"), REACHED), torch.device("cpu"), 1, 2)
 
 
 def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> None:
@@ -69,9 +71,9 @@ def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> No
     assert against.differences == pytest.approx((1.0, 0.0))
 
 
-def test_none_is_soonest_where_none_is_enough(make_plan: MakePlan, tmp_path: Path) -> None:
+def test_none_is_soonest_where_none_is_enough(tmp_path: Path) -> None:
     low = {key: tuple(a - 0.2 * (key[0] == "cosine") for a in accuracies) for key, accuracies in REACHED.items()}
-    found = measure_budgets(folder_of(make_plan, low), torch.device("cpu"), 1, 1)
+    found = measure_budgets(folder_of(tmp_path / "low", low), torch.device("cpu"), 1, 1)
     assert found.soonest is None
     assert found.ratio is None
     assert "**No decayed budget" in write(found, "CPU", "command", tmp_path).read_text()
@@ -98,17 +100,14 @@ def test_files(found: TimeToAccuracy, tmp_path: Path) -> None:
         ({("constant", 2): (0.7,), ("cosine", 2): (0.7, 0.7)}, "needs at least two seeds"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    make_plan: MakePlan, tmp_path: Path, reached: Reached, message: str
-) -> None:
-    folder = folder_of(make_plan, reached) if reached else tmp_path
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, reached: Reached, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        read(folder)
+        read(folder_of(tmp_path, reached))
 
 
-def test_runs_that_differ_in_something_else_are_refused(make_plan: MakePlan) -> None:
-    folder_of(make_plan, {("constant", 2): (0.7, 0.7)})
-    folder = folder_of(make_plan, {("cosine", 2): (0.7, 0.7)}, "recipe.optimizer.lr=0.01")
+def test_runs_that_differ_in_something_else_are_refused(tmp_path: Path) -> None:
+    folder_of(tmp_path, {("constant", 2): (0.7, 0.7)})
+    folder = folder_of(tmp_path, {("cosine", 2): (0.7, 0.7)}, "recipe.optimizer.lr=0.01")
     with pytest.raises(ValueError, match=r"differ in recipe\.optimizer\.lr; only seed, recipe\.schedule\.name"):
         read(folder)
 
@@ -116,9 +115,7 @@ def test_runs_that_differ_in_something_else_are_refused(make_plan: MakePlan) -> 
 def test_the_script_says_so_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--budget", str(tmp_path), "--out", str(tmp_path / "out")])
-    main = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark.py"))["main"]
-    assert main() == 1
+    assert run_script(monkeypatch, "benchmark", "--budget", tmp_path, "--out", tmp_path / "out") == 1
     assert capsys.readouterr().err == (
         f"{tmp_path} has finished runs of 0 cells; name the folder of one data set, model and norm.\n"
     )

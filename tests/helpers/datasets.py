@@ -1,15 +1,21 @@
 """Small archives in the layout of the originals."""
 
+import dataclasses
 import hashlib
 import io
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from abn_exp.data.catalog import CATALOG
+
 RANDOM = np.random.default_rng(0)
+LETTERS = ["ant", "bee", "cat"]
 
 
 def pixels(count: int, size: int = 32) -> np.ndarray:
@@ -79,3 +85,35 @@ def write_zip(file: Path, members: dict[str, bytes]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, name: str, **facts: Any) -> None:
+    monkeypatch.setitem(CATALOG, name, dataclasses.replace(CATALOG[name], **facts))
+
+
+def write_cifar10(root: Path, names: list[bytes] = CIFAR10_NAMES) -> tuple[np.ndarray, list[int], np.ndarray, str]:
+    train, test = pixels(50), pixels(10)
+    labels = [int(label) for label in RANDOM.permutation(50) % 10]
+    members = {"batches.meta": python2_pickle({b"label_names": names})}
+    for i in range(5):
+        part = slice(10 * i, 10 * i + 10)
+        members[f"data_batch_{i + 1}"] = python2_pickle(
+            {b"data": train[part].reshape(10, -1), b"labels": labels[part]}
+        )
+    members["test_batch"] = python2_pickle({b"data": test.reshape(10, -1), b"labels": list(range(10))})
+    members["readme.html"] = b"not a pickle"
+    md5 = write_tar(root / "cifar-10-python.tar.gz", "cifar-10-batches-py", members)
+    return train, labels, test, md5
+
+
+def write_folder(folder: Path, classes: list[str], per_class: int = 2, size: int = 32) -> dict[str, np.ndarray]:
+    """Write random PNGs; return the images of each split in the order of classes and files."""
+    written = {}
+    for split in ("train", "test"):
+        images = pixels(per_class * len(classes), size)
+        for i, image in enumerate(images):
+            file = folder / split / classes[i // per_class] / f"{i % per_class:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(file)
+        written[split] = images
+    return written

@@ -86,6 +86,15 @@ def study(folder: Path, cells: Mapping[str, Sequence[float | None]], **where: An
     return folder
 
 
+# A configuration, of which two options are to be filled in.
+RECORDED = """\
+dataset: {{name: cifar10, train_images: null}}
+model: {{_target_: some.model, width: 1}}
+norm: {{_target_: some.norm}}
+recipe: {{epochs: {epochs}, optimizer: {{lr: {lr}}}}}
+precision: fp32
+"""
+
 BN = [0.700, 0.710, 0.705, 0.715, 0.720]
 
 

@@ -1,9 +1,6 @@
 import csv
-import errno
 import io
-import os
 import re
-import runpy
 import shutil
 import time
 from itertools import product
@@ -20,23 +17,12 @@ from abn_exp.report.figures import NORM_STYLES, norm_styles
 from abn_exp.report.spread import pairs_needed
 from abn_exp.report.tables import Report
 from abn_exp.results import find_runs
-from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
-from tests.helpers.runs import REPOSITORY
-from tests.helpers.scripts import run_script
-
-SCRIPT = REPOSITORY / "scripts" / "report.py"
+from tests.helpers.records import BN, CLEARLY_ABOVE, RECORDED, finish_run, section, start_run, study, table_rows
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return study(tmp_path / "claims", {"bn": BN, "abn": CLEARLY_ABOVE})
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes most of a report's time, where a test is about its text."""
-    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
-    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 def only(report: Report) -> Comparison:
@@ -343,46 +329,6 @@ def test_comparison_does_not_depend_on_what_else_is_there(tmp_path: Path) -> Non
     assert alone[0].mean.mean == both[1].mean.mean
 
 
-@pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("fault", ["a directory in its place", "a read-only folder"])
-def test_a_report_that_cannot_be_written_is_a_sentence_and_goes_elsewhere(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    def read_only(path: Path, text: str) -> None:
-        if path.is_relative_to(folder):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        path.write_text(text)
-
-    if fault == "a directory in its place":
-        (folder / "report.md").mkdir()
-    else:
-        for module in ("build", "looks"):
-            monkeypatch.setattr(f"abn_exp.report.{module}.write_text_atomic", read_only)
-    assert run_script(monkeypatch, "report", folder) == 1
-    (sentence,) = capsys.readouterr().err.splitlines()
-    why = "Read-only file system" if fault == "a read-only folder" else "Is a directory"
-    assert sentence == f"error: {folder / 'report.md'}: {why}; --out=FOLDER writes elsewhere."
-    assert run_script(monkeypatch, "report", folder, "--out", tmp_path / "elsewhere") == 0
-    assert "## " in (tmp_path / "elsewhere" / "report.md").read_text()
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_script_writes_and_prints_or_says_in_one_sentence_why_not(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main = runpy.run_path(str(SCRIPT))["main"]
-    monkeypatch.setattr("sys.argv", ["report.py", str(folder), "--reference", "abn"])
-    assert main() == 0
-    assert "bn - abn is -0.94 points" in capsys.readouterr().out
-    assert (folder / "report.md").is_file()
-    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "nothing")])
-    assert main() == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: There are no runs below ")
-    assert len(err.splitlines()) == 1
-
-
 def test_every_norm_has_its_own_style_everywhere() -> None:
     norms = [*NORM_STYLES, *(f"norm{i}" for i in range(60))]
     styles = norm_styles(norms)
@@ -393,14 +339,6 @@ def test_every_norm_has_its_own_style_everywhere() -> None:
 
 
 # --- Several folders, and what varies ---
-
-RECORDED = """\
-dataset: {{name: cifar10, train_images: null}}
-model: {{_target_: some.model, width: 1}}
-norm: {{_target_: some.norm}}
-recipe: {{epochs: {epochs}, optimizer: {{lr: {lr}}}}}
-precision: fp32
-"""
 
 
 def test_runs_csv_has_a_column_for_each_option_that_varies(tmp_path: Path, no_figures: None) -> None:
@@ -452,27 +390,3 @@ def test_a_part_of_a_data_set_is_a_cell_of_its_own(tmp_path: Path) -> None:
     (factor,) = report.factors
     assert (factor.name, set(factor.levels)) == ("dataset.images", {"null", "[100, 50]"})
     assert [len(cell.runs) for cell in report.cells] == [5, 5]
-
-
-def test_the_script_compares_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_figures: None
-) -> None:
-    config = RECORDED.format(epochs=4, lr=0.1)
-    study(tmp_path / "a", {"bn": BN}, config=config)
-    study(tmp_path / "b", {"abn": CLEARLY_ABOVE}, config=config)
-
-    def script(*arguments: object) -> tuple[object, Any]:
-        monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return done.value.code, capsys.readouterr()
-
-    code, said = script(tmp_path / "a", tmp_path / "b")
-    assert (code, said.err) == (0, "")
-    assert "a and b" in said.out
-    assert not list(tmp_path.rglob("report.md"))
-    assert script(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")[0] == 0
-    assert (tmp_path / "both" / "runs.csv").read_text().count("\n") == 11
-    code, said = script(tmp_path / "a", tmp_path / "a")
-    assert (code, said.err.count("\n")) == (1, 1)
-    assert "hold the same run twice" in said.err

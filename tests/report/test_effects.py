@@ -1,4 +1,4 @@
-"""Contrasts, factors, differences of differences and readings, against numbers worked by hand.
+"""Contrasts, differences of differences and readings, against numbers worked by hand.
 
 With three pairs, t has two degrees of freedom and p = 1 - t / sqrt(t^2 + 2).
 """
@@ -19,16 +19,9 @@ from scipy import stats as st
 
 from abn_exp.report.build import build_report, print_report, write_report
 from abn_exp.report.effects import CONTRASTS, EffectTable
-from abn_exp.report.factors import find_factors
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
-    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
-
-
+pytestmark = pytest.mark.usefixtures("no_figures")
 FAST = "fixed_norm.momentum-0.9"
 
 
@@ -142,47 +135,6 @@ def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path: Pat
     assert change.labels[2:] == ("abn - bn or abn_paper - bn", "0", "+0.67", "+2.00")
     assert change.what.startswith("abn - bn is +0.67 points at val_fraction 0.1, abn_paper - bn +2.00 at 0")
     assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
-
-
-def factors_of(*rows: tuple[str, str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """Return {factor: levels} for (norm, variant, {key: value}) rows of one data set and network."""
-    settings = {("digits", "binarynet", norm, variant): keys for norm, variant, keys in rows}
-    return {factor.name: factor.levels for factor in find_factors(settings)}
-
-
-def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor() -> None:
-    assert factors_of(("bn", "fixed", {"gate": "none", "lr": 1}), ("abn", "fixed", {"gate": "full", "lr": 1})) == {}
-
-
-def test_keys_that_follow_from_the_recipe_are_the_recipe() -> None:
-    fixed = {"recipe": "fixed", "lr": 0.1, "epochs": 200, "split": 0.1}
-    paper = {"recipe": "paper", "lr": 0.2, "epochs": 200, "split": 0}
-    strong = {"recipe": "strong", "lr": 0.3, "epochs": 400, "split": 0.1}
-    rows = [("bn", "fixed", fixed), ("bn", "paper", paper), ("bn", "strong", strong)]
-    assert factors_of(*rows) == {"recipe": ("fixed", "paper", "strong")}
-    crossed = [("bn", f"{row[1]}_lr-5", {**row[2], "lr": 5}) for row in rows]
-    assert factors_of(*rows, *crossed) == {"recipe": ("fixed", "paper", "strong"), "lr": ("5", "0.1", "0.2", "0.3")}
-
-
-def test_keys_that_vary_together_are_one_factor_and_crossed_ones_two() -> None:
-    rows = [("bn", f"{a:02}-{b:d}", {"recipe.a": a, "recipe.b": -a, "c": b}) for a in (2, 10) for b in (False, True)]
-    assert factors_of(*rows) == {"a, b": ("2, -2", "10, -10"), "c": ("false", "true")}
-
-
-def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides() -> None:
-    default = [("bn", "fixed", {"m": 0.9}), ("bn", "fixed_m-0.1", {"m": 0.1})]
-    assert factors_of(*default)["m"] == ("0.9", "0.1")
-    assert factors_of(*default, ("abn", "fixed_m-0.1", {"m": 0.1}))["m"] == ("0.1", "0.9")
-
-
-def test_fp32_is_what_other_precisions_are_compared_with() -> None:
-    rows = [(norm, f"fixed_precision-{p}", {"precision": p}) for norm in ("bn", "abn") for p in ("bf16", "fp32")]
-    most = [("iebn", "fixed_precision-bf16", {"precision": "bf16"})]
-    assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
-
-
-def test_variants_that_no_key_tells_apart_go_by_their_names() -> None:
-    assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}
 
 
 def test_levels_are_columns_and_part_of_each_place(crossed: Path) -> None:

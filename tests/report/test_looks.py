@@ -13,7 +13,7 @@ from scipy import stats as st
 
 from abn_exp.errors import DamagedFile
 from abn_exp.report import build
-from abn_exp.report.build import build_report, draw, write_report
+from abn_exp.report.build import build_report, draw, html_page, write_report
 from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
@@ -21,10 +21,7 @@ from abn_exp.report.tables import difference_table
 from abn_exp.results import InputFormat, find_runs, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def fixed(statistic: str = "mean", delta: float = 0.5, **primary: Any) -> str:
@@ -254,6 +251,7 @@ def test_figures_and_tables_show_the_sequential_interval_and_say_so(
     )
     assert drawn["kind"] == ("bn", ", primary: sequential")
     assert "95 % interval, uncorrected, primary: sequential" in difference_table(report)[0]
+    assert "sequential" in html_page(report)
     assert any("All other intervals take the number of seeds as fixed" in note for note in report.notes())
     assert "sequential" not in " ".join(build_report(study(tmp_path / "other", {"bn": BN, "abn": BN[::-1]})).notes())
 

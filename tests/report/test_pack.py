@@ -1,7 +1,5 @@
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,10 @@ from abn_exp.report.writers import FIGURES, cells_csv, effects_csv, markdown, ru
 from abn_exp.results import find_runs, load_network, load_runs, read_config, read_metrics
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
 from tests.helpers.runs import REPOSITORY
+from tests.helpers.scripts import run_script
 
 QUOTED = REPOSITORY / "results" / "quoted"
 REPORTS = ("report.md", "report.csv", "runs.csv", "report.tex")
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
-    monkeypatch.setattr("abn_exp.report.build.html_page", lambda report: "")
 
 
 @pytest.fixture
@@ -102,10 +95,7 @@ def test_the_script_packs_and_refuses_in_a_sentence(
     folder: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(argument: object) -> tuple[object, Any]:
-        monkeypatch.setattr(sys, "argv", ["runs.py", "--pack", str(argument)])
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(REPOSITORY / "scripts" / "runs.py"), run_name="__main__")
-        return done.value.code, capsys.readouterr()
+        return run_script(monkeypatch, "runs", "--pack", argument), capsys.readouterr()
 
     code, said = run(folder)
     assert (code, said.out) == (0, f"{folder.parent / 'quoted' / 'claims'}: 11 runs added, 0 were there.\n")

@@ -59,8 +59,9 @@ from abn_exp.config import parse
 from abn_exp.training import parallel
 parallel._spawn = multiprocessing.get_context("fork")
 parallel._data_bytes = lambda _: 0.0
+parallel.WARM = 0.05
 logging.basicConfig()
-print(json.dumps(parallel.measure(parse(json.loads(sys.argv[-1])), "abn", {counts}, torch.device("cpu"), 0.5)))
+print(json.dumps(parallel.measure(parse(json.loads(sys.argv[-1])), "abn", {counts}, torch.device("cpu"), 0.1)))
 raise SystemExit
 """
 

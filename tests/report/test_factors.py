@@ -1,0 +1,46 @@
+"""What varies among the cells of a study, and against which level it is compared."""
+
+from typing import Any
+
+from abn_exp.report.factors import find_factors
+
+
+def factors_of(*rows: tuple[str, str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return {factor: levels} for (norm, variant, {key: value}) rows of one data set and network."""
+    settings = {("digits", "binarynet", norm, variant): keys for norm, variant, keys in rows}
+    return {factor.name: factor.levels for factor in find_factors(settings)}
+
+
+def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor() -> None:
+    assert factors_of(("bn", "fixed", {"gate": "none", "lr": 1}), ("abn", "fixed", {"gate": "full", "lr": 1})) == {}
+
+
+def test_keys_that_follow_from_the_recipe_are_the_recipe() -> None:
+    fixed = {"recipe": "fixed", "lr": 0.1, "epochs": 200, "split": 0.1}
+    paper = {"recipe": "paper", "lr": 0.2, "epochs": 200, "split": 0}
+    strong = {"recipe": "strong", "lr": 0.3, "epochs": 400, "split": 0.1}
+    rows = [("bn", "fixed", fixed), ("bn", "paper", paper), ("bn", "strong", strong)]
+    assert factors_of(*rows) == {"recipe": ("fixed", "paper", "strong")}
+    crossed = [("bn", f"{row[1]}_lr-5", {**row[2], "lr": 5}) for row in rows]
+    assert factors_of(*rows, *crossed) == {"recipe": ("fixed", "paper", "strong"), "lr": ("5", "0.1", "0.2", "0.3")}
+
+
+def test_keys_that_vary_together_are_one_factor_and_crossed_ones_two() -> None:
+    rows = [("bn", f"{a:02}-{b:d}", {"recipe.a": a, "recipe.b": -a, "c": b}) for a in (2, 10) for b in (False, True)]
+    assert factors_of(*rows) == {"a, b": ("2, -2", "10, -10"), "c": ("false", "true")}
+
+
+def test_reference_level_is_the_most_common_then_the_one_of_fewest_overrides() -> None:
+    default = [("bn", "fixed", {"m": 0.9}), ("bn", "fixed_m-0.1", {"m": 0.1})]
+    assert factors_of(*default)["m"] == ("0.9", "0.1")
+    assert factors_of(*default, ("abn", "fixed_m-0.1", {"m": 0.1}))["m"] == ("0.1", "0.9")
+
+
+def test_fp32_is_what_other_precisions_are_compared_with() -> None:
+    rows = [(norm, f"fixed_precision-{p}", {"precision": p}) for norm in ("bn", "abn") for p in ("bf16", "fp32")]
+    most = [("iebn", "fixed_precision-bf16", {"precision": "bf16"})]
+    assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
+
+
+def test_variants_that_no_key_tells_apart_go_by_their_names() -> None:
+    assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}
