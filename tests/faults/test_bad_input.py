@@ -63,7 +63,7 @@ WRONG: dict[str, list[str]] = {
     "recipe.optimizer.weight_decay": [*NUMBER, "null", "-1"],
     "recipe.optimizer.rebuild_each_epoch": SWITCH,
     "recipe.schedule.name": [*CHOICE, "step"],
-    "recipe.schedule.warmup_epochs": [*COUNT, "10", "1000"],
+    "recipe.schedule.warmup_epochs": [*COUNT, "12", "1000"],
     "recipe.label_smoothing": [*NUMBER, "null", "1", "-0.1"],
     "recipe.clip_grad_norm": [*NUMBER, "0", "-1"],
     "recipe.clip_latent_weights": SWITCH,
