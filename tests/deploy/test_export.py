@@ -1,6 +1,7 @@
 """Exports of a trained run from the command line: what is written, what is refused, and the file without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from abn_exp.data.prepare import load
@@ -21,24 +21,18 @@ from abn_exp.deploy.export import FILES, export, open_run
 from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.verify import Mismatch
 from abn_exp.errors import ConfigError
-from abn_exp.identity import plan_run
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
-from abn_exp.results import load_network, read_result
-from abn_exp.training.run import run
-from tests.helpers.runs import REPOSITORY, TINY
+from abn_exp.results import find_runs, load_network, read_result
+from tests.helpers.runs import trained_study
 from tests.helpers.scripts import run_script
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of a few seconds."""
-    folder = tmp_path_factory.mktemp("results")
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
-        cfg = compose("config", [f"results_dir={folder}", *TINY, "norm=abn"], return_hydra_config=True)
-        plan = plan_run(cfg, dict(cfg.hydra.runtime.choices))
-    run(plan, "python train.py")
-    return plan.directory
+    """The folder of a run with ABN."""
+    study = shutil.copytree(trained_study(tmp_path_factory), tmp_path_factory.mktemp("results") / "runs")
+    return next(run.directory for run in find_runs(study) if run.norm == "abn")
 
 
 @pytest.fixture(scope="module")

@@ -64,3 +64,16 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             made.touch()
     return folder
+
+
+def trained_study(factory: pytest.TempPathFactory) -> Path:
+    """Return a study's folder of trained networks, BN and ABN on the digits with seeds 0 and 1, to be read only."""
+
+    def make(folder: Path) -> None:
+        from abn_exp.training.run import run  # Lightning, which not every test needs
+
+        for norm in ("bn", "abn"):
+            for seed in (0, 1):
+                run(plan_in(folder, f"norm={norm}", f"seed={seed}"), "python train.py")
+
+    return once(factory, "trained-study", make) / "runs"

@@ -99,7 +99,8 @@ def test_a_full_disk_leaves_the_checkpoints_whole(
 def test_the_disk_that_a_run_takes_is_known_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, keep: str
 ) -> None:
-    made = plan(tmp_path, "model.width=0.25", "recipe.epochs=3", f"recipe.optimizer.{optimizer}", f"keep={keep}")
+    words = ["model.width=0.125", "dataset.train_images=100", "recipe.epochs=3"]
+    made = plan(tmp_path, *words, f"recipe.optimizer.{optimizer}", f"keep={keep}")
     with torch.device("meta"):
         network = build_network(made.config.model, made.config.norm, 10, 32)
     told = disk_use(made.config, network)

@@ -175,9 +175,9 @@ def test_the_confound_study_flips_one_switch_at_a_time_from_either_end() -> None
     keys = [flip[1].split("=")[0] for flip in flips if len(flip) > 1]
     assert keys[:5] == keys[5:]
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
+        paper, fixed = (compose("config", [f"recipe={name}"]) for name in ("paper", "fixed"))
         for flip in flips:
-            other = {"recipe=fixed": "recipe=paper", "recipe=paper": "recipe=fixed"}[flip[0]]
-            here, there = compose("config", flip), compose("config", [other])
+            here, there = compose("config", flip), paper if flip[0] == "recipe=fixed" else fixed
             for key in [override.split("=")[0] for override in flip[1:]]:  # as at the other end
                 assert OmegaConf.select(here, key) == OmegaConf.select(there, key)
 

@@ -98,7 +98,7 @@ def test_what_a_run_is_made_with_is_read_before_it_trains(make_plan: Make, monke
 
 def test_test_accuracy_is_that_of_the_last_weights(make_plan: Make) -> None:
     """Against the saved network, evaluated image by image of the test set without any loader of ours."""
-    plan = make_plan("recipe.epochs=4", "model=resnet18_paper", "model.width=0.5")
+    plan = make_plan("recipe.epochs=3", "model=resnet18_paper", "model.width=0.25")
     result = run(plan, "python train.py")
     data, options = load("digits", "."), plan.config.dataset
     assert options.mean is not None
