@@ -46,8 +46,8 @@ def main(cfg: DictConfig) -> float | None:
         if hydra_config.mode == RunMode.MULTIRUN:  # with another launcher than this project's
             from abn_exp.training.workers import Job, train_one
 
-            where = [plan.choices[group] for group in ("dataset", "model", "norm")]
-            result = train_one(Job(plan, f"{' '.join(where)} s{plan.config.seed}", command)).result
+            label = f"{' '.join(plan.cell[:3])} s{plan.config.seed}"
+            result = train_one(Job(plan, label, command)).result
             return None if result is None else result.val_acc_last
         from abn_exp.training.sweep import check_looks
 

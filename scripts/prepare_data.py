@@ -73,9 +73,7 @@ def describe(options: DatasetConfig) -> str:
     from abn_exp.data.prepare import channel_statistics, load, prepare
     from abn_exp.data.readers import file_digest
 
-    source = options.model_dump(include={"path", "image_size", "num_classes", "download"})
-    file = prepare(options.name, options.root, **source)
-    data = load(options.name, options.root, **source)
+    file, data = prepare(**options.source), load(**options.source)
     mean, std = channel_statistics(data.train.images)
     size = data.train.images.shape[-1]
     lines = [

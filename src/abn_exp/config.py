@@ -88,6 +88,11 @@ class DatasetConfig(Section):
         description="numbers of training and test images; filled in where they are not the catalog's",
     )
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """What `data.prepare.load` takes to find the set."""
+        return self.model_dump(include={"name", "root", "path", "image_size", "num_classes", "download"})
+
     @field_validator("name")
     @classmethod
     def in_the_catalog(cls, name: str) -> str:

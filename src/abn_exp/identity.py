@@ -39,9 +39,9 @@ class RunPlan:
     variant: str  # the recipe and whatever else was overridden
 
     @property
-    def cell(self) -> str:
-        """The cell's name, e.g. "cifar10-resnet18-abn-fixed"."""
-        return "-".join([*(self.choices[group] for group in ("dataset", "model", "norm")), self.variant])
+    def cell(self) -> tuple[str, str, str, str]:
+        """What is run, without the seed: (dataset, model, norm, variant)."""
+        return self.choices["dataset"], self.choices["model"], self.choices["norm"], self.variant
 
     @property
     def study(self) -> Path:
@@ -50,8 +50,7 @@ class RunPlan:
 
     @property
     def directory(self) -> Path:
-        parts = [self.choices[group] for group in ("dataset", "model", "norm")]
-        return Path(self.study, *parts, self.variant, f"seed-{self.config.seed}")
+        return Path(self.study, *self.cell, f"seed-{self.config.seed}")
 
     @property
     def config_hash(self) -> str:
@@ -152,7 +151,7 @@ def _recorded_variant(plan: RunPlan) -> str | None:
     ours = set_options(plan.config.model_dump())
     recipe = plan.choices["recipe"]
     for study in (plan.study, quoted(plan.study)):
-        parent = Path(study, *(plan.choices[group] for group in ("dataset", "model", "norm")))
+        parent = Path(study, *plan.cell[:3])
         if (parent / plan.variant).is_dir():
             return plan.variant
         seen = set()

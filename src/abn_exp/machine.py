@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path("/")  # where /proc and /sys are
@@ -23,7 +24,9 @@ def available_memory() -> float:
 
     Infinity where neither is known.
     """
-    left = [*_limits("memory", "memory.max", _memory), *_limits("memory", "memory.limit_in_bytes", _memory_v1)]
+    now = partial(_left, usage="memory.current", cache="inactive_file")
+    v1 = partial(_left, usage="memory.usage_in_bytes", cache="total_inactive_file")
+    left = [*_limits("memory", "memory.max", now), *_limits("memory", "memory.limit_in_bytes", v1)]
     return max(0.0, min([_table(ROOT / "proc/meminfo").get("MemAvailable:", math.inf) * 1024, *left]))
 
 
@@ -61,14 +64,6 @@ def _quota_v1(path: Path) -> float:
     if quota <= 0:
         raise ValueError("no limit")
     return quota / int(path.with_name("cpu.cfs_period_us").read_text(encoding="ascii"))
-
-
-def _memory(path: Path) -> float:
-    return _left(path, "memory.current", "inactive_file")
-
-
-def _memory_v1(path: Path) -> float:
-    return _left(path, "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _left(path: Path, usage: str, cache: str) -> float:

@@ -3,7 +3,8 @@
 ``panels`` maps a panel's title to {norm: data}. Every function returns a matplotlib Figure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -19,20 +20,25 @@ PAGE = 2 * PANEL_WIDTH  # inches
 BAND_COLORS = ("0.75", SKY, VERMILLION, "black")
 
 
-def _panels(titles: Sequence[str], columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, len(titles))
-    rows = -(-len(titles) // columns)
-    width = PANEL_WIDTH if columns == 1 else PAGE
-    figure = Figure(figsize=(width, height * rows + 0.6), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(titles))]
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title)
-    return figure, axes
-
-
-def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    ncols = 6 if figure.get_figwidth() == PAGE else 2
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(ncols, len(handles)))
+@contextmanager
+def _panels(
+    panels: Collection[str], columns: int, height: float, title: str, xlabel: str, ylabel: str
+) -> Iterator[tuple[Figure, list[Axes], dict[str, Any]]]:
+    """Yield a figure, its panels, and a dictionary for the legend, label -> handle, which is drawn at the end."""
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    handles: dict[str, Any] = {}
+    with matplotlib.rc_context(STYLE):
+        width = PANEL_WIDTH if columns == 1 else PAGE
+        figure = Figure(figsize=(width, height * rows + 0.6), layout="constrained")
+        axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
+        for ax, panel in zip(axes, panels, strict=True):
+            ax.set_title(panel)
+        yield figure, axes, handles
+        label_outer(axes, xlabel, ylabel)
+        figure.suptitle(title, fontsize=8.5)
+        most = 6 if width == PAGE else 2
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(most, len(handles)))
 
 
 def curves(
@@ -51,9 +57,8 @@ def curves(
     `log`: a logarithmic y axis. `whole`: x are whole numbers.
     """
     styles = norm_styles(norm for norms in panels.values() for norm in norms)
-    handles: dict[str, Any] = {}
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(list(panels), 3 if len(panels) > 2 else len(panels), 1.7)
+    columns, title = min(3, len(panels)), f"{title}: mean over seeds, band 95 % interval"
+    with _panels(panels, columns, 1.7, title, xlabel, ylabel) as (figure, axes, handles):
         for ax, norms in zip(axes, panels.values(), strict=True):
             for i, (norm, values) in enumerate(norms.items()):
                 color, marker, line = styles[norm]
@@ -70,18 +75,14 @@ def curves(
             if limits is not None:
                 ax.set_ylim(*limits)
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
-        label_outer(axes, xlabel, ylabel)
-        figure.suptitle(f"{title}: mean over seeds, band 95 % interval", fontsize=8.5)
-        _legend(figure, handles)
     return figure
 
 
 def layer_means(panels: Mapping[str, Mapping[str, Array]], layers: Sequence[str], title: str, ylabel: str) -> Figure:
     """Draw, layer by layer, each norm's mean over seeds with its 95 % t interval; data: (num_seeds, num_layers)."""
     styles = norm_styles(norm for norms in panels.values() for norm in norms)
-    handles: dict[str, Any] = {}
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(list(panels), 2, 2.6)
+    title, xlabel = f"{title}:\nmean over seeds and 95 % interval", "Input of the binary layer"
+    with _panels(panels, 2, 2.6, title, xlabel, ylabel) as (figure, axes, handles):
         for ax, norms in zip(axes, panels.values(), strict=True):
             for i, (norm, values) in enumerate(norms.items()):
                 at = np.arange(len(layers)) + 0.5 * ((i + 0.5) / len(norms) - 0.5)
@@ -94,9 +95,6 @@ def layer_means(panels: Mapping[str, Mapping[str, Array]], layers: Sequence[str]
                 )
             ax.set_xticks(range(len(layers)), layers, rotation=35 if len(layers) < 10 else 90, ha="right")
             ax.set_ylim(bottom=0)
-        label_outer(axes, "Input of the binary layer", ylabel)
-        figure.suptitle(f"{title}:\nmean over seeds and 95 % interval", fontsize=8.5)
-        _legend(figure, handles)
     return figure
 
 
@@ -104,17 +102,12 @@ def channel_spread(panels: Mapping[str, Mapping[str, Array]], xlabel: str, title
     """Draw how a number in [0, 1] is distributed over channels, in 20 bins; data: (num_channels,)."""
     edges = np.linspace(0, 1, 21)
     styles = norm_styles(norm for norms in panels.values() for norm in norms)
-    handles: dict[str, Any] = {}
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(list(panels), 3, 1.7)
+    with _panels(panels, 3, 1.7, title, xlabel, "Channels (%)") as (figure, axes, handles):
         for ax, norms in zip(axes, panels.values(), strict=True):
             for norm, values in norms.items():
                 color, _, line = styles[norm]
                 shares = 100 * np.histogram(values, edges)[0] / len(values)
                 handles.setdefault(norm, ax.stairs(shares, edges, color=color, linestyle=line, linewidth=1.3))
-        label_outer(axes, xlabel, "Channels (%)")
-        figure.suptitle(title, fontsize=8.5)
-        _legend(figure, handles)
     return figure
 
 
@@ -149,9 +142,7 @@ def responses(panels: Mapping[str, Mapping[str, Array]], x: Array, title: str) -
 
 def bands(norms: Mapping[str, Array], layers: Sequence[str], names: Sequence[str], title: str) -> Figure:
     """Draw the shares of channels in each band as stacked bars, one panel a norm; data: (num_bands, num_layers)."""
-    handles: dict[str, Any] = {}
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(list(norms), 2, 2.2)
+    with _panels(norms, 2, 2.2, title, "Norm", "Channels (%)") as (figure, axes, handles):
         for ax, shares in zip(axes, norms.values(), strict=True):
             bottom = np.zeros(shares.shape[1])
             for name, share, color in zip(names, 100 * shares, BAND_COLORS, strict=True):
@@ -159,9 +150,6 @@ def bands(norms: Mapping[str, Array], layers: Sequence[str], names: Sequence[str
                 bottom += share
             ax.set_xticks(range(len(layers)), layers, rotation=35 if len(layers) < 10 else 90, ha="right")
             ax.grid(False, axis="x")
-        label_outer(axes, "Norm", "Channels (%)")
-        figure.suptitle(title, fontsize=8.5)
-        _legend(figure, handles)
     return figure
 
 

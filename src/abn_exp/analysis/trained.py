@@ -86,10 +86,8 @@ class Opener:
         config = parse(read_config(run.directory))
         changes = {"padding": 0, "flip": False} | ({} if self.root is None else {"root": self.root})
         config = config.model_copy(update={"dataset": config.dataset.model_copy(update=changes)})
-        options = config.dataset
         if (key := self.key(run)) != self._key or self._images is None:
-            source = {"path": options.path, "image_size": options.image_size, "download": options.download}
-            data = load(options.name, options.root, **source)  # type: ignore[arg-type]
+            data = load(**config.dataset.source)
             chosen = first_of_each_class(data.test.labels, self.count)
             batches = list(make_loaders(config, data, torch.device("cpu"))["test"])
             normalized = torch.cat([images for images, _ in batches])[chosen]

@@ -6,6 +6,7 @@ All else that is known of a data set (classes, size, channel statistics, crops a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from abn_exp.data import readers
@@ -36,7 +37,7 @@ CATALOG = {
     "cifar10": DatasetInfo(
         train_count=50_000,
         test_count=10_000,
-        read=readers.read_cifar10,
+        read=partial(readers.read_cifar, layout=readers.CIFAR10),
         archive="cifar-10-python.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         md5="c58f30108f718f92721af3b95e74349a",
@@ -45,7 +46,7 @@ CATALOG = {
     "cifar100": DatasetInfo(
         train_count=50_000,
         test_count=10_000,
-        read=readers.read_cifar100,
+        read=partial(readers.read_cifar, layout=readers.CIFAR100),
         archive="cifar-100-python.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         md5="eb9058c3a382ffc7106e4002c42a8d85",

@@ -37,9 +37,6 @@ class Split:
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device | str) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 @dataclass(frozen=True)
 class ImageDataset:

@@ -114,17 +114,8 @@ def file_digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
-def read_cifar10(archive: Path) -> Arrays:
-    """Read ``cifar-10-python.tar.gz``."""
-    return _read_cifar(archive, CIFAR10)
-
-
-def read_cifar100(archive: Path) -> Arrays:
-    """Read ``cifar-100-python.tar.gz``, with the 100 fine labels."""
-    return _read_cifar(archive, CIFAR100)
-
-
-def _read_cifar(archive: Path, layout: CifarLayout) -> Arrays:
+def read_cifar(archive: Path, layout: CifarLayout) -> Arrays:
+    """Read ``cifar-10-python.tar.gz`` or ``cifar-100-python.tar.gz``, with the 100 fine labels."""
     wanted = {*layout.train, layout.test, layout.meta}
     content: dict[str, dict[bytes, Any]] = {}
     unpacked = 0

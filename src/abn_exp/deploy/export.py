@@ -58,15 +58,9 @@ def require_extra(*packages: str) -> None:
 def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> TrainedRun:
     """Return a run's network and its test set. Raises ConfigError, DamagedFile or OSError with a sentence."""
     network, config = load_trained_network(directory, weights), parse(read_config(directory))
-    options = config.dataset
+    source = config.dataset.source | {"download": False} | ({} if root is None else {"root": root})
     try:
-        data = load(
-            options.name,
-            options.root if root is None else root,
-            path=options.path,
-            image_size=options.image_size,
-            download=False,
-        )
+        data = load(**source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
     mean, std = normalization(config, data)

@@ -291,16 +291,13 @@ def compare_cells(
     primary, primary_spreads = dict(primary or {}), dict(primary_spreads or {})
     pairs = [(a, b) for a, b in pairs_of(cells, None, reference) if frozenset((a.key, b.key)) not in withheld]
     others = [(cell, base) for cell, base in pairs if cell.key not in primary]
-    judged = judge([compare([cell], [base], _seeds_of(cells, cell)) for cell, base in others], delta)
+    seeds = {group: started_seeds(members) for group, members in group_cells(cells).items()}
+    judged = judge([compare([cell], [base], seeds[cell.group]) for cell, base in others], delta)
     means = primary | {cell.key: j for (cell, _), j in zip(others, judged, strict=True)}
     others = [(cell, base) for cell, base in pairs if cell.key not in primary_spreads]
     found = judge_spreads([compare_spread(cell, base) for cell, base in others])
     spreads = primary_spreads | {cell.key: s for (cell, _), s in zip(others, found, strict=True)}
     return [Comparison(cell, reference, means[cell.key], spreads[cell.key], cell.key in primary) for cell, _ in pairs]
-
-
-def _seeds_of(cells: Iterable[Cell], cell: Cell) -> list[int]:
-    return started_seeds(other for other in cells if other.group == cell.group)
 
 
 def compare_spread(cell: Cell, base: Cell) -> SpreadTested:

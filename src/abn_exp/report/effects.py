@@ -58,7 +58,6 @@ class EffectTable:
     title: str
     header: tuple[str, ...]  # of the effects' labels
     effects: tuple[Effect, ...]
-    measure: str = "difference (points)"
 
     @property
     def averages(self) -> list[Effect]:

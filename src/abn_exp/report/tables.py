@@ -204,8 +204,7 @@ def spread_table(report: Report) -> Table:
 
 def effect_table(table: EffectTable) -> Table:
     """One row a difference."""
-    header = [*table.header, *(table.measure if name == "difference (points)" else name for name in JUDGED)]
-    return header, [[*effect.labels, *_judged(effect.judgement)] for effect in table.effects]
+    return [*table.header, *JUDGED], [[*effect.labels, *_judged(effect.judgement)] for effect in table.effects]
 
 
 def cell_images_table(report: Report) -> Table:

@@ -36,7 +36,7 @@ def check_command(runs: Sequence[RunPlan], typed: Collection[str], *, multirun: 
         return _plan_looks(runs, typed)
     for folder in folders:
         if (plan := _existing(folder)) is not None:
-            _check_without_looks([run for run in runs if run.study == folder and _belongs(run, plan)], plan)
+            _check_without_looks([run for run in runs if run.study == folder and _in_cells(run.cell, plan)], plan)
     return None
 
 
@@ -108,9 +108,9 @@ def make_plan(runs: Sequence[RunPlan]) -> Plan:
         )
     groups: dict[tuple[str, str, str], set[str]] = {}
     for run in runs:
-        dataset, model = run.choices["dataset"], run.choices["model"]
+        dataset, model, norm, variant = run.cell
         if dataset in (primary.datasets or [dataset]) and model in (primary.models or [model]):
-            groups.setdefault((dataset, model, run.variant), set()).add(run.choices["norm"])
+            groups.setdefault((dataset, model, variant), set()).add(norm)
     compared = tuple(group for group, found in groups.items() if {primary.norm, primary.reference} <= found)
     if not compared:
         raise ConfigError(
@@ -161,11 +161,6 @@ def seeds_of_looks(folder: Path) -> set[int]:
     plan = read_plan(folder)
     assert plan is not None
     return set(plan.seeds_at(max(0, len(plan.entries) - 1)))
-
-
-def _belongs(run: RunPlan, plan: Plan) -> bool:
-    names = [run.choices[group] for group in ("dataset", "model", "norm")]
-    return _in_cells((names[0], names[1], names[2], run.variant), plan)
 
 
 def _in_cells(cell: tuple[str, str, str, str], plan: Plan) -> bool:

@@ -203,8 +203,7 @@ def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
         mean, std = normalization(config, data)
         size = config.dataset.image_size
         write_input_format(directory, InputFormat(size, tuple(mean), tuple(std), tuple(data.classes)))
-    cell = [plan.choices[group] for group in ("dataset", "model", "norm")]
-    where = f"{' '.join(cell)}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
+    where = f"{' '.join(plan.cell[:3])}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
     log.info("%s\n%s", where, as_text(summary.table()))
 
     evaluated: tuple[Stage, ...] = ("val", "test") if recipe.test_every_epoch else ("val",)

@@ -106,7 +106,7 @@ class Search:
         self.norms = [plan.choices["norm"] for plan in plans]
         if any(plan.config.recipe.val_fraction == 0 for plan in plans):
             raise ConfigError("recipe.val_fraction=0, but a search is judged by validation accuracy; use 0.1, say.")
-        self.folder = plans[0].directory.parents[4]
+        self.folder = plans[0].study
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locks = self.folder / ".search"
         self.locks.mkdir(exist_ok=True)

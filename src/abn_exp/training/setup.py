@@ -88,20 +88,12 @@ def configure_process() -> None:
 def load_data(config: Config) -> ImageDataset:
     options = config.dataset
     try:
-        data = load(
-            options.name,
-            options.root,
-            path=options.path,
-            image_size=options.image_size,
-            num_classes=options.num_classes,
-            download=options.download,
-        )
+        data = load(**options.source)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    if options.num_classes not in (None, len(data.classes)):
-        raise ConfigError(
-            f"dataset.num_classes={options.num_classes}, but {options.name} has {len(data.classes)} classes."
-        )
+    classes = len(data.classes)
+    if options.num_classes not in (None, classes):
+        raise ConfigError(f"dataset.num_classes={options.num_classes}, but {options.name} has {classes} classes.")
     info, held = CATALOG.get(options.name), [len(data.train.labels), len(data.test.labels)]
     expected = options.images or ([info.train_count, info.test_count] if info is not None else held)
     if held != expected:  # it was not there when the run was named

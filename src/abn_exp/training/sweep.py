@@ -85,7 +85,7 @@ class SweepCallback(Callback):
                 from abn_exp.report.looks import write_plan
 
                 write_plan(self.plans[0].study, looks)
-            for folder in {plan.directory.parents[4] for plan in self.plans}:
+            for folder in {plan.study for plan in self.plans}:
                 record_command(folder, command(config))
             self._write_configs(config.looks[0] if config.looks is not None else None)
         except OSError as error:
@@ -111,7 +111,7 @@ class SweepCallback(Callback):
         """Return whether, after so many batches of runs, the primary comparison needs no more."""
         from abn_exp.training.looks import is_decided, seeds_of_looks
 
-        folder, looks = self.plans[0].directory.parents[4], self.plans[0].config.looks
+        folder, looks = self.plans[0].study, self.plans[0].config.looks
         assert looks is not None
         try:
             if not is_decided(folder, looked):
@@ -172,7 +172,7 @@ class SweepCallback(Callback):
         from abn_exp.report.build import print_report, write_report
 
         failed = []
-        for folder in sorted({plan.directory.parents[4] for plan in self.plans}):
+        for folder in sorted({plan.study for plan in self.plans}):
             try:
                 report = write_report(folder)
             except (ValueError, OSError) as error:
@@ -206,8 +206,8 @@ class SweepCallback(Callback):
     def _runs(self) -> list[Run]:
         """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
         ours = {plan.directory for plan in self.plans}
-        folders = {directory.parents[4] for directory in ours}
-        return [run for folder in sorted(folders) for run in find_runs(folder) if run.directory in ours]
+        folders = sorted({plan.study for plan in self.plans})
+        return [run for folder in folders for run in find_runs(folder) if run.directory in ours]
 
     def _log_report(self, report: "Report", folder: Any) -> None:
         from abn_exp.training.wandb_run import Tracker, report_arguments

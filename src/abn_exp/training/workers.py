@@ -216,7 +216,7 @@ def train_one(job: Job, steps: Counter | None = None) -> Outcome:
         validation = "" if result.val_acc_last is None else f", validation {100 * result.val_acc_last:.2f} %"
         duration = f"{result.epochs} epochs in {clock(result.train_seconds)}"
         log.info("test %.2f %%%s, %s", 100 * result.test_acc, validation, duration)
-        update_page(job.plan.directory.parents[4])
+        update_page(job.plan.study)
         return Outcome(result)
     except (ConfigError, Diverged, OSError) as error:
         log.error("error: %s", error)

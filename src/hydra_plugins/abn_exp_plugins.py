@@ -1,27 +1,42 @@
-"""Hydra sweeper `study`: the basic one, with lists of cases besides products, and with looks at which it may end.
+"""Hydra plug-ins: the sweeper `study` and the launcher `workers`.
 
-Hydra finds sweepers in packages of this name alone and imports them at the start of every command, so that nothing
-heavy is imported here.
+The sweeper is the basic one, with lists of cases besides products, and with looks at which it may end. The launcher
+hands the runs of a multirun to worker processes of this machine.
+
+Hydra finds them in packages of this name alone and imports them at the start of every command, so that nothing heavy
+is imported here.
 """
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
 @dataclass
 class StudySweeperConf:
-    _target_: str = "hydra_plugins.abn_exp_sweeper.StudySweeper"
+    _target_: str = "hydra_plugins.abn_exp_plugins.StudySweeper"
     max_batch_size: int | None = None
     params: dict[str, str] | None = None  # as of Hydra's basic sweeper: all combinations are run
     cases: list[list[str]] | None = None  # lists of overrides, each run with all these combinations
 
 
+@dataclass
+class WorkersConf:
+    _target_: str = "hydra_plugins.abn_exp_plugins.WorkerLauncher"
+
+
 ConfigStore.instance().store(group="hydra/sweeper", name="study", node=StudySweeperConf, provider="abn_exp")
+ConfigStore.instance().store(group="hydra/launcher", name="workers", node=WorkersConf, provider="abn_exp")
 
 
 class StudySweeper(BasicSweeper):
@@ -53,3 +68,18 @@ class StudySweeper(BasicSweeper):
         looked = self.batch_index if self.config.get("looks") is not None else 0
         decided = looked and any(c.decided(looked) for c in self.callbacks if hasattr(c, "decided"))
         return bool(decided) or super().is_done()
+
+
+class WorkerLauncher(Launcher):
+    """Hands the runs to the `SweepCallback`, which has checked and planned them."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from abn_exp.training.sweep import SweepCallback
+
+        if Path(inspect.getsourcefile(task_function) or "").name != "train.py":
+            raise HydraException("hydra/launcher=workers trains networks; use hydra/launcher=basic for this command.")
+        self.config = config
+        self.sweep = next(c for c in hydra_context.callbacks.callbacks if isinstance(c, SweepCallback))
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self.sweep.launch(self.config, job_overrides)
