@@ -10,13 +10,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from abn_exp.commandline import hydra_sentence, overrides_last, share_config_store
+from abn_exp.commandline import HYDRA_ERRORS, hydra_sentence, overrides_last, share_config_store
 from abn_exp.errors import (
     STOPPED,
     ConfigError,
@@ -83,7 +80,7 @@ if __name__ == "__main__":
         if not stopped.reported:
             print(STOPPED.format(stopped.signal), file=sys.stderr)
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except HYDRA_ERRORS as error:
         sys.exit(f"error: {hydra_sentence(error, Path(__file__).parent / 'conf')}")
     except ValueError as error:
         if HydraConfig.initialized():

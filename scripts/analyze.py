@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the CPU to others
 sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
 
-from abn_exp.commandline import positive_int
+from abn_exp.commandline import positive_int, print_error
 from abn_exp.errors import Stopped, stop
 
 
@@ -47,9 +47,8 @@ def main() -> int:
     torch.set_num_threads(1)  # until there are processes to share the CPUs
     try:
         runs = find_trained(arguments.runs)
-        out = arguments.out
-        if out is None:
-            out = common_folder(arguments.runs) / "analysis" / arguments.kind
+        beside = common_folder(arguments.runs) / "analysis" / arguments.kind
+        out = beside if arguments.out is None else arguments.out
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         opener = Opener(arguments.root, arguments.images, device)
         options = {
@@ -72,8 +71,7 @@ def main() -> int:
             )
         report.log(runs[0], arguments.kind)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return print_error(error)
     except BrokenProcessPool:
         print(
             "error: a process was killed that measured, for its memory perhaps; try fewer --images.", file=sys.stderr

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from abn_exp.analysis.evaluate import evaluate
-from abn_exp.commandline import hydra_sentence
+from abn_exp.commandline import HYDRA_ERRORS, print_error
 from abn_exp.config import DatasetConfig, read
 from abn_exp.errors import ConfigError
 
@@ -51,12 +49,8 @@ def main() -> int:
         if path is None:
             path = arguments.run / "evaluation" / f"{name}-{arguments.part}-{arguments.weights}.csv"
         found.write(path)
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {hydra_sentence(error, REPOSITORY / 'conf')}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (*HYDRA_ERRORS, ValueError, OSError) as error:
+        return print_error(error, REPOSITORY / "conf")
     print(f"{len(found.labels):,} images: accuracy {100 * found.accuracy:.2f} %, cross-entropy {found.loss:.4f}")
     print(f"written to {path}")
     return 0

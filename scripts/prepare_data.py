@@ -12,12 +12,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from abn_exp.commandline import hydra_sentence, overrides_last
+from abn_exp.commandline import HYDRA_ERRORS, overrides_last, print_error
 from abn_exp.config import DatasetConfig, read_dataset
 from abn_exp.training.sweep import jobs
 
@@ -33,19 +30,14 @@ def main() -> int:
     arguments = parser.parse_args(overrides_last(sys.argv[1:]))
     try:
         datasets = find_datasets(arguments.overrides, arguments.config_dir)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"error: {hydra_sentence(error, CONF)}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (*HYDRA_ERRORS, ValueError) as error:
+        return print_error(error, CONF)
     code = 0
     for number, dataset in enumerate(datasets):
         try:
             text = describe(dataset)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 1
+            code = print_error(error)
         else:
             print("\n" * (number > 0) + text, flush=True)
     return code

@@ -19,10 +19,8 @@ import sys
 from pathlib import Path
 
 from hydra import initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.commandline import hydra_sentence, positive_int
+from abn_exp.commandline import HYDRA_ERRORS, positive_int, print_error
 from abn_exp.errors import ConfigError, Stopped, stop_on_signals
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,12 +48,8 @@ def main() -> int:
             search = Search(read_space(arguments.overrides))
             search.run(arguments.trials)
         path = search.write()
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {hydra_sentence(error, REPOSITORY / 'conf')}", file=sys.stderr)
-        return 1
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (*HYDRA_ERRORS, ConfigError, OSError) as error:
+        return print_error(error, REPOSITORY / "conf")
     except Stopped as stopped:
         print(f"stopped by {stopped.signal}; the same command goes on with this search", file=sys.stderr)
         raise

@@ -1,6 +1,7 @@
 """Hydra's command line: arguments in any order, and each error in one sentence."""
 
 import re
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -9,10 +10,14 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from abn_exp.errors import flat_keys, in_a_line, unknown_key
 
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 OPEN = ("model.", "norm.", "recipe.optimizer.")  # sections that take any argument of the class that they name
 
 
@@ -64,6 +69,13 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
     if error.__cause__ is not None and text.startswith("Error merging override"):
         text = f"{text}: {str(error.__cause__).splitlines()[0]}"
     return text
+
+
+def print_error(error: Exception, conf: Path | None = None) -> int:
+    """Print an error that the user can mend, and return the exit status 1; `conf` as for `hydra_sentence`."""
+    text = hydra_sentence(error, conf) if isinstance(error, HYDRA_ERRORS) else error
+    print(f"error: {text}", file=sys.stderr)
+    return 1
 
 
 def _keys(conf: Path | None) -> list[str]:
