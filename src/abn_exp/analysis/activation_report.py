@@ -103,12 +103,12 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))
     layered: list[Contrast] = []
     for group, members in group_cells(cells).items():
-        place, name = group_title(cells, group), group_names(cells)[group]
+        where, name = group_title(cells, group), group_names(cells)[group]
         by_norm = {cell.norm: [found[run.directory] for run in cell.runs] for cell in members}
         layers = [layer.name for layer in next(iter(by_norm.values()))[0].layers()]
         table = _layer_table(by_norm, layers)
-        report.table(f"layers_{name}", f"Layer by layer, {place}", table)
-        report.table(f"thresholds_{name}", f"Thresholds, {place}", _norm_table(by_norm))
+        report.table(f"layers_{name}", f"Layer by layer, {where}", table)
+        report.table(f"thresholds_{name}", f"Thresholds, {where}", _norm_table(by_norm))
         by_layer = {
             run.directory: {
                 layer.name: layer.scores()["imbalance_of_channels"] for layer in found[run.directory].layers()
@@ -117,14 +117,14 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
             for run in cell.runs
         }
         layered += contrast(members, by_layer, layers, reference)
-        _draw(report, members, by_norm, layers, place, name)
+        _draw(report, members, by_norm, layers, where, name)
     report.csv("comparison", contrast_rows(contrasts, judged=True) + contrast_rows(described, judged=False))
     report.csv("comparison_layers", contrast_rows(layered, judged=False))
-    measured_places = list(_places(cells, found))
-    report.csv("layers", [row | {"channels": x.channels} | x.scores() for row, x in measured_places])
-    channels = ((row, enumerate(x.p_plus.tolist())) for row, x in measured_places)
+    places = list(_places(cells, found))
+    report.csv("layers", [row | {"channels": x.channels} | x.scores() for row, x in places])
+    channels = ((row, enumerate(x.p_plus.tolist())) for row, x in places)
     report.csv("channels", [row | {"channel": i, "p_plus": p} for row, each in channels for i, p in each])
-    report.csv("histograms", [row | bin_ for row, x in measured_places for bin_ in _bins(x)])
+    report.csv("histograms", [row | bin_ for row, x in places for bin_ in _bins(x)])
     report.parts.append("## Is it the trained network?\n\n" + _accuracies(cells, found))
     report.finish(NOTES)
     report.show("means")
@@ -133,7 +133,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
 
 def _described(c: Contrast) -> str:
     return (
-        f"On {c.place}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} (95 % interval "
+        f"On {c.where}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} (95 % interval "
         f"{interval_text(c.paired.interval, DIGITS)}, n = {c.paired.n[0]} seeds). With {c.reference} it is 0 by "
         "construction: its response is monotone."
     )
@@ -184,7 +184,7 @@ def _draw(
     members: Sequence[Cell],
     by_norm: dict[str, list[NetworkActivations]],
     layers: list[str],
-    place: str,
+    where: str,
     name: str,
 ) -> None:
     """Draw one group's figures."""
@@ -199,11 +199,11 @@ def _draw(
         }
 
     def add(kind: str, figure: Figure, caption: str) -> None:
-        report.figure(f"{kind}_{name}", figure, f"{caption}, {place}")
+        report.figure(f"{kind}_{name}", figure, f"{caption}, {where}")
 
     title = "Imbalance of channels"
     per_layer = _each(by_norm, lambda x: float(imbalance(x.p_plus).mean()))
-    add("imbalance", pictures.layer_means({place: per_layer}, layers, title, "|2 P(+1) - 1|"), title)
+    add("imbalance", pictures.layer_means({where: per_layer}, layers, title, "|2 P(+1) - 1|"), title)
 
     channels = {
         layer: {norm: np.concatenate([each.layers()[i].p_plus for each in seeds]) for norm, seeds in by_norm.items()}

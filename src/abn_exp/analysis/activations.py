@@ -57,13 +57,9 @@ class Distribution:
     kind: Kind
     feature_map: bool  # whether they come from a norm on feature maps (else: from one in the head)
     channels: int
-    plus: Tensor = field(init=False)
-    histogram: Tensor = field(init=False)
+    plus: Tensor  # (channels,)
+    histogram: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
     count: int = 0  # values a channel
-
-    def __post_init__(self) -> None:
-        self.plus = torch.zeros(self.channels, dtype=torch.int64)
-        self.histogram = torch.zeros(BINS, dtype=torch.int64)
 
     def add(self, x: Tensor, plus: Tensor) -> None:
         """Add real values x (B, C, ...), or (B, C * n) flattened, and whether each becomes +1, of x's shape."""
@@ -112,6 +108,9 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
     seen: list[Tensor] = []
     last_norm: list[nn.Module] = []
 
+    def note(name: str, kind: Kind, feature_map: bool, channels: int) -> None:
+        found[name] = Distribution(name, kind, feature_map, channels, torch.zeros(channels, dtype=torch.int64))
+
     def before(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         if isinstance(layer, BinaryConv2d | BinaryLinear) and not any(x is other for other in seen):
@@ -120,11 +119,11 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
             channels = x.shape[1]
             if isinstance(norm, nn.BatchNorm2d) and channels % norm.num_features == 0 and x.ndim == 2:
                 channels = norm.num_features
-            found[name] = Distribution(name, "binary input", isinstance(norm, nn.BatchNorm2d), channels)
+            note(name, "binary input", isinstance(norm, nn.BatchNorm2d), channels)
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             last_norm.append(layer)
         if isinstance(layer, nn.BatchNorm2d):
-            found[name] = Distribution(name, "norm output", True, layer.num_features)
+            note(name, "norm output", True, layer.num_features)
 
     handles = [m.register_forward_pre_hook(partial(before, name)) for name, m in network.named_modules()]
     with hooks(handles), torch.no_grad():
@@ -273,11 +272,7 @@ class NetworkActivations:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         """Return the object that `plain` describes."""
-        places = []
-        for values in plain["places"]:
-            place = Distribution(*(values[key] for key in ("name", "kind", "feature_map", "channels")))
-            vars(place).update(values)
-            places.append(place)
+        places = [Distribution(**values) for values in plain["places"]]
         norms = {}
         for name, values in plain["norms"].items():
             arrays: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}

@@ -89,10 +89,10 @@ def write(
     subsets = {directory: subset_scores(one) for directory, one in found.items()}
     scores = {name: {directory: one[name] for directory, one in subsets.items()} for name in SUBSETS}
     for group, members in group_cells(cells).items():
-        place, name = group_title(cells, group), group_names(cells)[group]
+        where, name = group_title(cells, group), group_names(cells)[group]
         for key in ("deletion", "insertion"):
-            report.figure(f"{key}_{name}", _curves(members, found, key, place), f"{key.capitalize()} curves, {place}")
-        report.figure(f"maps_{name}", _maps(members, opener, found, target), f"Maps of a few images, {place}")
+            report.figure(f"{key}_{name}", _curves(members, found, key, where), f"{key.capitalize()} curves, {where}")
+        report.figure(f"maps_{name}", _maps(members, opener, found, target), f"Maps of a few images, {where}")
     judged = [text for key, text in JUDGED.items() if all(key in values for values in found.values())]
     measures = [*judged, *(t for k, t in DESCRIBED.items() if all(k in values for values in found.values()))]
 
@@ -119,7 +119,7 @@ def write(
     return report
 
 
-def _curves(members: Sequence[Cell], found: dict[Path, dict[str, np.ndarray]], key: str, place: str) -> Figure:
+def _curves(members: Sequence[Cell], found: dict[Path, dict[str, np.ndarray]], key: str, where: str) -> Figure:
     panels = {
         text: {cell.norm: np.array([found[run.directory][which].mean(0) for run in cell.runs]) for cell in members}
         for which, text in ((key, "by Grad-CAM"), (f"random_{key}", "by a random map"))
@@ -127,7 +127,7 @@ def _curves(members: Sequence[Cell], found: dict[Path, dict[str, np.ndarray]], k
     x = np.linspace(0, 100, cam.STEPS + 1)
     verb = {"deletion": "deleted", "insertion": "inserted"}[key]
     return pictures.curves(
-        panels, x, f"{key.capitalize()}, {place}", f"Pixels {verb} (%)", "Probability of the class"
+        panels, x, f"{key.capitalize()}, {where}", f"Pixels {verb} (%)", "Probability of the class"
     )
 
 

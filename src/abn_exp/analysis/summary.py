@@ -47,7 +47,7 @@ DIGITS = 3  # measures are shares and bits
 class Contrast:
     """One measure of one norm against the reference, over the seeds that both have."""
 
-    place: str
+    where: str
     group: Group
     norm: str
     reference: str
@@ -113,7 +113,7 @@ def verdict(c: Contrast) -> tuple[Decision, str]:
     """Tell whether the norm's measure is higher or lower than the reference's: a t test, with Holm's correction."""
     p, n = c.paired, c.paired.n[0]
     head = (
-        f"On {c.place}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} and {number_text(c.base, DIGITS)} "
+        f"On {c.where}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} and {number_text(c.base, DIGITS)} "
         f"with {c.reference}, difference {signed_text(p.difference, DIGITS)}"
     )
     if math.isnan(p.p):
@@ -147,7 +147,7 @@ def contrast_table(contrasts: Iterable[Contrast]) -> Table:
     """One row a contrast."""
     rows = []
     for c in contrasts:
-        row = [c.place, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0])]
+        row = [c.where, f"{c.norm} - {c.reference}", c.measure, str(c.paired.n[0])]
         row += [number_text(c.own, DIGITS), number_text(c.base, DIGITS), signed_text(c.paired.difference, DIGITS)]
         rows.append([*row, interval_text(c.paired.interval, DIGITS), p_text(c.paired.p), p_text(c.p_holm)])
     header = ["where", "norms", "measure", "n", "mean", "reference", "difference", "95 % interval", "p", "p (Holm)"]
