@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 from statsmodels.stats.contingency_tables import mcnemar
 
 from abn_exp.identity import RunPlan
-from abn_exp.report import build
+from abn_exp.report import build, per_image
 from abn_exp.report.build import print_report, write_report
 from abn_exp.report.images import crossed_mean, split_spread
 from abn_exp.results import Predictions, Run, load_input_format, load_network
@@ -35,7 +35,7 @@ def predict(run: Run) -> Predictions | None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "draw", lambda report: {})
-    monkeypatch.setattr(build, "read_predictions", predict)
+    monkeypatch.setattr(per_image, "read_predictions", predict)
     return study(tmp_path / "images", {"bn": BN, "abn": CLEARLY_ABOVE})
 
 
@@ -66,7 +66,7 @@ def test_runs_on_other_test_images_are_not_compared(folder: Path, monkeypatch: p
             return found
         return Predictions(found.last, found.last_correct, None, None, f"digest {run.seed}")
 
-    monkeypatch.setattr(build, "read_predictions", other)
+    monkeypatch.setattr(per_image, "read_predictions", other)
     report = build.build_report(folder)
     assert [c.cell.norm for c in report.images.cells] == ["bn"]
     assert report.images.pairs == []
@@ -76,7 +76,7 @@ def test_runs_on_other_test_images_are_not_compared(folder: Path, monkeypatch: p
 
 
 def test_without_any_predictions_one_sentence_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "read_predictions", lambda run: None)
+    monkeypatch.setattr(per_image, "read_predictions", lambda run: None)
     report = build.build_report(folder)
     assert len(report.images.left_out) == 1
     assert report.images.left_out[0].startswith("None of these runs has kept its predictions")

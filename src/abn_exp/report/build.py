@@ -42,7 +42,7 @@ from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors, varying_options
 from abn_exp.report.html import html_page
 from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
-from abn_exp.report.per_image import image_evidence, read_predictions
+from abn_exp.report.per_image import image_evidence
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
@@ -93,7 +93,7 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
         factors=factors,
         options=varying_options(settings),
         effects=[] if withheld else effect_tables(cells, factors, reference, delta),
-        images=image_evidence([] if withheld else cells, reference, read_predictions),
+        images=image_evidence([] if withheld else cells, reference),
         conditional=conditional_on(configs),
         differing=provenance_differences(cells),
     )

@@ -8,25 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def number_text(value: float, digits: int = 2) -> str:
+def number_text(value: float, digits: int = 2, sign: str = "") -> str:
     """Return a number with ``digits`` decimals; "-" where there is none, and zero never has a sign.
 
     Of what three decimals or more would show as zero, the magnitude is returned: 6e-07.
     """
-    return _fixed(value, digits, "")
-
-
-def signed_text(value: float, digits: int = 2) -> str:
-    """Return a difference with its sign; one that rounds to zero has a plus."""
-    return _fixed(value, digits, "+")
-
-
-def _fixed(value: float, digits: int, sign: str) -> str:
     if math.isnan(value):
         return "-"
     if digits >= 3 and 0 < abs(value) < 0.5 * 10**-digits:
         return f"{value:{sign}.0e}"
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
+
+
+def signed_text(value: float, digits: int = 2) -> str:
+    """Return a difference with its sign; one that rounds to zero has a plus."""
+    return number_text(value, digits, "+")
 
 
 def interval_text(interval: tuple[float, float], digits: int = 2) -> str:

@@ -123,13 +123,13 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
     if not drawn:
         return None
     figure, cells = _panels(list(drawn))
-    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+    for at, norms in zip(cells, drawn.values(), strict=True):
         for norm, seeds in norms.items():
             style = colour(norm, names)
             length = min(len(curve) for curve in seeds.values())
             epochs = np.arange(1, length + 1)
             curves = np.stack([curve[:length] for curve in seeds.values()])
-            common = {"meta": norm, "showlegend": False, "row": row, "col": column}
+            common = {"meta": norm, "showlegend": False, **at}
             if len(curves) > 1 and len(norms) <= MOST_BANDS:
                 mean, std = curves.mean(0), curves.std(0, ddof=1)
                 figure.add_scatter(
@@ -171,10 +171,10 @@ def every_seed(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> go.Fi
     if not drawn:
         return None
     figure, cells = _panels(list(drawn), height=110 + 40 * max(map(len, drawn.values())))
-    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+    for at, norms in zip(cells, drawn.values(), strict=True):
         for i, (norm, seeds) in enumerate(norms.items()):
             style, summary = colour(norm, names), summarize(np.array(list(seeds.values())))
-            common = {"meta": norm, "showlegend": False, "row": row, "col": column}
+            common = {"meta": norm, "showlegend": False, **at}
             heights = i + 0.22 + (np.linspace(-0.1, 0.1, len(seeds)) if len(seeds) > 1 else np.zeros(1))
             figure.add_scatter(
                 x=list(seeds.values()),
@@ -198,7 +198,7 @@ def every_seed(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> go.Fi
                 **common,
             )
         ticks = {"tickvals": [*range(len(norms))], "ticktext": list(norms), "range": [len(norms) - 0.5, -0.6]}
-        figure.update_yaxes(**ticks, row=row, col=column)
+        figure.update_yaxes(**ticks, **at)
     figure.update_xaxes(title="Test accuracy (%)")
     return figure
 
@@ -210,7 +210,7 @@ def paired_slopes(panels: Mapping[str, Mapping[str, Mapping[int, float]]], refer
         return None
     figure, cells = _panels(list(drawn))
     names = {norm for norms in drawn.values() for norm in norms}
-    for (row, column), norms in zip(cells, drawn.values(), strict=True):
+    for at, norms in zip(cells, drawn.values(), strict=True):
         base = norms[reference]
         others = [norm for norm in norms if norm != reference]
         for i, norm in enumerate(others):
@@ -226,11 +226,10 @@ def paired_slopes(panels: Mapping[str, Mapping[str, Mapping[int, float]]], refer
                 hovertemplate="seed %{customdata}: %{y:.2f} %<extra></extra>",
                 meta=norm,
                 showlegend=False,
-                row=row,
-                col=column,
+                **at,
             )
         ticks = [name for norm in others for name in (reference, norm)]
-        figure.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, row=row, col=column)
+        figure.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, **at)
     figure.update_yaxes(title="Test accuracy (%)")
     return figure
 
@@ -293,8 +292,8 @@ def _wrapped(text: str) -> str:
     return "<br>".join(map(html.escape, textwrap.wrap(text, TITLE_WIDTH)))
 
 
-def _panels(titles: Sequence[str], height: int = PANEL) -> tuple[go.Figure, list[tuple[int, int]]]:
-    """Return a figure of one panel a title, and each panel's (row, column)."""
+def _panels(titles: Sequence[str], height: int = PANEL) -> tuple[go.Figure, list[dict[str, int]]]:
+    """Return a figure of one panel a title, and each panel's row and column, as Plotly's functions take them."""
     columns = min(MAX_COLUMNS, len(titles))
     rows = -(-len(titles) // columns)
     lines = max(_wrapped(title).count("<br>") for title in titles)
@@ -310,4 +309,4 @@ def _panels(titles: Sequence[str], height: int = PANEL) -> tuple[go.Figure, list
     )
     figure.update_annotations(font_size=13)
     figure.update_layout(height=rows * (height + 60) + 40)
-    return figure, [(i // columns + 1, i % columns + 1) for i in range(len(titles))]
+    return figure, [{"row": i // columns + 1, "col": i % columns + 1} for i in range(len(titles))]

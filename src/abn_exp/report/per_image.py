@@ -1,6 +1,6 @@
 """Evidence from the predictions of single test images, for the cells and comparisons of a report."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,12 @@ class ImageEvidence:
     left_out: list[str]  # a sentence each: finished runs without predictions, or of other test images
 
 
-def image_evidence(cells: Sequence[Cell], reference: str, read: Callable[[Run], Predictions | None]) -> ImageEvidence:
-    """Compute the statistics of the runs' predictions; ``read`` returns those of a run, None where it has none."""
-    found = {cell.key: {r.seed: p for r in cell.runs if r.result and (p := read(r)) is not None} for cell in cells}
+def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
+    """Compute the statistics of the runs' predictions."""
+    found = {
+        cell.key: {run.seed: p for run in cell.runs if run.result and (p := read_predictions(run)) is not None}
+        for cell in cells
+    }
     digests = {cell.key: _same_images(found[cell.key]) for cell in cells}
     of_cells, of_pairs, left_out = [], [], []
     for cell in cells:
