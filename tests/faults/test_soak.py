@@ -165,6 +165,6 @@ def record(samples: np.ndarray) -> None:
         for i, (ax, name) in enumerate(zip(axes, ALLOWED, strict=True)):
             ax.plot(np.arange(1, len(samples) + 1), samples[:, i], color="black", linewidth=1)
             title = WORDS[name][0].upper() + WORDS[name][1:]
-            ax.set(title=title, ylim=(0, 1.2 * samples[:, i].max()), xlabel="Runs done" if i > 1 else "")
+            ax.set(title=title, ylim=(0, 1.2 * samples[:, i].max() or 1), xlabel="Runs done" if i > 1 else "")
         figure.suptitle(f"{len(samples)} runs in one process", fontsize=8.5)
         figure.savefig(RESULTS / "soak.png", metadata={"Software": None})
