@@ -1,12 +1,14 @@
 """Worker processes: what hangs is named, what is stopped goes on later, what cannot start ends the sweep."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -92,3 +94,14 @@ def test_workers_that_cannot_start_end_the_sweep(
         "no worker process can begin: 3 in a row, the last killed by SIGKILL, as Linux does where memory runs out"
     }
     assert not jobs[0].plan.directory.exists()
+
+
+def test_a_worker_without_a_run_is_told_to_end() -> None:
+    """The end of its pipe is not enough: where workers are forked, others hold that, too."""
+    ours, theirs = multiprocessing.Pipe()
+    done: list[str] = []
+    process = SimpleNamespace(terminate=lambda: done.append("SIGTERM"), join=lambda _=None: None, kill=lambda: None)
+    idle = SimpleNamespace(connection=ours, process=process, job=None, ready=True)
+    workers._stop([idle])  # type: ignore[list-item]
+    assert theirs.recv() is None
+    assert not done

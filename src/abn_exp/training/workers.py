@@ -137,9 +137,12 @@ def _stop(workers: list[_Worker]) -> None:
     """End the workers: those that wait at once, those that train by SIGTERM, what is left after GRACE by SIGKILL."""
     try:
         for worker in workers:
-            worker.connection.close()
             if worker.job is not None or not worker.ready:
                 worker.process.terminate()
+            else:
+                with suppress(OSError):
+                    worker.connection.send(None)
+            worker.connection.close()
         deadline = time.monotonic() + GRACE
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -170,7 +173,7 @@ def _record_death(job: Job, how: str) -> str:
 
 
 def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> None:
-    """Train one job after another until the parent closes the connection or has ended; runs in the worker process."""
+    """Train one job after another until None comes or the parent has ended; runs in the worker process."""
     signal.signal(signal.SIGTERM, _stop_once)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     git_commit()  # of the code that is imported now
@@ -181,6 +184,8 @@ def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> No
         try:
             job = connection.recv()
         except (EOFError, OSError):
+            return
+        if job is None:
             return
         configure_log(job_logging)
         connection.send(train_one(job, steps))
