@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
-torch.set_num_threads(1)
+os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", OMP_NUM_THREADS="1")  # torch, imported later, has one
 # A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -76,7 +76,8 @@ def plan_of(config: Config, choices: dict[str, str], init_by_run: bool) -> RunPl
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name
             raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
-    own = _group_options(GlobalHydra.instance().config_loader(), tuple(choices.items()))
+    places = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    own = _group_options(tuple(place.path for place in places), tuple(choices.items()))
     ours, everything = set_options(config.model_dump()), all_options(config.model_dump())
     changes = {key: everything.get(key) for key in ours.keys() | own.keys() if ours.get(key) != own.get(key)}
     if config.init_cell is not None:
@@ -86,8 +87,8 @@ def plan_of(config: Config, choices: dict[str, str], init_by_run: bool) -> RunPl
 
 
 @lru_cache(maxsize=1024)  # composing takes a quarter of a second, and a sweep has hundreds of runs
-def _group_options(loader: object, choices: tuple[tuple[str, str], ...]) -> Options:
-    """Return the options that the files of the chosen groups set. `loader` is a key of the cache."""
+def _group_options(places: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Options:
+    """Return the options that the files of the chosen groups set. `places`, where Hydra looks, is the cache's key."""
     composed = compose("config", [f"{group}={choice}" for group, choice in choices])
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)

@@ -18,7 +18,7 @@ from abn_exp.results import find_runs, read_metrics
 from tests.helpers.cli import Cli
 from tests.helpers.faults import FULL, RESULTS, SMALL, Account, differences
 
-SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn", "bn_noscale"])
+SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn"])
 COUNT = 2 * SEEDS * len(NORMS)
 # What the last quarter's median may be above that of the quarter after the first tenth, which fills caches.
 ALLOWED = {

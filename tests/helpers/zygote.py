@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,10 @@ def main() -> None:
 
     sklearn.datasets.load_digits()
     with initialize_config_dir(version_base="1.3", config_dir=str(repository / "conf")):  # Hydra's parser learns
-        cfg = compose("config", ["seed=0", "seeds=three"], return_hydra_config=True)
-        plan_run(cfg, dict(cfg.hydra.runtime.choices))
+        for dataset, norm in product(["digits", "folder dataset.path=."], ["abn", "bn"]):
+            words = [*f"dataset={dataset} norm={norm}".split(), "seed=0", "seeds=three"]
+            cfg = compose("config", words, return_hydra_config=True)
+            plan_run(cfg, dict(cfg.hydra.runtime.choices))
     gc.collect()
     gc.freeze()  # what is here is in each fork: none looks at it again, and copies its pages by that
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -38,7 +38,7 @@ from abn_exp.training import checkpoints
 from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
-from tests.helpers.cli import Cli, appears, until
+from tests.helpers.cli import Cli, until
 from tests.helpers.runs import REPOSITORY, TINY, WEIGHTS
 
 Make = Callable[..., RunPlan]
@@ -220,18 +220,6 @@ def test_killed_and_resumed_equals_undisturbed(cli: Cli, tmp_path: Path) -> None
     assert "going on from" in again.out
     whole = next((tmp_path / "whole").rglob("result.json")).parent
     assert_equal_runs(whole, metrics.parent)
-
-
-def test_sigterm_is_not_success(tmp_path: Path) -> None:
-    """The command as it is typed, in an interpreter of its own."""
-    words = command(tmp_path, "recipe.epochs=5000")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert until(appears(tmp_path, "last.ckpt"), 300)
-    process.terminate()
-    assert b"the same command goes on from the end of epoch" in process.communicate()[0]
-    assert process.returncode == 143
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
