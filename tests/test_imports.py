@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers.imports import imports_of, levels, module_graph, unit_graph
+from tests.helpers.imports import imports_of, levels, loaded_by, module_graph, unit_graph
 from tests.helpers.runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "src/abn_exp"
@@ -45,6 +45,19 @@ def test_layers_networks_and_statistics_need_neither_hydra_nor_lightning() -> No
             path = path if path.is_file() else path.with_suffix("") / "__init__.py"
             heads = {imported.split(".")[0] for imported in imports_of(path, REPOSITORY / "src")}
             assert not heads & {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric"}, name
+
+
+def test_an_analysis_imports_nothing_that_trains() -> None:
+    """Lightning is half of what it would import, and more than a small analysis computes."""
+    source = REPOSITORY / "src"
+    assert "torch" not in loaded_by(REPOSITORY / "scripts/analyze.py", REPOSITORY / "scripts") | loaded_by(
+        PACKAGE / "commandline.py", source
+    )
+    for name in ("activation_report", "cam_report"):
+        loaded = loaded_by(PACKAGE / f"analysis/{name}.py", source)
+        assert {"torch", "abn_exp.analysis.summary"} <= loaded
+        assert "pytorch_lightning" not in loaded
+    assert "pytorch_lightning" in loaded_by(PACKAGE / "training/run.py", source)
 
 
 def test_the_committed_results_are_fewer_than_150_files() -> None:

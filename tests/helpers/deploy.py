@@ -50,9 +50,9 @@ def trained(build: Callable[..., nn.Module], norm: str, **options: Any) -> Any:
                     nn.init.normal_(shift, 0.05, 0.2)
             if module.weight is not None:
                 nn.init.normal_(module.weight, 0, 1)
+            module.momentum = 1.0  # the statistics of one pass
     with torch.no_grad():
-        for _ in range(20):
-            network.train()(NORMALIZATION(images(32)))
+        network.train()(NORMALIZATION(images(64)))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # a few channels are constant, as hardly any of a trained network
             assert module.running_var is not None

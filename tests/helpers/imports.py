@@ -8,20 +8,33 @@ from pathlib import Path
 from tests.helpers.runs import REPOSITORY
 
 
-def imports_of(path: Path, root: Path) -> set[str]:
-    """Return the modules that a file imports, also inside functions and for type checkers alone.
+def imports_of(path: Path, root: Path, *, later: bool = True) -> set[str]:
+    """Return the modules that a file imports; with `later` also those inside functions and for type checkers alone.
 
     `from a import b` counts as a and as a.b. `root` is the folder that holds the top package.
     """
     found = set()
     package = path.relative_to(root).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if later else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join([*base, *([node.module] if node.module else [])])
             found |= {name} | {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def loaded_by(path: Path, root: Path) -> set[str]:
+    """Return the modules, of other packages too, that are imported when a file is; `root` holds this package."""
+    found: set[str] = set()
+    waiting = [path]
+    while waiting:
+        for name in imports_of(waiting.pop(), root, later=False) - found:
+            found.add(name)
+            file = root / name.replace(".", "/")
+            waiting += [part for part in (file.with_suffix(".py"), file / "__init__.py") if part.is_file()]
     return found
 
 
