@@ -7,7 +7,6 @@ measured of a network is kept: an analysis that was stopped goes on when it is t
 
 import argparse
 import os
-import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave t
 sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
 
 from abn_exp.commandline import positive_int, print_error
-from abn_exp.errors import Stopped, stop
+from abn_exp.errors import Stopped, stop_on_signals
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,6 +86,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    stop_on_signals()
     sys.exit(main())

@@ -1,7 +1,9 @@
 """CPUs and memory that this process may use, which in a container or a cluster's job is less than the machine has."""
 
 import math
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,21 @@ def cpu_count() -> int:
         count = os.cpu_count() or 1
     quotas = [*_limits("cpu", "cpu.max", _quota), *_limits("cpu", "cpu.cfs_quota_us", _quota_v1)]
     return max(1, math.ceil(min([count, *quotas])))
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however: nobody else would end it.
+
+    For a process of `multiprocessing`.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def available_memory() -> float:

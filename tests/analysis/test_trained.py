@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,8 +17,7 @@ from abn_exp.analysis import trained
 from abn_exp.analysis.trained import Measured, Opener, find_trained, measure_each
 from abn_exp.identity import RunPlan
 from abn_exp.training.run import run
-from tests.helpers.runs import REPOSITORY, plan_in
-from tests.helpers.scripts import load_script
+from tests.helpers.runs import plan_in
 
 Make = Callable[..., RunPlan]
 
@@ -121,7 +119,7 @@ def test_an_error_ends_the_other_processes_at_once(
 
 
 def _wait_for_ever(connection: Connection) -> None:
-    trained._end_with_parent()
+    trained._leave_signals()
     connection.send(os.getpid())
     time.sleep(600)
 
@@ -157,9 +155,3 @@ def test_what_is_missing_is_told_before_anything_is_measured(folder: Path) -> No
         opener().check(find_trained([folder]), probe)
     elsewhere = Opener(str(folder / "nothing"), 20, torch.device("cpu"))
     elsewhere.check(find_trained([folder]), lambda network, image: None)  # the digits are in scikit-learn
-
-
-def test_norms_of_one_s_own_are_found_beside_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != REPOSITORY])
-    load_script("analyze")
-    assert sys.path[0] == str(REPOSITORY)

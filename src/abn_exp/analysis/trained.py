@@ -5,13 +5,11 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from abn_exp.config import parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.files import writing
-from abn_exp.machine import available_memory, cpu_count
+from abn_exp.machine import available_memory, cpu_count, end_with_parent
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs, load_trained_network, read_config
 from abn_exp.training.setup import make_loaders
@@ -155,7 +153,7 @@ def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Meas
             yield _measure(*job)
         return
     # A fork of a process whose threads have computed would deadlock, so this process only forks.
-    with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_leave_signals) as pool:
         try:
             for done in as_completed([pool.submit(_measure, *job) for job in jobs]):
                 yield done.result()
@@ -167,18 +165,11 @@ def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Meas
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Leave signals to the parent of this fork, and end with it, however it ends: nobody else would end the fork."""
+def _leave_signals() -> None:
+    """Leave signals to the parent of this fork, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait(parent: BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, args=(parent,), daemon=True).start()
+    end_with_parent()
 
 
 def _measure(run: Run, path: Path) -> Run:

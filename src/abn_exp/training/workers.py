@@ -2,9 +2,7 @@
 
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +15,7 @@ from omegaconf import DictConfig
 from abn_exp.errors import ConfigError, Diverged, stop
 from abn_exp.files import write_text_atomic
 from abn_exp.identity import RunPlan
+from abn_exp.machine import end_with_parent
 from abn_exp.provenance import git_commit
 from abn_exp.report.progress import clock
 from abn_exp.results import RunResult
@@ -175,7 +174,7 @@ def _record_death(job: Job, how: str) -> str:
 def _work(connection: Connection, steps: Counter, job_logging: DictConfig) -> None:
     """Train one job after another until None comes or the parent has ended; runs in the worker process."""
     signal.signal(signal.SIGTERM, _stop_once)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()  # a killed one sends no message, and a run that went on would keep its lock
     git_commit()  # of the code that is imported now
     from abn_exp.training.run import run  # noqa: F401 (seconds, spent once a worker)
 
@@ -195,14 +194,6 @@ def _stop_once(number: int, _: object = None) -> None:
     """Stop, and ignore the signal from now on: it may come twice, to all processes and from the parent."""
     signal.signal(number, signal.SIG_IGN)
     stop(number)
-
-
-def _die_with_parent() -> None:
-    """End with the parent: a killed one sends no message, and a run that went on would keep its lock."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def train_one(job: Job, steps: Counter | None = None) -> Outcome:
