@@ -187,3 +187,7 @@ def test_looks_set_the_seeds_and_split_the_sweep() -> None:
     runs = overrides_of("norm=bn,abn", "seeds=until_decided", "looks=[2,4]")
     seeds = [next(override for override in run if override.startswith("seed=")) for run in runs]
     assert seeds == ["seed=0"] * 2 + ["seed=1"] * 2 + ["seed=2"] * 2 + ["seed=3"] * 2
+    pairs = [
+        {word for word in run if word.split("=")[0] in ("norm", "seed")} for run in overrides_of("study=trained")
+    ]
+    assert pairs[:3] == [{"norm=bn", "seed=0"}, {"norm=abn", "seed=0"}, {"norm=bn", "seed=1"}]  # both norms of a seed

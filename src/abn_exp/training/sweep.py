@@ -371,12 +371,13 @@ def split_into_batches(
     config: DictConfig, overrides: Sequence[Override], max_batch_size: int | None
 ) -> list[list[list[str]]]:
     """Return the overrides of every run in batches: each of `hydra.sweeper.cases` with all combinations of what is
-    swept over; a batch a look where there are looks."""
+    swept over. Where there are looks, a batch a look, all cells of a seed together: they are of one machine, then."""
     cases = [list(case) for case in config.hydra.sweeper.get("cases") or [[]]]
     combinations = BasicSweeper.split_arguments(list(overrides), None)[0]
     runs = [[*case, *combination] for case in cases for combination in combinations]
     if config.get("looks") is not None:
         bounds = pairwise([0, *config.looks])
+        runs.sort(key=_seed)
         return [[run for run in runs if first <= _seed(run) < end] for first, end in bounds]
     size = max_batch_size if max_batch_size is not None and max_batch_size > 0 else len(runs)
     return [runs[i : i + size] for i in range(0, len(runs), size)]
