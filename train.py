@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from abn_exp.commandline import HYDRA_ERRORS, hydra_sentence, overrides_last, share_config_store
+from abn_exp.commandline import HYDRA_ERRORS, check_groups, hydra_sentence, overrides_last, share_config_store
 from abn_exp.errors import (
     STOPPED,
     ConfigError,
@@ -74,14 +74,16 @@ if __name__ == "__main__":
         end_with_reader()
     if {"-h", "--help"} & set(sys.argv):
         share_config_store()
+    conf = Path(__file__).parent / "conf"
     try:
+        check_groups(sys.argv[1:], conf)
         main()
     except Stopped as stopped:
         if not stopped.reported:
             print(STOPPED.format(stopped.signal), file=sys.stderr)
         raise
     except HYDRA_ERRORS as error:
-        sys.exit(f"error: {hydra_sentence(error, Path(__file__).parent / 'conf')}")
+        sys.exit(f"error: {hydra_sentence(error, conf)}")
     except ValueError as error:
         if HydraConfig.initialized():
             raise

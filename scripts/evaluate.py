@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from abn_exp.analysis.evaluate import evaluate
-from abn_exp.commandline import HYDRA_ERRORS, print_error
+from abn_exp.commandline import HYDRA_ERRORS, check_groups, print_error
 from abn_exp.config import DatasetConfig, read
 from abn_exp.errors import ConfigError
 
@@ -27,6 +27,7 @@ def chosen_dataset(words: list[str]) -> DatasetConfig | None:
     """Return the data set that the words choose, None where there are none. Raises ConfigError for any other word."""
     if wrong := [word for word in words if not word.lstrip("+").startswith(("dataset=", "dataset."))]:
         raise ConfigError(f"{wrong[0]} is not allowed: only dataset=... and dataset.KEY=... are chosen here.")
+    check_groups(words, REPOSITORY / "conf")
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
         return read(compose("config", words)).dataset if words else None
 

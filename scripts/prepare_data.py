@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from abn_exp.commandline import HYDRA_ERRORS, overrides_last, print_error
+from abn_exp.commandline import HYDRA_ERRORS, check_groups, overrides_last, print_error
 from abn_exp.config import DatasetConfig, read_dataset
 from abn_exp.training.sweep import jobs
 
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("-cd", "--config-dir", type=Path, help="as for train.py: a folder with files of your own")
     arguments = parser.parse_args(overrides_last(sys.argv[1:]))
     try:
+        check_groups(arguments.overrides, CONF)
         datasets = find_datasets(arguments.overrides, arguments.config_dir)
     except (*HYDRA_ERRORS, ValueError) as error:
         return print_error(error, CONF)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from hydra import initialize_config_dir
 
-from abn_exp.commandline import HYDRA_ERRORS, positive_int, print_error
-from abn_exp.errors import ConfigError, Stopped, stop_on_signals
+from abn_exp.commandline import HYDRA_ERRORS, check_groups, positive_int, print_error
+from abn_exp.errors import Stopped, stop_on_signals
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # norms and optimizers of one's own lie beside train.py
@@ -44,11 +44,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        check_groups(arguments.overrides, REPOSITORY / "conf")
         with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
             search = Search(read_space(arguments.overrides))
             search.run(arguments.trials)
         path = search.write()
-    except (*HYDRA_ERRORS, ConfigError, OSError) as error:
+    except (*HYDRA_ERRORS, ValueError, OSError) as error:
         return print_error(error, REPOSITORY / "conf")
     except Stopped as stopped:
         print(f"stopped by {stopped.signal}; the same command goes on with this search", file=sys.stderr)

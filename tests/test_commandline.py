@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from abn_exp.commandline import hydra_sentence, overrides_last
+from abn_exp.commandline import check_groups, hydra_sentence, overrides_last
 from tests.helpers.runs import REPOSITORY
 
 CONF = REPOSITORY / "conf"
@@ -35,7 +35,9 @@ def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
         ("xyzzy=1", "xyzzy is not a key of the configuration; `python train.py --cfg job` lists them all."),
         ("norm=bm", "norm=bm is not allowed: it should be abn, abn_backward,"),
         ("model=binarnet", "; did you mean binarynet?"),
-        ("norm=bn,abn", "norm=bn,abn has several values: add -m to train each, or write a list as norm=[bn,abn]."),
+        ("norm=bn,abn", "norm=bn,abn has several values: add -m to train each."),
+        ("seed=3,4", "seed=3,4 has several values: add -m to train each, or write a list as seed=[3,4]."),
+        ("norm=", "norm= is not allowed: it should be abn, abn_backward,"),
         ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]"),
         ("norm", "Error parsing override 'norm' missing EQUAL"),
     ],
@@ -52,3 +54,23 @@ def test_a_wrong_word_is_told_in_a_sentence(override: str, sentence: str, at_wor
     assert sentence in text
     assert "\n" not in text
     assert "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("norm=[bn,abn]", r"norm=\[bn,abn\] is not allowed: .* bn, .*; -m norm=bn,abn trains each\.$"),
+        ("seeds=[3,4]", r"seeds=\[3,4\] is not allowed: .* five, .*; -m seed=3,4 trains each\.$"),
+        ("dataset=digits norm=[3,4]", r"norm=\[3,4\] is not allowed: .* iebn\.$"),
+        ("-m seeds=null", r"seeds=null is not allowed: .* until_decided\.$"),
+        ("norm=5", "norm=5 is not allowed"),
+    ],
+)
+def test_a_group_takes_the_name_of_one_file(command: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_groups(command.split(), CONF)
+
+
+def test_what_names_a_file_of_a_group_is_left_to_hydra() -> None:
+    check_groups(["-m", "norm=bn,abn", "seed=3", "seeds=five", "recipe.optimizer.betas=[0.9,0.99]", "~wandb"], CONF)
+    check_groups(["--config-dir", "norm=[bn]", "dataset=my_own", "hydra/launcher=basic", "looks=[2,4]"], CONF)

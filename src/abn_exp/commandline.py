@@ -10,8 +10,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -30,14 +31,36 @@ def positive_int(text: str) -> int:
 
 def overrides_last(words: Sequence[str]) -> list[str]:
     """Return a command's arguments with the overrides last: Hydra's parser takes them only in one piece."""
-
-    def is_override(number: int) -> bool:
-        word, before = words[number], words[number - 1] if number else ""
-        is_value = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
-        return not is_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
-
-    order = sorted(range(len(words)), key=is_override)
+    order = sorted(range(len(words)), key=lambda number: _is_override(words, number))
     return [words[number] for number in order]
+
+
+def _is_override(words: Sequence[str], number: int) -> bool:
+    word, before = words[number], words[number - 1] if number else ""
+    is_value = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
+    return not is_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
+def check_groups(words: Sequence[str], conf: Path) -> None:
+    """Refuse a list, null or a number for the name of a group's file: Hydra ends in a traceback on some of them.
+
+    `words` are a command's arguments, `conf` the folder of the groups. Raises ValueError, and HydraException for what
+    is no override.
+    """
+    typed = [word for number, word in enumerate(words) if _is_override(words, number)]
+    for override in OverridesParser.create().parse_overrides(typed):
+        group = override.key_or_group
+        names = sorted(file.stem for file in (conf / group).glob("*.yaml")) if "/" not in group else []
+        if not names or override.is_sweep_override() or override.is_delete():
+            continue
+        if isinstance(value := override.value(), str):
+            continue
+        hint = ""
+        if isinstance(value, list):
+            values = [str(element) for element in value]
+            key = group if set(values) <= set(names) else "seed" if group == "seeds" else None
+            hint = f"; -m {key}={','.join(values)} trains each" if key else ""
+        raise ValueError(f"{override.input_line} is not allowed: it should be one of {', '.join(names)}{hint}.")
 
 
 def share_config_store() -> None:
@@ -60,8 +83,9 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         return unknown_key(key, _keys(conf)) + (hint if key.startswith(OPEN) else "")
     if match := re.search(r"Ambiguous value for argument '(.+?)=(.+?)'", text):
         key, values = match.groups()
-        return f"{key}={values} has several values: add -m to train each, or write a list as {key}=[{values}]."
-    if match := re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?': (.+)", text):
+        hint = "" if key in _groups(_composed(conf)) else f", or write a list as {key}=[{values}]"
+        return f"{key}={values} has several values: add -m to train each{hint}."
+    if match := re.search(r"Could not find '(.+)/(.*?)' Available options in '.+?': (.+)", text):
         group, chosen, options = match[1], match[2], match[3].split()
         close = get_close_matches(chosen, options, n=1, cutoff=0.5)
         suggestion = f"; did you mean {close[0]}?" if close else "."
@@ -78,13 +102,19 @@ def print_error(error: Exception, conf: Path | None = None) -> int:
     return 1
 
 
+def _composed(conf: Path | None) -> DictConfig:
+    if GlobalHydra.instance().is_initialized() or conf is None:
+        return compose("config", return_hydra_config=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+        return compose("config", return_hydra_config=True)
+
+
+def _groups(cfg: DictConfig) -> list[str]:
+    return [str(group) for group in cfg.hydra.runtime.choices if "/" not in str(group)]
+
+
 def _keys(conf: Path | None) -> list[str]:
     """Return the groups and keys that can be given, with their dots."""
-    if GlobalHydra.instance().is_initialized() or conf is None:
-        cfg = compose("config", return_hydra_config=True)
-    else:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
-            cfg = compose("config", return_hydra_config=True)
-    groups = [str(group) for group in cfg.hydra.runtime.choices if "/" not in str(group)]
+    cfg = _composed(conf)
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return groups + flat_keys(OmegaConf.to_container(ours))
+    return _groups(cfg) + flat_keys(OmegaConf.to_container(ours))
