@@ -66,6 +66,7 @@ def test_every_study_is_listed_here() -> None:
     assert {path.stem for path in (REPOSITORY / "conf/study").glob("*.yaml")} == {
         "none",
         "budget",
+        "schedules",
         "trained",
         *STUDIES,
     }
@@ -99,6 +100,15 @@ def test_trained_is_one_cell_of_a_narrow_network_with_seeds_for_three_looks() ->
     assert Counter(plan.config.seed for plan in found) == dict.fromkeys(range(20), 2)
     assert all(plan.config.looks == [5, 10, 20] and plan.config.delta == 0.5 for plan in found)
     assert {plan.config.precision for plan in found} == {"fp32"}
+
+
+def test_the_search_changes_one_thing_at_a_time_and_shares_its_seeds_with_no_study() -> None:
+    found = plans("study=schedules")
+    assert {plan.config.seed for plan in found} == {1000, 1001, 1002}
+    assert len(found) == len({plan.directory for plan in found}) == 15 * 2 * 3
+    assert len(cells(found[:6])) == 2  # a row is whole before the next begins
+    (base,) = {plan.cell[3] for plan in found[:6]}
+    assert base == "fixed_model.width-0.25_batch_size-128_epochs-10_optimizer.lr-0.005"
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -1,0 +1,73 @@
+"""The table of short schedules is what its command writes from the records."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from abn_exp.results import load_runs, write_result
+from tests.helpers.records import RECORDED, result_in, start_run, table_rows
+from tests.helpers.runs import REPOSITORY
+from tests.helpers.scripts import load_script, run_script
+
+SCHEDULES = load_script("schedules")
+VALIDATION = {  # of three seeds, by row and norm
+    ("fixed_epochs-10", "bn"): [0.740, 0.744, 0.751],
+    ("fixed_epochs-10", "abn"): [0.742, 0.738, 0.741],
+    ("fixed_lr-1", "bn"): [0.700, 0.705, 0.698],
+    ("fixed_lr-1", "abn"): [0.790, 0.788, 0.785],
+    ("fixed_lr-2", "bn"): [0.70, 0.71, 0.72],
+}
+LR = {"fixed_epochs-10": 0.005, "fixed_lr-1": 1.0, "fixed_lr-2": 0.005}
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> Path:
+    for (variant, norm), accuracies in VALIDATION.items():
+        model = "resnet18" if variant == "fixed_lr-2" else "binarynet"
+        for seed, accuracy in enumerate(accuracies, 1000):
+            config = RECORDED.format(epochs=10, lr=LR[variant])
+            directory = start_run(tmp_path, norm, seed, model=model, variant=variant, config=config)
+            minutes = {"train_seconds": 60.0 * (seed - 990), "threads": 2}
+            write_result(directory, result_in(directory, seed, 0.5, val_acc_last=accuracy, **minutes))
+    return tmp_path
+
+
+def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(searched: Path) -> None:
+    header, lines = SCHEDULES.table(load_runs(searched))
+    shown = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [(row["changed"], row["norm"]) for row in shown] == [
+        *(("optimizer.lr=1", "bn"), ("optimizer.lr=1", "abn")),  # of the mean of both norms
+        *(("-", "bn"), ("-", "abn")),
+        ("resnet18", "bn"),
+    ]
+    for row, (variant, norm) in zip(shown, [("fixed_lr-1", "bn"), ("fixed_lr-1", "abn")], strict=False):
+        accuracies = 100 * np.array(VALIDATION[variant, norm])
+        assert row["validation, mean ± std"] == f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}"
+        half = 4.302653 * accuracies.std(ddof=1) / np.sqrt(3)  # t(0.975, 2), from a table
+        assert row["95 % interval"] == f"{accuracies.mean() - half:.2f} to {accuracies.mean() + half:.2f}"
+        assert (row["n"], row["core-minutes"], row["test"]) == ("3", "22", "50.00 ± 0.00")
+
+
+def test_the_page_is_written_between_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = SCHEDULES.PAGE.read_text(encoding="utf-8")
+    text = SCHEDULES.replaced(before, "| a |\n| --- |\n| 1 |")
+    assert table_rows(text.split(SCHEDULES.BEGIN)[1].split(SCHEDULES.END)[0]) == [{"a": "1"}]
+    assert text.split(SCHEDULES.BEGIN)[0] == before.split(SCHEDULES.BEGIN)[0]
+    with pytest.raises(ValueError, match="once each"):
+        SCHEDULES.replaced("# nothing", "")
+    assert run_script(monkeypatch, "schedules", tmp_path / "nothing") == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert SCHEDULES.PAGE.read_text(encoding="utf-8") == before
+
+
+def test_the_page_in_the_repository_is_that_of_its_records() -> None:
+    folder = REPOSITORY / "results/quoted/schedules"
+    if not folder.is_dir():
+        assert "No row has been trained yet." in SCHEDULES.PAGE.read_text(encoding="utf-8")
+        return
+    text = SCHEDULES.PAGE.read_text(encoding="utf-8")
+    table = SCHEDULES.markdown_table(SCHEDULES.table(load_runs(folder)), 3)
+    assert SCHEDULES.replaced(text, table) == text, "run python scripts/schedules.py"
