@@ -90,6 +90,8 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         close = get_close_matches(chosen, options, n=1, cutoff=0.5)
         suggestion = f"; did you mean {close[0]}?" if close else "."
         return f"{group}={chosen} is not allowed: it should be {', '.join(options)}{suggestion}"
+    if match := re.search(r"In 'hydra/launcher/((\w+?)(?:_\w+)?)': Could not load", text):
+        return f'hydra/launcher={match[1]} needs a plug-in: pip install --editable ".[{match[2]}]".'
     if error.__cause__ is not None and text.startswith("Error merging override"):
         text = f"{text}: {str(error.__cause__).splitlines()[0]}"
     return text

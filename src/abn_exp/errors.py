@@ -89,7 +89,7 @@ def validation_sentence(error: dict[str, Any], known: Iterable[str] = ()) -> str
         return unknown_key(key, known)
     if error["type"] in ("model_type", "dict_type"):
         return f"{key}={error['input']} is not allowed: it is a section; give its keys, each as {key}.KEY=VALUE."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub("^(Value error, |Input |String )", "", error["msg"])
     if error["type"] == "value_error":
         return f"{message}."
     return f"{key}={shorten(str(error['input']), 80)} is not allowed: it {message}."

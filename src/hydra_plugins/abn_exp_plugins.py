@@ -9,7 +9,7 @@ is imported here.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 class StudySweeperConf:
     _target_: str = "hydra_plugins.abn_exp_plugins.StudySweeper"
     max_batch_size: int | None = None
-    params: dict[str, str] | None = None  # as of Hydra's basic sweeper: all combinations are run
+    params: dict[str, str] = field(default_factory=dict)  # as of Hydra's basic sweeper: all combinations are run
     cases: list[list[str]] | None = None  # lists of overrides, each run with all these combinations
 
 

@@ -271,6 +271,7 @@ def test_the_seeds_are_those_named_last() -> None:
     assert expanded("seeds=three") == [("abn", 0), ("abn", 1), ("abn", 2)]
     assert expanded("seeds=three", "seed=7") == [("abn", 7)]
     assert expanded("seed=3,4", "seeds=five") == [("abn", 3), ("abn", 4)]
+    assert expanded("+hydra.sweeper.params.seed='5,6'") == [("abn", 5), ("abn", 6)]
     assert set(expanded("seeds=five", "norm=bn,abn")) == {(norm, seed) for norm in ("bn", "abn") for seed in range(5)}
 
 
