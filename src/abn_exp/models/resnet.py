@@ -33,20 +33,12 @@ class _Block(nn.Module):
         self.norm2: nn.Module = norm_layer(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = self.downsample(in_channels, out_channels, stride, norm_layer, binarization)
+            layers = self.downsample(in_channels, out_channels, stride, binarization)
+            self.shortcut = nn.Sequential(*layers, norm_layer(out_channels))
 
-    def downsample(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        norm_layer: NormLayer,
-        binarization: Binarization,
-    ) -> nn.Sequential:
-        """Average pool, real 1x1 conv, norm: the shortcut keeps its precision."""
-        return nn.Sequential(
-            nn.AvgPool2d(stride), nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(out_channels)
-        )
+    def downsample(self, inputs: int, outputs: int, stride: int, binarization: Binarization) -> list[nn.Module]:
+        """Return the layers before the shortcut's norm: average pool, real 1x1 conv; it keeps its precision."""
+        return [nn.AvgPool2d(stride), nn.Conv2d(inputs, outputs, 1, bias=False)]
 
 
 class BiRealBlock(_Block):
@@ -93,18 +85,9 @@ class PreNormBlock(_Block):
         if last:
             self.norm2 = nn.Identity()
 
-    def downsample(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        norm_layer: NormLayer,
-        binarization: Binarization,
-    ) -> nn.Sequential:
-        """Binary strided 1x1 conv, norm."""
-        return nn.Sequential(
-            BinaryConv2d(in_channels, out_channels, 1, stride, binarization=binarization), norm_layer(out_channels)
-        )
+    def downsample(self, inputs: int, outputs: int, stride: int, binarization: Binarization) -> list[nn.Module]:
+        """Return a binary strided 1x1 conv."""
+        return [BinaryConv2d(inputs, outputs, 1, stride, binarization=binarization)]
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.hardtanh_(self.norm1(self.conv1(x)))
