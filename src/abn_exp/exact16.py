@@ -1,5 +1,6 @@
 """Binary products in 16 bits or fewer with the results of float32, bit for bit (`precision=exact16`)."""
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -239,9 +240,7 @@ def check_exact16(network: nn.Module, images: Tensor) -> None:
         truths = torch.autograd.grad(expected, (signs, weight64), upstream.double())
         sizes = torch.autograd.grad(largest, (one_x, one_weight), upstream.double().abs())
         terms = weight64[:, :1].numel(), expected[:, :1].numel()
-        half = torch.tensor(
-            0.5, dtype=torch.float64
-        )  # every |latent|, so the estimator's slope is the same everywhere
+        half = torch.tensor(0.5, dtype=torch.float64)  # every |latent|: the estimator's slope is the same everywhere
         slopes = (ste_gradient(half / half, half, e) for e in (b.activation_estimator, b.weight_estimator))
         for gradient, truth, size, n, slope in zip(gradients, truths, sizes, terms, slopes, strict=True):
             found = gradient.cpu().double() / slope
@@ -252,15 +251,13 @@ def check_exact16(network: nn.Module, images: Tensor) -> None:
                     f"bfloat16 products on {x.device} are not accumulated in float32, so gradients are worse"
                 )
 
-    hooks = [
-        layer.register_forward_pre_hook(compare) for layer in network.modules() if isinstance(layer, BinaryLayer)
-    ]
-    training = [(module, module.training) for module in network.modules()]
+    training = {module: module.training for module in network.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as hooks:
+            for layer in network.modules():
+                if isinstance(layer, BinaryLayer):
+                    hooks.enter_context(layer.register_forward_pre_hook(compare))
             network.eval()(images)
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module, flag in training:
+        for module, flag in training.items():
             module.training = flag

@@ -6,8 +6,8 @@ sign behind it has.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,16 +88,6 @@ class Distribution:
         }
 
 
-@contextmanager
-def hooks(handles: list[Any]) -> Iterator[None]:
-    """Remove hooks on leaving the context."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
     """Return an empty distribution for the input of each binary layer and the output of each norm on feature maps.
 
@@ -125,8 +115,9 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
         if isinstance(layer, nn.BatchNorm2d):
             note(name, "norm output", True, layer.num_features)
 
-    handles = [m.register_forward_pre_hook(partial(before, name)) for name, m in network.named_modules()]
-    with hooks(handles), torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
         network(image)
     return found
 
@@ -145,13 +136,12 @@ def measure(network: nn.Module, images: Tensor) -> tuple[list[Distribution], Ten
     def norm(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         found[name].add(output, output >= 0)
 
-    handles: list[Any] = []
-    for name, place in found.items():
-        if place.kind == "binary input":
-            handles.append(modules[name].register_forward_pre_hook(partial(binary, name)))
-        else:
-            handles.append(modules[name].register_forward_hook(partial(norm, name)))
-    with hooks(handles):
+    with ExitStack() as hooks:
+        for name, place in found.items():
+            if place.kind == "binary input":
+                hooks.enter_context(modules[name].register_forward_pre_hook(partial(binary, name)))
+            else:
+                hooks.enter_context(modules[name].register_forward_hook(partial(norm, name)))
         predicted = torch.cat([network(batch).argmax(1) for batch in images.split(BATCH)])
     return list(found.values()), predicted.cpu()
 

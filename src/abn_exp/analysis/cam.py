@@ -5,6 +5,8 @@ own straight-through estimate. Sizes: images (B, 3, S, S), maps (B, S, S), boxes
 inside.
 """
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from abn_exp.analysis.activations import hooks
 from abn_exp.seeding import generator
 
 SMALLEST = 4  # a map of fewer pixels a side is too coarse to locate anything
@@ -36,15 +37,13 @@ def target_layer(network: nn.Module, image: Tensor) -> str:
     """
     names: list[str] = []
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) >= SMALLEST:
             names.append(name)
 
-    handles = [
-        module.register_forward_hook(lambda m, args, y, name=name: note(name, y))
-        for name, module in network.named_modules()
-    ]
-    with hooks(handles), torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
         network(image[:1])
     if not names:
         raise ValueError(f"The network has no feature map of at least {SMALLEST} x {SMALLEST} to make a map from.")
@@ -65,7 +64,7 @@ def grad_cam(network: nn.Module, layer: str, images: Tensor, targets: Tensor | N
         kept.append(output.detach().requires_grad_())
         return kept[-1].clone()  # whatever follows may work in place
 
-    with hooks([network.get_submodule(layer).register_forward_hook(keep)]), torch.enable_grad():
+    with network.get_submodule(layer).register_forward_hook(keep), torch.enable_grad():
         logits = network(images)
         targets = logits.argmax(1) if targets is None else targets.to(logits.device)
         (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), kept)

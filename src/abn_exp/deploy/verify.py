@@ -7,7 +7,9 @@ the bound is computed beside the value, in float64. Logits must agree within the
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -194,29 +196,25 @@ class _Forced:
 
     def run(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        hooks = []
-        for layer in self.graph.layers:
-
-            def before(_: nn.Module, inputs: tuple[Tensor, ...], layer: Layer = layer) -> Tensor | None:
-                if layer.name not in self.answer.bits:
-                    return None
-                choose = sign if layer.module.binarization.sign_zero == "plus" else sign0
-                bits = torch.from_numpy(self.answer.bits[layer.name]).to(inputs[0].dtype)
-                self.other[layer.name] = choose(inputs[0]) != bits
-                return bits
-
-            def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor, layer: Layer = layer) -> None:
-                self.sums[layer.node] = output
-                if layer.module.bias is not None:
-                    bias = layer.module.bias.view(-1, *[1] * (output.dim() - 2))
-                    self.sums[layer.node] = (output - bias).round()
-
-            hooks += [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.graph.layers:
+                hooks.enter_context(layer.module.register_forward_pre_hook(partial(self.before, layer)))
+                hooks.enter_context(layer.module.register_forward_hook(partial(self.after, layer)))
             return self.network(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def before(self, layer: Layer, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        if layer.name not in self.answer.bits:
+            return None
+        choose = sign if layer.module.binarization.sign_zero == "plus" else sign0
+        bits = torch.from_numpy(self.answer.bits[layer.name]).to(inputs[0].dtype)
+        self.other[layer.name] = choose(inputs[0]) != bits
+        return bits
+
+    def after(self, layer: Layer, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.sums[layer.node] = output
+        if layer.module.bias is not None:
+            bias = layer.module.bias.view(-1, *[1] * (output.dim() - 2))
+            self.sums[layer.node] = (output - bias).round()
 
 
 class _Bounds:

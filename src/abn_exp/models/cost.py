@@ -1,7 +1,9 @@
 """Parameters, bytes and multiply-accumulates of a network, binary and real counted apart."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,14 +38,9 @@ class NetworkSummary:
     @property
     def totals(self) -> dict[str, int]:
         """The sums over all layers: total, binary (parameters), bytes_real, bytes_packed, binary_macs, real_macs."""
-        return {
-            "total": sum(layer.parameters for layer in self.layers),
-            "binary": sum(layer.binary_parameters for layer in self.layers),
-            "bytes_real": sum(layer.bytes_real for layer in self.layers),
-            "bytes_packed": sum(layer.bytes_packed for layer in self.layers),
-            "binary_macs": sum(layer.binary_macs for layer in self.layers),
-            "real_macs": sum(layer.real_macs for layer in self.layers),
-        }
+        names = {"total": "parameters", "binary": "binary_parameters"}
+        names |= {name: name for name in ("bytes_real", "bytes_packed", "binary_macs", "real_macs")}
+        return {key: sum(getattr(layer, name) for layer in self.layers) for key, name in names.items()}
 
     def table(self) -> Table:
         """Return the summary as a table for a terminal of 80 columns, with the totals in its last row."""
@@ -69,22 +66,20 @@ def _cells(numbers: dict[str, Any]) -> list[str]:
     return counts + [f"{number:,.3f}" if number < 100 else f"{number:,.1f}" for number in millions]
 
 
-def summarize(network: nn.Module, image_size: int, channels: int = 3) -> NetworkSummary:
-    """Count what `network` holds and does for one image (channels, image_size, image_size).
+def summarize(network: nn.Module, image_size: int) -> NetworkSummary:
+    """Count what `network` holds and does for one image (3, image_size, image_size).
 
     Runs one forward pass in evaluation mode without gradients; buffers, generators and every module's training flag
     are afterwards as they were. Works on the meta device, too.
     """
     layers: list[LayerSummary] = []
 
-    def record(name: str, layer: nn.Module, output: Tensor) -> None:
+    def record(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
         parameters = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-        is_binary = isinstance(layer, BinaryConv2d | BinaryLinear)
         binary = layer.weight.numel() if isinstance(layer, BinaryConv2d | BinaryLinear) else 0
         macs = 0
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            positions = output[0].numel() // layer.weight.size(0)
-            macs = positions * layer.weight.numel()
+            macs = output[0].numel() * layer.weight[0].numel()
         layers.append(
             LayerSummary(
                 name=name,
@@ -94,26 +89,21 @@ def summarize(network: nn.Module, image_size: int, channels: int = 3) -> Network
                 binary_parameters=binary,
                 bytes_real=4 * parameters,
                 bytes_packed=math.ceil(binary / 8) + 4 * (parameters - binary),
-                binary_macs=macs if is_binary else 0,
-                real_macs=0 if is_binary else macs,
+                binary_macs=macs if binary else 0,
+                real_macs=0 if binary else macs,
             )
         )
 
-    modules = list(network.named_modules())
-    training = [module.training for _, module in modules]
-    hooks = [
-        module.register_forward_hook(lambda layer, _, output, name=name: record(name, layer, output))
-        for name, module in modules
-        if next(module.parameters(recurse=False), None) is not None
-    ]
+    training = {module: module.training for module in network.modules()}
     weight = next(network.parameters())
-    image = torch.zeros(1, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
+    image = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as hooks:
+            for name, module in network.named_modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    hooks.enter_context(module.register_forward_hook(partial(record, name)))
             network.eval()(image)
     finally:
-        for hook in hooks:
-            hook.remove()
-        for (_, module), flag in zip(modules, training, strict=True):
+        for module, flag in training.items():
             module.training = flag
     return NetworkSummary(tuple(layers))
