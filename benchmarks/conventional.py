@@ -119,13 +119,12 @@ class ConventionalLoop:
         batch_size: int,
         device: torch.device,
         workers: int,
-        autocast: bool = False,
-        channels_last: bool = False,
+        bf16: bool = False,
     ) -> None:
-        self.network, self.device, self.autocast = network.to(device), device, autocast
-        if channels_last:
+        """`bf16`: autocast, and channels-last tensors."""
+        self.network, self.device, self.bf16 = network.to(device), device, bf16
+        if bf16:
             network.to(memory_format=torch.channels_last)
-        self.channels_last = channels_last
         self.optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers}
         options["pin_memory"] = device.type == "cuda"
@@ -135,11 +134,11 @@ class ConventionalLoop:
 
     def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-        return images.to(memory_format=torch.channels_last) if self.channels_last else images, labels
+        return images.to(memory_format=torch.channels_last) if self.bf16 else images, labels
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch and its logits."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             # Compiled for training alone, as ours is.
             logits = self.network(images) if self.network.training else self.network.forward(images)
             return F.cross_entropy(logits, labels), logits

@@ -81,21 +81,21 @@ def fail(kind: str, x: Array, y: Array, rng: np.random.Generator) -> tuple[Bools
     return (x < np.quantile(x, 0.2), none) if kind == "worst" else (none, none)
 
 
-def t_statistics(d: Array, there: Bools, delta: float) -> tuple[Array, Array, Array, NDArray[np.intp]]:
-    """Return the t statistics against 0, delta and -delta and their degrees of freedom."""
+def t_statistics(d: Array, there: Bools) -> tuple[Array, Array, Array, NDArray[np.intp]]:
+    """Return the t statistics against 0, DELTA and -DELTA and their degrees of freedom."""
     n = there.sum(axis=1)
     mean = np.where(there, d, 0).sum(axis=1) / np.maximum(n, 1)
     squares = (np.where(there, d - mean[:, None], 0) ** 2).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt(squares / (n - 1) / n)
-        return mean / error, (mean - delta) / error, (mean + delta) / error, n - 1
+        return mean / error, (mean - DELTA) / error, (mean + DELTA) / error, n - 1
 
 
 def decide(d: Array, x_failed: Bools, y_failed: Bools, level: float, level_delta: float) -> NDArray[np.intp]:
     """Return the verdict on each row of differences, as an index of NAMES."""
     scored = np.where(x_failed & y_failed, 0.0, np.where(x_failed, CHANCE, np.where(y_failed, -CHANCE, d)))
-    tests = t_statistics(d, ~(x_failed | y_failed), DELTA)
-    at_chance = t_statistics(scored, np.ones(d.shape, bool), DELTA)
+    tests = t_statistics(d, ~(x_failed | y_failed))
+    at_chance = t_statistics(scored, np.ones(d.shape, bool))
     tables = [_critical(level / 2, d.shape[1]), _critical(level_delta, d.shape[1])]
 
     def rejected(t: tuple[Array, Array, Array, NDArray[np.intp]]) -> list[Bools]:
@@ -176,12 +176,11 @@ def too_high(r: Rates, draws: int) -> list[str]:
 def unguarded_looks(draws: int, rng: np.random.Generator) -> list[tuple[str, float]]:
     """Return how often looks without a plan, each at 5 %, find a difference that is not there."""
     x, y = draw("normal", draws, rng)
-    none = np.zeros(x.shape, bool)
     found = []
     for name, looks in (("3, 5, 10, 20 seeds", (3, 5, 10, 20)), ("each seed from 3 to 20", tuple(range(3, 21)))):
         differs = np.zeros(draws, bool)
         for n in looks:
-            t, _, _, df = t_statistics((x - y)[:, :n], ~none[:, :n], DELTA)
+            t, _, _, df = t_statistics((x - y)[:, :n], np.ones((draws, n), bool))
             differs |= np.abs(t) > _critical(ALPHA / 2, n)[df]
         found.append((name, float(differs.mean())))
     return found

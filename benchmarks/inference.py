@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -211,24 +211,25 @@ def _print_peak(model: str, engine: str, width: str) -> None:
     print(peak_bytes(lambda: made.run(images), torch.device("cpu")))
 
 
-def interval(logs: Sequence[float]) -> tuple[float, float, float]:
-    """Return the geometric mean of ratios, given as logarithms, and its 95 % interval by Student's t."""
+Ratio = tuple[float, float, float]
+
+
+def ratio(found: Findings, model: str, batch: int, slow: tuple[str, str], fast: tuple[str, str]) -> Ratio:
+    """Return how many times as long the first (norm, engine) takes as the second: the geometric mean of pairs, and
+    its 95 % interval by Student's t."""
+    logs = np.log(np.divide(found.seconds[model, *slow, batch], found.seconds[model, *fast, batch]))
     mean = float(np.mean(logs))
     half = float(stats.t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs)))
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def ratio(found: Findings, model: str, batch: int, slow: tuple[str, str], fast: tuple[str, str]) -> str:
-    """Return how many times as long the first (norm, engine) takes as the second, pair by pair."""
-    pairs = zip(found.seconds[model, *slow, batch], found.seconds[model, *fast, batch], strict=True)
-    mean, low, high = interval([math.log(a / b) for a, b in pairs])
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+def _text(found: Ratio) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*found)
 
 
 def over_bn(found: Findings, model: str, norm: str, engine: str, batch: int) -> tuple[float, float, float, str]:
     """Return a norm's time over BN's in one engine, its 95 % interval, and what the interval says."""
-    pairs = zip(found.seconds[model, norm, engine, batch], found.seconds[model, "bn", engine, batch], strict=True)
-    mean, low, high = interval([math.log(a / b) for a, b in pairs])
+    mean, low, high = ratio(found, model, batch, (norm, engine), ("bn", engine))
     return mean, low, high, "slower" if low > 1 else "faster" if high < 1 else "no difference seen"
 
 
@@ -271,9 +272,9 @@ def _markdown(found: Findings, repetitions: int, width: float | None, command: s
                     [
                         f"{norm}: {engine}",
                         cell(quartiles([1e3 * value for value in times[0]])),
-                        ratio(found, model, 1, ("bn", "torch"), (norm, engine)),
+                        _text(ratio(found, model, 1, ("bn", "torch"), (norm, engine))),
                         cell(quartiles([BATCHES[1] / value for value in times[1]])),
-                        ratio(found, model, BATCHES[1], ("bn", "torch"), (norm, engine)),
+                        _text(ratio(found, model, BATCHES[1], ("bn", "torch"), (norm, engine))),
                         f"{found.files[model, norm, engine] / 1e6:.2f}",
                         f"{found.peaks[model, engine] / 1e6:.0f}" if (model, engine) in found.peaks else "",
                     ]
@@ -284,7 +285,7 @@ def _markdown(found: Findings, repetitions: int, width: float | None, command: s
         sections.append("\nABN's time over BN's:\n")
         columns = [(name, batch) for name in FOLDED for batch in BATCHES]
         lines = [
-            [norm, *(ratio(found, model, batch, (norm, name), ("bn", name)) for name, batch in columns)]
+            [norm, *(_text(ratio(found, model, batch, (norm, name), ("bn", name))) for name, batch in columns)]
             for norm in TWO_THRESHOLDS
             if norm != "bn"
         ]

@@ -15,7 +15,6 @@ from abn_exp import models
 from abn_exp.binarize import sign_ste
 from abn_exp.data.prepare import ImageDataset
 from abn_exp.errors import ConfigError
-from abn_exp.machine import cpu_count
 from abn_exp.models.build import initialize_
 from abn_exp.models.cost import summarize
 from abn_exp.norm import AttentionBatchNorm2d
@@ -64,8 +63,8 @@ class Benchmark:
         # A graph that is kept from step to step cannot be compiled.
         norm = partial(Norm, detach=row.compile)
         network = initialize_(getattr(models, model)(10, 32, norm, width=width), 0)
-        bf16 = row.autocast
-        loop = ConventionalLoop(conventional(network), data, batch_size, self.device, self.workers, bf16, bf16)
+        network = conventional(network)
+        loop = ConventionalLoop(network, data, batch_size, self.device, self.workers, row.autocast)
         if row.compile:
             loop.network.compile()
         return loop
@@ -130,18 +129,13 @@ class Benchmark:
         if products > 0:
             rate = 6 * size * self._macs(model, width) / products
             self.found.rates[model, row.name, "products, % of their ceiling"] = (self._type(row), [rate])
-        saved = measure.saved_bytes(partial(self._loss, loop, batch), loop.network)
+        saved = measure.saved_bytes(lambda: loop.loss(*batch)[0], loop.network)
         self._add(model, row.name, "saved for backward, MB/image", [saved / size / 1e6])
         self._add(model, row.name, "peak memory of a step, MB", [measure.peak_bytes(step, self.device) / 1e6])
 
-    @staticmethod
-    def _loss(loop: Loop, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = loop.loss(*batch)
-        return loss[0] if isinstance(loss, tuple) else loss
-
     def _batch(self, loop: Loop, size: int) -> tuple[Tensor, Tensor]:
         images = torch.randn(size, 3, 32, 32, device=self.device)
-        if isinstance(loop, ConventionalLoop) and loop.channels_last:
+        if isinstance(loop, ConventionalLoop) and loop.bf16:
             images = images.to(memory_format=torch.channels_last)
         return images, torch.arange(size, device=self.device) % 10
 
@@ -280,8 +274,3 @@ def _forward_backward(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
 def _pass(loader: Any) -> None:
     for _ in loader:
         pass
-
-
-def default_workers() -> int:
-    """Return how many processes load the conventional loop's images: up to eight."""
-    return min(8, cpu_count())

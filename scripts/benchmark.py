@@ -20,7 +20,7 @@ from abn_exp.commandline import positive_int
 from abn_exp.machine import cpu_count
 from benchmarks import inference, report, time_to_accuracy
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK
-from benchmarks.run import Benchmark, default_workers
+from benchmarks.run import Benchmark
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument(
         "--workers",
         type=positive_int,
-        default=default_workers(),
+        default=min(8, cpu_count()),
         help="processes of the conventional loader (default: %(default)s)",
     )
     main.add_argument(

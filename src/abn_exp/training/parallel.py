@@ -50,16 +50,16 @@ class StepLoop:
         self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of a batch."""
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch and the predicted classes."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.classifier._shared_step((images, labels), "train")[0]
+            return self.classifier._shared_step((images, labels), "train")
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """One step of training on one batch."""
         torch.use_deterministic_algorithms(self.config.deterministic)
         torch.backends.cudnn.benchmark = not self.config.deterministic
-        self.loss(*batch).backward()
+        self.loss(*batch)[0].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
