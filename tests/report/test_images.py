@@ -93,9 +93,9 @@ def test_mcnemar_is_statsmodels(rng: np.random.Generator) -> None:
 
 def test_agreement_by_hand() -> None:
     runs = [np.array([0, 1, 2, 3]), np.array([0, 1, 2, 0]), np.array([0, 1, 0, 0])]
-    assert images.agreement_within(runs) == pytest.approx((3 / 4 + 2 / 4 + 3 / 4) / 3)
-    assert images.agreement_between(runs[:2], runs[1:]) == pytest.approx(3 / 4)
-    assert math.isnan(images.agreement_within(runs[:1]))
+    assert images.agreement(itertools.combinations(runs, 2)) == pytest.approx((3 / 4 + 2 / 4 + 3 / 4) / 3)
+    assert images.agreement(itertools.pairwise(runs)) == pytest.approx(3 / 4)
+    assert math.isnan(images.agreement(itertools.combinations(runs[:1], 2)))
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -212,12 +212,14 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path: Path) -> None:
         assert pairs
         assert {"bn", "abn"} not in pairs
         assert other.pooled == other.effects == other.images.pairs == []
-    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
+    plan = plan_in(tmp_path)
+    look(tmp_path, plan, cells_of(tmp_path), "2026-01-01")
     assert (plan.entries[0]["verdict"], plan.entries[0]["pairs"], plan.decided) == ("undecided", 3, False)
     assert (
         build_report(tmp_path).answer()[0].endswith("It is judged at 5 seeds, look 2 of 2.")
     )  # seeds 3 and 4 are there
-    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-02")
+    plan = plan_in(tmp_path)
+    look(tmp_path, plan, cells_of(tmp_path), "2026-01-02")
     assert plan.decided
     assert [entry["date"] for entry in plan_in(tmp_path).entries] == ["2026-01-01", "2026-01-02"]
     finish_run(tmp_path, "bn", 7, 0.1)
@@ -233,7 +235,8 @@ def test_figures_and_tables_show_the_sequential_interval_and_say_so(
 ) -> None:
     study(tmp_path, {"bn": BN, "abn": [0.702, 0.701, 0.716, 0.722, 0.731], "iebn": BN[::-1]})
     write_plan(tmp_path, replace(PLAN, looks=(5, 20), seeds=tuple(range(20)), delta=500.0))
-    plan = look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
+    plan = plan_in(tmp_path)
+    look(tmp_path, plan, cells_of(tmp_path), "2026-01-01")
     assert plan.decided  # at the first look, by the least that it may use of its error
     report = build_report(tmp_path)
     (j,) = [c.mean for c in report.comparisons if c.cell.norm == "abn"]

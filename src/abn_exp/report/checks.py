@@ -1,7 +1,7 @@
 """What the runs of a report share, so that its intervals are conditional on it, and where compared runs differ."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abn_exp.report.comparisons import Cell, group_cells
@@ -34,16 +34,14 @@ def provenance_differences(cells: Sequence[Cell]) -> list[str]:
     for (dataset, model, variant), group in group_cells(cells).items():
         made = [(cell.norm, _provenance(run.result)) for cell in group for run in cell.runs if run.result is not None]
         # Commits tell versions of the code apart where a run has no digest of it.
-        if all(how["code"] is not None for _, how in made):
-            made = [(norm, {k: v for k, v in how.items() if k != "git commit"}) for norm, how in made]
-        else:
-            made = [(norm, {k: v for k, v in how.items() if k != "code"}) for norm, how in made]
+        left_out = "git commit" if all(how["code"] is not None for _, how in made) else "code"
         different = []
-        for name in dict.fromkeys(name for _, how in made for name in how):
-            counts = Counter((how.get(name), norm) for norm, how in made)
-            values = dict.fromkeys(value for value, _ in counts)
-            if len(values) > 1:
-                told = (f"{_short(value)} ({_norms(counts, value)})" for value in values)
+        for name in dict.fromkeys(name for _, how in made for name in how if name != left_out):
+            by_value: dict[str | None, Counter[str]] = {}
+            for norm, how in made:
+                by_value.setdefault(how.get(name), Counter())[norm] += 1
+            if len(by_value) > 1:
+                told = (f"{_short(value)} ({_counts(norms)})" for value, norms in by_value.items())
                 different.append(f"{name}: {', '.join(told)}")
         if different:
             where = f"{dataset} with {model} ({variant})"
@@ -69,6 +67,5 @@ def _short(value: str | None) -> str:
     return value[:7] if len(value) == 40 else str(value)
 
 
-def _norms(counts: Mapping[tuple[str | None, str], int], value: str | None) -> str:
-    found: Iterable[tuple[str, int]] = ((norm, n) for (v, norm), n in counts.items() if v == value)
-    return ", ".join(f"{norm} {n}" for norm, n in found)
+def _counts(norms: Counter[str]) -> str:
+    return ", ".join(f"{norm} {n}" for norm, n in norms.items())

@@ -4,9 +4,8 @@
 Rows of two arrays that are compared are the same seeds, columns always the same images.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,14 +107,8 @@ def mcnemar(candidate: ArrayLike, reference: ArrayLike) -> list[McNemar]:
     return [McNemar(i, k, float(st.binomtest(i, i + k).pvalue) if i + k else 1.0) for i, k in alone]
 
 
-def agreement_within(predictions: Sequence[Predictions]) -> float:
-    """Return the share of test images on which two runs of different seeds predict the same class, averaged over the
-    pairs of runs; NaN for a single one."""
-    shares = [float(np.mean(a == b)) for a, b in itertools.combinations(predictions, 2)]
-    return float(np.mean(shares)) if shares else NAN
-
-
-def agreement_between(candidate: Sequence[Predictions], reference: Sequence[Predictions]) -> float:
-    """Return the same for runs of two norms that share their seed; rows are the same seeds."""
-    shares = [float(np.mean(a == b)) for a, b in zip(candidate, reference, strict=True)]
+def agreement(pairs: Iterable[tuple[Predictions, Predictions]]) -> float:
+    """Return the share of test images on which both runs of a pair predict the same class, averaged over the pairs;
+    NaN where there is none."""
+    shares = [float(np.mean(a == b)) for a, b in pairs]
     return float(np.mean(shares)) if shares else NAN

@@ -6,6 +6,7 @@ at several numbers of seeds without a plan, `looks.json` has these numbers.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -105,11 +106,9 @@ class Plan:
     @property
     def decided(self) -> bool:
         """Is there nothing more to run: a verdict, or no look left?"""
-        return bool(self.entries) and (self.entries[-1]["verdict"] != "undecided" or self.looks_left == 0)
-
-    @property
-    def looks_left(self) -> int:
-        return len(self.looks) - len(self.entries)
+        return bool(self.entries) and (
+            self.entries[-1]["verdict"] != "undecided" or len(self.entries) == len(self.looks)
+        )
 
     def contradictions(self, other: "Plan") -> list[str]:
         """Say what another plan for the same folder would change."""
@@ -144,8 +143,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
     write_text_atomic(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
 
 
-def look(folder: Path, plan: Plan, cells: Iterable[Cell], when: str) -> Plan:
-    """Judge by the seeds of the next look, write that into `plan.json`, and return the plan with its new entry."""
+def look(folder: Path, plan: Plan, cells: Iterable[Cell], when: str) -> Judgement:
+    """Judge by the seeds of the next look, add that to the plan and write it into `plan.json`."""
     number = len(plan.entries)
     found = plan.judge(cells, number)
     entry = {
@@ -165,11 +164,11 @@ def look(folder: Path, plan: Plan, cells: Iterable[Cell], when: str) -> Plan:
     }
     plan.entries.append(entry)
     write_plan(folder, plan)
-    return plan
+    return found
 
 
 def _number(value: float) -> float | None:
-    return None if value != value else value
+    return None if math.isnan(value) else value
 
 
 def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:

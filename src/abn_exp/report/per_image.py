@@ -1,5 +1,6 @@
 """Evidence from the predictions of single test images, for the cells and comparisons of a report."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,7 @@ from abn_exp.report.images import (
     CrossedMean,
     McNemar,
     SpreadSplit,
-    agreement_between,
-    agreement_within,
+    agreement,
     crossed_mean,
     mcnemar,
     split_spread,
@@ -62,18 +62,17 @@ def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
             left_out.append(f"{where}: its runs were tested on different images.")
         elif by_seed:
             correct = np.array([p.last_correct for p in by_seed.values()])
-            agreement = agreement_within([p.last for p in by_seed.values()])
-            evidence = crossed_mean(correct), split_spread(correct), agreement
-            of_cells.append(CellImages(cell, tuple(by_seed), *evidence))
+            agreeing = agreement(itertools.combinations([p.last for p in by_seed.values()], 2))
+            of_cells.append(CellImages(cell, tuple(by_seed), crossed_mean(correct), split_spread(correct), agreeing))
     for cell, base in pairs_of(cells, None, reference):
         ours, theirs = found[cell.key], found[base.key]
         seeds = tuple(sorted(ours.keys() & theirs.keys()))
         if not seeds or not _same_images({**ours, **{-1 - k: p for k, p in theirs.items()}}):
             continue
         a, b = (np.array([side[seed].last_correct for seed in seeds]) for side in (ours, theirs))
-        agreement = agreement_between([ours[s].last for s in seeds], [theirs[s].last for s in seeds])
+        agreeing = agreement((ours[seed].last, theirs[seed].last) for seed in seeds)
         difference = crossed_mean(a.astype(np.float64) - b)
-        of_pairs.append(PairImages(cell, reference, seeds, difference, tuple(mcnemar(a, b)), agreement))
+        of_pairs.append(PairImages(cell, reference, seeds, difference, tuple(mcnemar(a, b)), agreeing))
     return ImageEvidence(of_cells, of_pairs, left_out if of_cells else _none(cells))
 
 

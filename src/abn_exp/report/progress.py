@@ -55,13 +55,10 @@ def list_runs(folder: Path) -> list[str]:
         for run in group:
             state, rest = describe(run)
             states.append(state)
-            lines += _wrap(f"{run.directory.name:<9} {state:<10} {rest}")
+            text, indent = f"{run.directory.name:<9} {state:<10} {rest}", " " * 23
+            lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent=indent, break_on_hyphens=False)
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return [*lines, f"{len(runs)} runs: {counts}"]
-
-
-def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent=" " * 23, break_on_hyphens=False)
 
 
 def describe(run: Run) -> tuple[str, str]:

@@ -89,7 +89,8 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
     parts += ["## Test accuracy (%)", markdown_table(accuracy_table(report))]
     parts += [markdown_list(no_comparison(report))]
     if report.comparisons:
-        parts += [f"## Differences to {ref}{_label(report)}"]
+        exploratory = "" if any(c.primary for c in report.comparisons) else " (exploratory)"
+        parts += [f"## Differences to {ref}{exploratory}"]
         parts += [markdown_list(report.mean_sentence(c.cell, c.mean, ref) for c in report.comparisons)]
         parts += [markdown_table(difference_table(report))]
     if report.pooled:
@@ -122,10 +123,6 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         parts += [f"{report.describe_group(group)}:", markdown_table((header, rows))]
     parts += ["## How it was run", f"```\n{report.command}\n```", "\n".join(_how_it_was_run(report))]
     return document(report.name, parts)
-
-
-def _label(report: Report) -> str:
-    return "" if any(c.primary for c in report.comparisons) else " (exploratory)"
 
 
 def made_with(results: Sequence[RunResult]) -> list[str]:

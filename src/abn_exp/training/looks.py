@@ -149,8 +149,7 @@ def is_decided(folder: Path, looked: int) -> bool:
         if missing := [(cell, seed) for cell in cells for seed in seeds if (cell, seed) not in ended]:
             log.error("No look at %d seeds: %d of its runs have not come to their end.", len(seeds), len(missing))
             return True
-        plan = look(folder, plan, collect_cells(runs, plan.reference), _now())
-        judged = plan.judge(collect_cells(runs, plan.reference), looked - 1)
+        judged = look(folder, plan, collect_cells(runs, plan.reference), _now())
         what = sentence(judged, f"{plan.norm} - {plan.reference}", (plan.norm, plan.reference))
         log.info("Look %d of %d, at %d seeds: %s", looked, len(plan.looks), len(seeds), what)
     return plan.entries[looked - 1]["verdict"] != "undecided" or looked == len(plan.looks)
