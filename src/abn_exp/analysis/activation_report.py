@@ -33,7 +33,7 @@ from abn_exp.analysis.summary import (
 )
 from abn_exp.analysis.trained import Measured, Opener, TestImages, measure_each
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
-from abn_exp.report.formatting import interval_text, number_text
+from abn_exp.report.formatting import interval_text, markdown_list, number_text
 from abn_exp.report.stats import Array
 from abn_exp.results import Run, read_metrics
 
@@ -96,8 +96,10 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     question = "Are there additional activation functions, and are they used?"
     if additional:
         report.verdicts(question, additional, [], reference)
-    if described:
-        report.findings(question, [_described(c) for c in described])
+    if described:  # and not judged
+        sentences = [_described(c) for c in described]
+        report.sentences += sentences
+        report.parts += [f"## {question}", markdown_list(sentences)]
     measures = list(MEASURES.values())
     report.table("means", "Means over layers", means_table(cells, scores, measures))
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))

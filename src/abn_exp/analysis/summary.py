@@ -203,11 +203,6 @@ class AnalysisWriter:
                 self.sentences.append(lines[-1])
         self.parts += [f"## {claim}", markdown_list(lines)]
 
-    def findings(self, claim: str, sentences: Sequence[str]) -> None:
-        """Write what was found where there is nothing to judge."""
-        self.sentences += sentences
-        self.parts += [f"## {claim}", markdown_list(sentences)]
-
     def table(self, name: str, title: str, table: Table) -> None:
         self.tables[name] = table
         self.parts += [f"## {title}", markdown_table(table)] if table[1] else []

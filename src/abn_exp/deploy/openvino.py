@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -28,13 +27,8 @@ from abn_exp.deploy.openvino_process import receive, send
 from abn_exp.deploy.verify import Answer, Mismatch
 
 BELOW_ZERO = -1.1754944e-38  # the largest float32 below zero that no engine takes for zero: +1 is what is above it
-NAMES = {
-    "sub": "subtract",
-    "mul": "multiply",
-    "div": "divide",
-    "silu": "swish",
-    "neg": "negative",
-}  # others are alike
+# others are alike
+NAMES = {"sub": "subtract", "mul": "multiply", "div": "divide", "silu": "swish", "neg": "negative"}
 CHANNELS = 8  # the plug-in's kernels read whole bytes of bits
 
 
@@ -309,7 +303,7 @@ class OpenVINO:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in (self.plain, self.observed):
             if process is not None:
                 process.close()

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -130,23 +130,23 @@ class StepProgressBar(pl.Callback):
         assert isinstance(pl_module, LitClassifier)
         self.task = self.progress.add_task("", total=pl_module.steps, completed=trainer.global_step, epoch=1)
         self.progress.start()
-        self._send_logs_to(sys.stdout)  # which the bar has replaced by a stream that prints above it
+        self._log_to_stdout()  # which the bar has replaced by a stream that prints above it
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.progress.update(self.task, completed=trainer.global_step, epoch=trainer.current_epoch + 1)
 
     def on_train_end(self, *_: Any) -> None:
         self.progress.stop()
-        self._send_logs_to(sys.stdout)
+        self._log_to_stdout()
 
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
     @staticmethod
-    def _send_logs_to(stream: TextIO) -> None:
+    def _log_to_stdout() -> None:
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
-                handler.setStream(stream)
+                handler.setStream(sys.stdout)
 
 
 def append_line(path: Path, line: str) -> None:
