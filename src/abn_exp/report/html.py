@@ -7,6 +7,7 @@ dark theme; check boxes switch norms on and off in all figures at once.
 import html
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 
 import numpy as np
 import plotly.graph_objects as go
@@ -33,6 +34,11 @@ from abn_exp.report.tables import Report
 from abn_exp.report.verdicts import Judgement, power_of_difference, sentence
 
 MOST_SEEDS = 40  # the power curves end here
+# Nothing is loaded from anywhere; 'self' is for `scripts/report.py --watch`, which serves the page.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "connect-src 'self'"
+)
 
 
 def html_page(report: Report) -> str:
@@ -68,15 +74,19 @@ def html_page(report: Report) -> str:
     for i, (heading, _) in enumerate(drawn):
         body.append(f'<section><h2>{html.escape(heading)}</h2><div class="figure" id="figure-{i}"></div></section>')
     body += [_table(heading, table) for heading, table in _tables(report)]
-    return PAGE.format(
+    return _file("page.html").format(
         title=html.escape(report.name),
         policy=POLICY,
-        style=STYLE,
+        style=_file("page.css"),
         body="\n".join(body),
         plotly=get_plotlyjs(),
         figures=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
-        script=SCRIPT,
+        script=_file("page.js"),
     )
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _figures(report: Report) -> list[tuple[str, go.Figure | None]]:
@@ -183,128 +193,3 @@ def _table(heading: str, table: Table) -> str:
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     inner = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     return f'<section><h2>{html.escape(heading)}</h2><div class="scroll">{inner}</div></section>'
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{plotly}</script>
-<script>
-const FIGURES = {figures};
-{script}
-</script>
-</body>
-</html>
-"""
-
-# Nothing is loaded from anywhere; 'self' is for `scripts/report.py --watch`, which serves the page.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "connect-src 'self'"
-)
-
-STYLE = """
-:root { --ink: #1a1a1a; --paper: #fff; --soft: #f3f3f1; --line: #d8d8d4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #17181a; --soft: #232529; --line: #3a3d42; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.question { opacity: .8; }
-.answer { font-size: 1.15rem; font-weight: 600; background: var(--soft); padding: .8rem 1rem; border-radius: 6px; }
-.figure { width: 100%; }
-fieldset { border: 1px solid var(--line); border-radius: 6px; position: sticky; top: 0; z-index: 2;
-  background: var(--paper); }
-fieldset label { margin-right: 1rem; white-space: nowrap; }
-fieldset i { display: inline-block; width: .8em; height: .8em; background: var(--c); margin: 0 .3em; }
-fieldset label[style*="#1a1a1a"] i { background: var(--ink); }
-@media (max-width: 640px) { fieldset { position: static; } }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-td { max-width: 36em; overflow: hidden; text-overflow: ellipsis; }
-th { cursor: pointer; background: var(--soft); }
-th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
-"""
-
-SCRIPT = """
-const dark = window.matchMedia('(prefers-color-scheme: dark)');
-const narrow = window.matchMedia('(max-width: 640px)');
-function themed(figure) {
-  const text = JSON.stringify(figure);
-  const light = text.replaceAll('#1a1a1a', '#e6e6e6').replaceAll('rgba(26,26,26', 'rgba(230,230,230');
-  return JSON.parse(dark.matches ? light : text);
-}
-function oneColumn(layout) {  // panels below each other on a phone
-  const axes = Object.keys(layout).filter(key => /^xaxis/.test(key) && layout[key].domain);
-  if (!narrow.matches || axes.length < 2) return;
-  const titles = (layout.annotations || []).filter(note => note.yref === 'paper' && note.showarrow === false);
-  const perPanel = layout.height / Math.ceil(axes.length / 2);
-  const gap = 90 / (perPanel * axes.length - 94), height = (1 - gap * (axes.length - 1)) / axes.length;
-  axes.forEach((key, i) => {
-    const top = 1 - i * (height + gap);
-    layout[key].domain = [0, 1];
-    layout['y' + key.slice(1)].domain = [Math.max(0, top - height), top];
-    if (titles.length === axes.length) { titles[i].x = 0.5; titles[i].y = top; titles[i].font = {size: 11}; }
-  });
-  layout.height = perPanel * axes.length;
-}
-function labelsAbove(layout) {  // a row's label above it on a phone, where there is no room beside it
-  if (!narrow.matches || layout.meta !== 'rows') return;
-  const axis = layout.yaxis, texts = axis.ticktext, lines = Math.max(...texts.map(t => t.split('<br>').length));
-  axis.showticklabels = false;
-  axis.range = [axis.range[0], axis.range[1] - 0.4];
-  layout.height += (10 + 6 * lines) * texts.length;
-  layout.annotations = (layout.annotations || []).concat(texts.map((text, i) => ({text: text, showarrow: false,
-    xref: 'paper', x: 0, xanchor: 'left', yref: 'y', y: axis.tickvals[i] - 0.12, yanchor: 'bottom', font: {size: 11},
-    align: 'left'})));
-  layout.margin = {...layout.margin, l: 16};
-}
-function draw() {
-  const hidden = new Set([...document.querySelectorAll('#norms input:not(:checked)')].map(box => box.value));
-  FIGURES.forEach((figure, i) => {
-    const copy = themed(figure);
-    copy.data.forEach(trace => { trace.visible = !hidden.has(trace.meta); });
-    oneColumn(copy.layout);
-    labelsAbove(copy.layout);
-    const options = {responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : 'hover'};
-    Plotly.react('figure-' + i, copy.data, copy.layout, options);
-  });
-}
-draw();
-dark.addEventListener('change', draw);
-narrow.addEventListener('change', draw);
-document.querySelectorAll('#norms input').forEach(box => box.addEventListener('change', draw));
-function value(cell) {
-  const number = parseFloat(cell.textContent.replace(/^[<>]\\s*/, '').replace(/,/g, ''));
-  return Number.isNaN(number) ? null : number;
-}
-function sort(heading) {
-  const column = heading.cellIndex, body = heading.closest('table').tBodies[0];
-  const down = heading.getAttribute('aria-sort') === 'ascending';
-  heading.parentNode.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
-  heading.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-  const rows = [...body.rows];
-  rows.sort((a, b) => {
-    const [x, y] = [a.cells[column], b.cells[column]], [p, q] = [value(x), value(y)];
-    const order = p !== null && q !== null ? p - q : x.textContent.localeCompare(y.textContent);
-    return down ? -order : order;
-  });
-  rows.forEach(row => body.appendChild(row));
-}
-document.querySelectorAll('th').forEach(heading => {
-  heading.addEventListener('click', () => sort(heading));
-  heading.addEventListener('keydown', event => { if (event.key === 'Enter') sort(heading); });
-});
-"""
