@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from abn_exp.errors import ConfigError, end_with_reader, flat_keys, validation_sentence
+from abn_exp.errors import ConfigError, end_with_reader, flat, flat_keys, validation_sentence
 
 # Channel statistics of ImageNet's training images, as torchvision documents them.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -368,7 +368,7 @@ def read(cfg: DictConfig) -> Config:
     Raises ConfigError with one sentence for each mistake.
     """
     config, plain = _checked(cfg, Config, [str(key) for key in cfg if key != "hydra"])
-    _check_text(plain, "")
+    _check_text(plain)
     _check_folders(config)
     _check_parts(config)
     return config
@@ -412,13 +412,11 @@ def _validated(plain: Any, schema: type[S]) -> S:
         raise ConfigError("\n".join([*sentences[:4], *more] if more else sentences)) from error
 
 
-def _check_text(value: Any, path: str) -> None:
+def _check_text(plain: Any) -> None:
     """Refuse control characters, which no file's name and no line of a log can hold."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_text(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, str) and path != "question" and any(ord(character) < 32 for character in value):
-        raise ConfigError(f"{path}={value!r} is not allowed: it should be text without control characters.")
+    for key, value in flat(plain):
+        if isinstance(value, str) and key != "question" and any(ord(character) < 32 for character in value):
+            raise ConfigError(f"{key}={value!r} is not allowed: it should be text without control characters.")
 
 
 def _check_folders(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -58,11 +58,16 @@ def in_a_line(error: Exception) -> str:
     return " ".join(re.split(r"\nConfig search path|\n?See https?:", str(error))[0].split())
 
 
-def flat_keys(node: object, prefix: str = "") -> list[str]:
+def flat(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of nested dictionaries, joined by dots, with their values; a section comes before its keys."""
+    for name, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{prefix}{name}", value
+        yield from flat(value, f"{prefix}{name}.")
+
+
+def flat_keys(node: object) -> list[str]:
     """Return the keys of nested dictionaries, joined by dots."""
-    if not isinstance(node, dict):
-        return []
-    return [key for name, value in node.items() for key in (f"{prefix}{name}", *flat_keys(value, f"{prefix}{name}."))]
+    return [key for key, _ in flat(node)]
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from abn_exp.config import Config, NoEffect, published_start_differs
+from abn_exp.errors import flat
 
 OWN_PACKAGES = ("abn_exp", "torch")  # whose modules may be imported for their signatures alone
 
@@ -36,7 +37,8 @@ def all_options(plain: Mapping[str, Any], *, signatures: bool = True) -> Options
     `plain` may be an older record that lacks options or has options that are gone. 3 and 3.0 are the same number.
     `signatures`: whether to fill in the defaults of a network and a norm, which imports them.
     """
-    options = _defaults(plain, signatures) | {key: value for key, value in _flat(plain) if _has_effect(key)}
+    options = {key: _plain_number(value) for key, value in flat(plain) if not isinstance(value, Mapping)}
+    options = _defaults(plain, signatures) | {key: value for key, value in options.items() if _has_effect(key)}
     return {key: value for key, value in options.items() if key not in _options_without_effect(plain)}
 
 
@@ -61,14 +63,6 @@ def _options_without_effect(plain: Mapping[str, Any]) -> set[str]:
     """
     unused = {"devices"} if plain.get("sync_norm", False) else set()
     return unused if published_start_differs(plain) else unused | {"recipe.init"}
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _flat(part, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, _plain_number(value)
 
 
 def _plain_number(value: Any) -> Any:
