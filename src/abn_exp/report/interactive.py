@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.colors import to_hex
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from abn_exp.report.figures import DASH, DASH_DOT, DASH_DOT_DOT, DOT, MOST_BANDS, norm_styles
@@ -42,24 +44,13 @@ class ForestRow:
 
 def colour(norm: str, norms: Iterable[str]) -> str:
     """Return a norm's colour as in the other figures; black is INK, which follows the theme."""
-    found = str(norm_styles({norm, *norms})[norm].color)
-    if found == "black":
-        return INK
-    if found[0] == "#":
-        return found
-    grey = round(255 * float(found))  # matplotlib's "0.5"
-    return f"#{grey:02x}{grey:02x}{grey:02x}"
+    found = norm_styles({norm, *norms})[norm].color
+    return INK if found == "black" else to_hex(found).upper()
 
 
 def dash(norm: str, norms: Iterable[str]) -> str:
     """Return a norm's kind of line as in the other figures: norms that share a colour differ in it."""
     return DASHES[norm_styles({norm, *norms})[norm].linestyle]
-
-
-def translucent(value: str, alpha: float) -> str:
-    """Return a #rrggbb colour with an opacity, for bands."""
-    red, green, blue = (int(value[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha})"
 
 
 def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go.Figure | None:
@@ -78,16 +69,12 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
         low, high = row.interval if known else (row.estimate, row.estimate)
         hover = f"{row.estimate:+.2f} ({low:+.2f} to {high:+.2f})" if known else f"{row.estimate:+.2f}, no interval"
         style, common = colour(row.norm, names), {"name": row.norm, "meta": row.norm, "showlegend": False}
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": [high - row.estimate],
-            "arrayminus": [row.estimate - low],
-        }
+        bars = {"type": "data", "symmetric": False, "color": style, "thickness": 2, "width": 0}
+        bars |= {"array": [high - row.estimate], "arrayminus": [row.estimate - low]}
         figure.add_scatter(
             x=[row.estimate],
             y=[i],
-            error_x=None if row.pooled or not known else {**error, "color": style, "thickness": 2, "width": 0},
+            error_x=None if row.pooled or not known else bars,
             mode="markers",
             marker={"color": style, "size": 10, "symbol": "square"},
             opacity=0 if row.pooled and known else 1,
@@ -137,7 +124,7 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
                     y=[*(mean + std), *(mean - std)[::-1]],
                     fill="toself",
                     mode="lines",
-                    fillcolor=translucent(style, 0.18),
+                    fillcolor="rgba({},{},{},0.18)".format(*hex_to_rgb(style)),
                     line={"width": 0},
                     hoverinfo="skip",
                     **common,

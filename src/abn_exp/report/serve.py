@@ -1,6 +1,5 @@
 """Serve report.html of a folder on this machine's loopback address; the page reloads when the file changes."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,17 +29,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path not in ("/", "/version"):
             return self.send_error(404)
         self.refresh()
+        kind = "text/plain" if self.path == "/version" else "text/html; charset=utf-8"
         try:
-            version = str(os.stat(self.page).st_mtime_ns).encode()
-            body = (
-                version
-                if self.path == "/version"
-                else self.page.read_bytes().replace(b"</body>", RELOAD + b"</body>")
-            )
+            version = str(self.page.stat().st_mtime_ns).encode()
+            body = version if self.path == "/version" else self.page.read_bytes()
         except FileNotFoundError:
-            body = b"0" if self.path == "/version" else b"<body>No run has ended yet.</body>" + RELOAD
+            body = b"0" if self.path == "/version" else b"<body>No run has ended yet.</body>"
+        body = body.replace(b"</body>", RELOAD + b"</body>")
         self.send_response(200)
-        self.send_header("Content-Type", "text/plain" if self.path == "/version" else "text/html; charset=utf-8")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
