@@ -139,9 +139,6 @@ class Rates:
     better: float  # better, at 0; nominal 2.5 %
     at_delta: float  # equivalent, worse or not better by delta, at delta; nominal 5 %
     at_minus_delta: float  # equivalent, better or not worse by delta, at -delta; nominal 5 %
-    finds: float  # better, at delta
-    equivalent: float  # equivalent, at 0
-    decided: tuple[float, float]  # any verdict, at 0 and at delta
     seeds: tuple[float, float]  # mean number, at 0 and at delta
     shares: dict[str, tuple[float, float]]  # of each verdict, at 0 and at delta
 
@@ -159,9 +156,6 @@ def rates(design: Design, shape: str, failures: str, draws: int, rng: np.random.
         better=share(0, BETTER),
         at_delta=share(DELTA, EQUIVALENT, WORSE, NOT_BETTER),
         at_minus_delta=share(-DELTA, EQUIVALENT, BETTER, NOT_WORSE),
-        finds=share(DELTA, BETTER),
-        equivalent=share(0, EQUIVALENT),
-        decided=(1 - share(0, UNDECIDED), 1 - share(DELTA, UNDECIDED)),
         seeds=(float(found[0.0][1].mean()), float(found[DELTA][1].mean())),
         shares={name: (share(0, i), share(DELTA, i)) for i, name in enumerate(NAMES)},
     )
@@ -238,7 +232,8 @@ def sections(draws: int, seed: int) -> Iterator[str]:
                 errors.append([*head, *map(_percent, numbers)])
                 verdicts.append([*head, *(" / ".join(_percent(p, 1) for p in r.shares[name]) for name in EACH)])
                 if failures == "none":
-                    row = [_percent(r.finds, 0), _percent(r.equivalent, 0), *(_percent(p, 0) for p in r.decided)]
+                    decided = (1 - p for p in r.shares["undecided"])
+                    row = [_percent(p, 0) for p in (r.shares["better"][1], r.shares["equivalent"][0], *decided)]
                     powers.append([shape_name, design.name, *row, *(f"{n:.1f}" for n in r.seeds)])
     error = 100 * math.sqrt(ALPHA * (1 - ALPHA) / draws)
     yield (
