@@ -124,7 +124,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured(config: Config, norm: str, counts: list[int], device: torch.device) -> dict[int, float]:
         loop, batches = parallel.begin(config, norm)
-        return {count: count * parallel.training_rate(loop, batches, 0.01) for count in counts}
+        return {count: count * parallel.images_per_second(loop.step, batches, 0.01, device) for count in counts}
 
     monkeypatch.setattr(parallel, "WARM", 0.01)
     monkeypatch.setattr(parallel, "measure", measured)  # in processes that test_parallel starts

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -97,19 +96,13 @@ def image_counts(config: Config) -> tuple[int, int, int]:
 
 def measure_speed(plan: RunPlan, seconds: float) -> Speed:
     """Train on random images for some seconds, evaluate for as many, and return the speeds."""
-    from abn_exp.training.parallel import begin, synchronize, training_rate
+    from abn_exp.training.parallel import begin, images_per_second
 
     loop, batches = begin(plan.config, plan.choices["norm"])
-    train = training_rate(loop, batches, seconds)
+    train = images_per_second(loop.step, batches, seconds, loop.device)
     loop.network.eval()
-    images, start = 0, time.monotonic()
     with torch.no_grad():
-        while images == 0 or time.monotonic() < start + seconds:
-            batch = next(batches)
-            loop.loss(*batch)
-            images += len(batch[1])
-        synchronize(loop.device)
-    return Speed(train, images / (time.monotonic() - start))
+        return Speed(train, images_per_second(lambda batch: loop.loss(*batch), batches, seconds, loop.device))
 
 
 def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:

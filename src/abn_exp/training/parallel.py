@@ -6,7 +6,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -165,7 +165,8 @@ def _process(
             synchronize(loop.device)
             barrier.wait(PATIENCE)
             if index < count:
-                found.put((training_rate(loop, batches, seconds), _used_bytes(loop.device)))
+                rate = images_per_second(loop.step, batches, seconds, loop.device)
+                found.put((rate, _used_bytes(loop.device)))
     except BrokenBarrierError:
         pass
     except BaseException:
@@ -183,17 +184,20 @@ def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     config = config.model_copy(update={"recipe": recipe, "dataset": options})
     loop = StepLoop(config, data, select_device(config), norm)
     batches = cycle(loop.loaders["train"])
-    training_rate(loop, batches, WARM)
+    images_per_second(loop.step, batches, WARM, loop.device)
     return loop, batches
 
 
-def training_rate(loop: StepLoop, batches: Iterator[Any], seconds: float) -> float:
+def images_per_second(
+    act: Callable[[Any], object], batches: Iterator[Any], seconds: float, device: torch.device
+) -> float:
+    """Return how many images `act` takes a second, called with one batch after another for so many seconds."""
     images, start = 0, time.monotonic()
-    while time.monotonic() < start + seconds:
+    while images == 0 or time.monotonic() < start + seconds:
         batch = next(batches)
-        loop.step(batch)
+        act(batch)
         images += len(batch[1])
-    synchronize(loop.device)
+    synchronize(device)
     return images / (time.monotonic() - start)
 
 
