@@ -126,22 +126,16 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
 def measure(network: nn.Module, images: Tensor) -> tuple[list[Distribution], Tensor]:
     """Return the distributions over `images` (N, 3, S, S) and the predicted classes (N,). Only counts are kept."""
     found = places(network, images[:1])
-    modules = dict(network.named_modules())
 
-    def binary(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, BinaryConv2d | BinaryLinear)
-        x = args[0]
-        found[name].add(x, x >= 0 if module.binarization.sign_zero == "plus" else x > 0)
-
-    def norm(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found[name].add(output, output >= 0)
+    def add(place: Distribution, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, BinaryConv2d | BinaryLinear):
+            place.add(args[0], args[0] >= 0 if module.binarization.sign_zero == "plus" else args[0] > 0)
+        else:
+            place.add(output, output >= 0)
 
     with ExitStack() as hooks:
         for name, place in found.items():
-            if place.kind == "binary input":
-                hooks.enter_context(modules[name].register_forward_pre_hook(partial(binary, name)))
-            else:
-                hooks.enter_context(modules[name].register_forward_hook(partial(norm, name)))
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(add, place)))
         predicted = torch.cat([network(batch).argmax(1) for batch in images.split(BATCH)])
     return list(found.values()), predicted.cpu()
 
