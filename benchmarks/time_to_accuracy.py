@@ -24,7 +24,8 @@ from abn_exp.options import all_options
 from abn_exp.report import figures
 from abn_exp.report.formatting import interval_text, number_text, p_text, signed_text
 from abn_exp.report.stats import MeanComparison, compare_means, summarize
-from abn_exp.results import find_runs, read_config
+from abn_exp.results import find_runs
+from abn_exp.trained_network import read_config
 from abn_exp.training.parallel import random_data
 from benchmarks import measure
 from benchmarks.conventional import ConventionalLoop, Norm, conventional

@@ -27,7 +27,7 @@ from abn_exp.identity import RunPlan
 from abn_exp.models import binarynet
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
-from abn_exp.results import load_network, read_config
+from abn_exp.trained_network import load_network, read_config
 from abn_exp.training import setup as parts
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders, make_network

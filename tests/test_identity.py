@@ -19,7 +19,8 @@ from abn_exp.options import differing_options
 from abn_exp.records import RECORDS, RUN_FILES, read_records, read_run_file, write_records
 from abn_exp.report.build import build_report
 from abn_exp.report.writers import cells_csv, markdown
-from abn_exp.results import Run, find_runs, load_runs, read_config, read_result
+from abn_exp.results import Run, find_runs, load_runs, read_result
+from abn_exp.trained_network import read_config
 from abn_exp.training.run import run
 from abn_exp.training.setup import load_data
 from tests.helpers.runs import REPOSITORY

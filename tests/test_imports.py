@@ -11,7 +11,8 @@ PACKAGE = REPOSITORY / "src/abn_exp"
 # Each may import what stands before it, and nothing behind it.
 ORDER = (
     *("errors", "files", "seeding", "provenance", "machine", "binarize", "norm", "exact16", "data", "models"),
-    *("optimizer", "config", "options", "commandline", "records", "results", "warm_start", "identity"),
+    *("optimizer", "config", "options", "commandline", "records", "trained_network", "results"),
+    *("warm_start", "identity"),
     *("report", "training", "analysis", "deploy"),
 )
 OUTSIDE = ("benchmarks", "scripts", "tests")  # beside src

@@ -23,7 +23,8 @@ from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.files import writing
 from abn_exp.options import Options, all_options, differing_options, set_options
 from abn_exp.records import RECORDS, RUN_FILES, archived_runs, read_run_file
-from abn_exp.results import has_begun, read_config, read_result
+from abn_exp.results import has_begun, read_result
+from abn_exp.trained_network import read_config
 
 log = logging.getLogger(__name__)
 

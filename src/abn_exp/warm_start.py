@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from abn_exp.config import Config
 from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.models.build import build_network
-from abn_exp.results import read_checkpoint
+from abn_exp.trained_network import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from abn_exp.analysis.evaluate import evaluate
 from abn_exp.data.prepare import load
-from abn_exp.results import RunResult, load_network
+from abn_exp.results import RunResult
+from abn_exp.trained_network import load_network
 from abn_exp.training.run import run
 from tests.helpers.runs import plan_in
 from tests.helpers.scripts import run_script

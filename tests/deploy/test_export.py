@@ -23,7 +23,8 @@ from abn_exp.deploy.verify import Mismatch
 from abn_exp.errors import ConfigError
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
-from abn_exp.results import find_runs, load_network, read_result
+from abn_exp.results import find_runs, read_result
+from abn_exp.trained_network import load_network
 from tests.helpers.runs import trained_study
 from tests.helpers.scripts import run_script
 

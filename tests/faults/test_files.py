@@ -13,7 +13,8 @@ import pytest
 
 from abn_exp.errors import DamagedFile
 from abn_exp.report import build as report
-from abn_exp.results import find_runs, load_network, load_runs, read_checkpoint, read_metrics
+from abn_exp.results import find_runs, load_runs, read_metrics
+from abn_exp.trained_network import load_network, read_checkpoint
 from abn_exp.training.callbacks import append_line
 from abn_exp.training.checkpoints import usable_checkpoint
 from tests.helpers.cli import Cli, appears, until

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from abn_exp.results import read_checkpoint
+from abn_exp.trained_network import read_checkpoint
 from tests.helpers.cli import Cli
 from tests.helpers.faults import FULL, Account, differences, on_images
 from tests.helpers.hostile import Case, checkpoint_of, directory_of, payloads

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from abn_exp.results import read_checkpoint, read_metrics, read_result
+from abn_exp.results import read_metrics, read_result
+from abn_exp.trained_network import read_checkpoint
 from tests.helpers.runs import REPOSITORY
 
 FULL = os.environ.get("FAULTS") == "full"

@@ -18,7 +18,8 @@ from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
 from abn_exp.report.tables import difference_table
-from abn_exp.results import InputFormat, find_runs, write_input_format
+from abn_exp.results import find_runs
+from abn_exp.trained_network import InputFormat, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
 
 pytestmark = pytest.mark.usefixtures("no_figures")

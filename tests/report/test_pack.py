@@ -9,7 +9,8 @@ from abn_exp.records import RECORDS
 from abn_exp.report.build import build_report, write_report
 from abn_exp.report.pack import OWN_TABLES, pack
 from abn_exp.report.writers import FIGURES, cells_csv, effects_csv, markdown, runs_csv
-from abn_exp.results import find_runs, load_network, load_runs, read_config, read_metrics
+from abn_exp.results import find_runs, load_runs, read_metrics
+from abn_exp.trained_network import load_network, read_config
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
 from tests.helpers.runs import REPOSITORY
 from tests.helpers.scripts import run_script

@@ -14,7 +14,8 @@ from abn_exp.identity import RunPlan
 from abn_exp.report import build, per_image
 from abn_exp.report.build import print_report, write_report
 from abn_exp.report.images import crossed_mean, split_spread
-from abn_exp.results import Predictions, Run, load_input_format, load_network
+from abn_exp.results import Run
+from abn_exp.trained_network import Predictions, load_input_format, load_network
 from abn_exp.training.run import run
 from abn_exp.training.setup import load_data
 from tests.helpers.records import BN, CLEARLY_ABOVE, section, study, table_rows

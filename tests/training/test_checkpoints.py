@@ -11,7 +11,8 @@ import torch
 from abn_exp.files import writing
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network
-from abn_exp.results import load_network, load_runs, read_checkpoint
+from abn_exp.results import load_runs
+from abn_exp.trained_network import load_network, read_checkpoint
 from abn_exp.training import checkpoints
 from abn_exp.training.checkpoints import keep_weights
 from abn_exp.training.estimate import disk_use

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from abn_exp.identity import RunPlan
-from abn_exp.results import read_checkpoint, read_metrics
+from abn_exp.results import read_metrics
+from abn_exp.trained_network import read_checkpoint
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_network
 

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from abn_exp.data.prepare import load
 from abn_exp.identity import RunPlan
 from abn_exp.norm import SynchronizedStatistics
-from abn_exp.results import (
-    RunResult,
-    find_runs,
-    load_input_format,
-    load_network,
-    load_predictions,
-    read_metrics,
-)
+from abn_exp.results import RunResult, find_runs, read_metrics
+from abn_exp.trained_network import load_input_format, load_network, load_predictions
 from tests.helpers import two_ranks
 from tests.helpers.cli import Cli, Done, appears, until
 from tests.helpers.runs import TINY

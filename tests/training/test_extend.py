@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from abn_exp.identity import RunPlan
-from abn_exp.results import read_checkpoint, read_metrics, read_result
+from abn_exp.results import read_metrics, read_result
+from abn_exp.trained_network import read_checkpoint
 from abn_exp.training.extend import begin_with_shorter_run
 from abn_exp.training.run import run
 from tests.helpers.runs import plan_in

@@ -25,15 +25,8 @@ from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError, Stopped
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network, initialize_
-from abn_exp.results import (
-    RunResult,
-    find_runs,
-    load_input_format,
-    load_network,
-    load_predictions,
-    load_runs,
-    read_metrics,
-)
+from abn_exp.results import RunResult, find_runs, load_runs, read_metrics
+from abn_exp.trained_network import load_input_format, load_network, load_predictions
 from abn_exp.training import checkpoints
 from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run

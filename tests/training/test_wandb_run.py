@@ -27,7 +27,8 @@ from abn_exp.config import WandbConfig
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
-from abn_exp.results import load_network, read_checkpoint, read_metrics
+from abn_exp.results import read_metrics
+from abn_exp.trained_network import load_network, read_checkpoint
 from abn_exp.training import wandb_run as tracking
 from abn_exp.training.wandb_run import Tracker
 from tests.helpers.cli import FORKED_WORKERS, Cli

@@ -14,7 +14,7 @@ from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.errors import ConfigError
 from abn_exp.files import write_text_atomic
-from abn_exp.results import load_input_format, read_config
+from abn_exp.trained_network import load_input_format, read_config
 from abn_exp.training.setup import load_data
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from abn_exp.analysis.trained import common_folder
 from abn_exp.config import parse
+from abn_exp.files import write_text_atomic
 from abn_exp.report import figures, stats
 from abn_exp.report.comparisons import Cell, Group, group_cells, pairs_of
 from abn_exp.report.formatting import (
@@ -35,7 +36,8 @@ from abn_exp.report.formatting import (
     signed_text,
 )
 from abn_exp.report.writers import made_with
-from abn_exp.results import Run, read_config, write_text_atomic
+from abn_exp.results import Run
+from abn_exp.trained_network import read_config
 from abn_exp.training.wandb_run import Tracker
 
 Scores = Mapping[Path, Mapping[str, float]]  # by run directory: measure -> value

@@ -21,7 +21,8 @@ from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count, end_with_parent
 from abn_exp.report.progress import clock
-from abn_exp.results import Run, find_runs, load_trained_network, read_config
+from abn_exp.results import Run, find_runs
+from abn_exp.trained_network import load_trained_network, read_config
 from abn_exp.training.setup import make_loaders
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these

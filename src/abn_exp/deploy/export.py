@@ -23,7 +23,7 @@ from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
-from abn_exp.results import load_trained_network, read_config
+from abn_exp.trained_network import load_trained_network, read_config
 from abn_exp.training.setup import normalization
 
 EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}

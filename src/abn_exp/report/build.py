@@ -46,7 +46,8 @@ from abn_exp.report.per_image import image_evidence
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv
-from abn_exp.results import Run, find_runs, has_begun, read_config
+from abn_exp.results import Run, find_runs, has_begun
+from abn_exp.trained_network import read_config
 
 log = logging.getLogger(__name__)
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way

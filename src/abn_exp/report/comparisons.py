@@ -17,7 +17,8 @@ from abn_exp.report.formatting import interval_text, number_text, p_equation, p_
 from abn_exp.report.pooled import RandomEffects, random_effects
 from abn_exp.report.spread import MIN_PAIRS, SHAPES, SpreadComparison, compare_spreads, pairs_needed, rejection_rate
 from abn_exp.report.verdicts import Judgement, Tested, Verdict, failures_text, judge
-from abn_exp.results import Run, has_begun, load_input_format, read_config, read_metrics
+from abn_exp.results import Run, has_begun, read_metrics
+from abn_exp.trained_network import load_input_format, read_config
 
 METRICS = ("test_acc", "test_acc_best_val", "test_acc_peak")
 

@@ -16,7 +16,8 @@ from abn_exp.report.images import (
     mcnemar,
     split_spread,
 )
-from abn_exp.results import Predictions, Run, load_predictions
+from abn_exp.results import Run
+from abn_exp.trained_network import Predictions, load_predictions
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from abn_exp.results import Run, find_runs, has_begun, read_config, read_metrics, remove_run
+from abn_exp.results import Run, find_runs, has_begun, read_metrics, remove_run
+from abn_exp.trained_network import read_config
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
-from abn_exp.results import read_checkpoint
+from abn_exp.trained_network import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
 from abn_exp.identity import RunPlan
 from abn_exp.options import set_options
-from abn_exp.results import read_checkpoint, read_config, read_result
+from abn_exp.results import read_result
+from abn_exp.trained_network import read_checkpoint, read_config
 
 log = logging.getLogger(__name__)
 

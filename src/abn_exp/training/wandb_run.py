@@ -27,7 +27,8 @@ from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.files import write_text_atomic
 from abn_exp.models.cost import NetworkSummary
 from abn_exp.report.progress import run_lock
-from abn_exp.results import Run, RunResult, find_runs, read_checkpoint, read_config, read_metrics
+from abn_exp.results import Run, RunResult, find_runs, read_metrics
+from abn_exp.trained_network import read_checkpoint, read_config
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,143 @@
+"""The network of a run: its configuration, its predictions and its input, of earlier versions too."""
+
+import lzma
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from abn_exp.errors import DamagedFile
+from abn_exp.report.pack import pack
+from abn_exp.results import RunResult, find_runs, read_result, write_result
+from abn_exp.trained_network import (
+    InputFormat,
+    Predictions,
+    load_input_format,
+    load_predictions,
+    read_config,
+    write_input_format,
+    write_predictions,
+)
+from tests.helpers.records import finish_run, start_run
+
+AUTO = "precision: auto\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("CPU (AMD EPYC, 1 thread)", "fp32"), ("NVIDIA H200", "fp32"), ("NVIDIA H200, exact16", "exact16")],
+)
+def test_precision_auto_of_an_older_record_is_what_its_device_says(
+    device: str, precision: str, tmp_path: Path
+) -> None:
+    finished = finish_run(tmp_path, "bn", 0, 0.5, device=device, config=AUTO)
+    assert read_config(finished) == {"precision": precision}
+    begun = start_run(tmp_path, "bn", 1, config=AUTO)
+    (begun / "train.log").write_text(f"2026-11-20 10:00:00 digits-binarynet-bn-fixed seed 1 on {device}\n| table |\n")
+    assert read_config(begun) == {"precision": precision}
+
+
+def test_precision_auto_of_a_run_that_recorded_no_device_is_fp32(tmp_path: Path) -> None:
+    assert read_config(start_run(tmp_path, "bn", 0, config=AUTO)) == {"precision": "fp32"}
+    assert read_config(start_run(tmp_path, "bn", 1, config="precision: bf16\n")) == {"precision": "bf16"}
+
+
+# --- Predictions ---
+
+
+def result_of(directory: Path) -> RunResult:
+    result = read_result(directory)
+    assert result is not None
+    return result
+
+
+def predict(tmp_path: Path, classes: int, count: int = 1003, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Finish a run that is right for about half of the images; return its folder, the labels and the predictions."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(classes, size=count)
+    labels[0] = classes - 1
+    guesses = np.where(random.random((2, count)) < 0.5, labels, random.integers(classes, size=(2, count)))
+    directory = start_run(tmp_path, "bn", seed)
+    write_predictions(directory, labels, guesses[0], guesses[1])
+    write_result(directory, result_of(finish_run(tmp_path.with_name("other"), "bn", seed, 0.5)))
+    shutil.rmtree(tmp_path.with_name("other"))
+    return directory, labels, guesses
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(10, np.uint8), (256, np.uint8), (257, np.uint16)])
+def test_predictions_come_back(tmp_path: Path, classes: int, dtype: type) -> None:
+    directory, labels, guesses = predict(tmp_path, classes)
+    found = load_predictions(directory)
+    assert isinstance(found, Predictions)
+    assert found.last.dtype == dtype
+    assert found.best is not None
+    assert found.best_correct is not None
+    for predicted, correct, expected in zip(
+        (found.last, found.best), (found.last_correct, found.best_correct), guesses, strict=True
+    ):
+        assert np.array_equal(predicted, expected)
+        assert np.array_equal(correct, expected == labels)
+    (run,) = find_runs(tmp_path / "digits")
+    assert run.result is not None
+    for form in (run, run.result, str(directory)):
+        assert np.array_equal(load_predictions(form).last, guesses[0])
+    write_predictions(directory, labels, guesses[0], None)
+    assert load_predictions(directory).best is load_predictions(directory).best_correct is None
+
+
+def test_predictions_are_checked_packed_and_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, labels, guesses = predict(tmp_path / "results" / "study", 10)
+    before = (directory / "predictions.npz").read_bytes()
+    write_predictions(directory, labels, guesses[0], guesses[1])
+    assert (directory / "predictions.npz").read_bytes() == before
+    assert "predictions.npz" in (directory / "SHA256SUMS").read_text()
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    (packed,) = find_runs(pack(tmp_path / "results" / "study").folder)
+    assert np.array_equal(load_predictions(packed).last, guesses[0])
+    (directory / "predictions.npz").write_bytes(before[:-1] + b"x")
+    (run,) = find_runs(tmp_path / "results" / "study")
+    assert run.status == "damaged"
+    assert "predictions.npz is damaged: its SHA-256" in str(run.reason)
+
+
+def test_what_is_no_file_of_predictions_is_told(tmp_path: Path) -> None:
+    directory = finish_run(tmp_path, "bn", 0, 0.5)
+    with pytest.raises(FileNotFoundError, match=r"has no predictions.npz: the run is of an earlier version"):
+        load_predictions(directory)
+    for content in (b"", b"PK\x03\x04", lzma.compress(b"x")):
+        (directory / "predictions.npz").write_bytes(content)
+        with pytest.raises(DamagedFile, match=r"predictions.npz is damaged"):
+            load_predictions(directory)
+    with open(directory / "predictions.npz", "wb") as file:  # it would have to be unpickled
+        np.savez(file, last=np.array([{}], dtype=object), labels_sha256=np.array("0"))
+    with pytest.raises(DamagedFile, match="allow_pickle"):
+        load_predictions(directory)
+
+
+# --- What a network takes ---
+
+
+def test_input_format_comes_back_and_normalises(tmp_path: Path) -> None:
+    directory = start_run(tmp_path, "bn", 0)
+    written = InputFormat(32, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0), ("cat", "dog"))
+    write_input_format(directory, written)
+    assert load_input_format(directory) == written
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    expected = torch.tensor([[-1.0, -1.0, 0.0], [1.0, 3.0, 1.0]]).view(2, 3, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(written.normalize(images), expected)
+    (directory / "input.json").write_text("{}")
+    with pytest.raises(DamagedFile):
+        load_input_format(directory)
+
+
+def test_input_format_of_an_older_run_is_what_its_configuration_says(tmp_path: Path) -> None:
+    config = "dataset: {{image_size: 32, mean: {0}, std: {0}, images: null}}\nrecipe: {{normalization: {1}}}\n"
+    own = start_run(tmp_path, "bn", 0, config=config.format([0.5, 0.5, 0.5], "dataset"))
+    assert load_input_format(own) == InputFormat(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None)
+    imagenet = start_run(tmp_path, "bn", 1, config=config.format([0.5, 0.5, 0.5], "imagenet"))
+    assert load_input_format(imagenet).mean == (0.485, 0.456, 0.406)
+    measured = start_run(tmp_path, "bn", 2, config=config.format("null", "dataset"))
+    with pytest.raises(ValueError, match=r"has no input\.json: measure mean and std"):
+        load_input_format(measured)
