@@ -38,7 +38,7 @@ from abn_exp.report.formatting import (
 from abn_exp.report.writers import made_with
 from abn_exp.results import Run
 from abn_exp.trained_network import read_config
-from abn_exp.training.wandb_run import Tracker
+from abn_exp.training.wandb_run import Tracker, as_table
 
 Scores = Mapping[Path, Mapping[str, float]]  # by run directory: measure -> value
 Decision = Literal["higher", "lower", "undecided"]
@@ -247,6 +247,6 @@ class AnalysisWriter:
             import wandb
 
             for name, (header, rows) in self.tables.items():
-                tracker.log({f"{kind}/{name}": wandb.Table(columns=list[str | int](header), data=rows)})
+                tracker.log({f"{kind}/{name}": as_table(header, rows)})
             for name in self.drawn:
                 tracker.log({f"{kind}/{name}": wandb.Image(str(self.out / f"{name}.png"))})

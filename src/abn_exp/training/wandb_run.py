@@ -99,14 +99,8 @@ class Tracker:
         if self._epoch > 0:
             return
         rows = [{**vars(layer), "output_shape": "x".join(map(str, layer.output_shape))} for layer in summary.layers]
-
-        def act(run: Any) -> None:
-            import wandb
-
-            table = wandb.Table(columns=list[str | int](rows[0]), data=[list(row.values()) for row in rows])
-            run.log({"network": table}, step=1, commit=False)
-
-        self._attempt(act)
+        values = [list(row.values()) for row in rows]
+        self._attempt(lambda run: run.log({"network": as_table(list(rows[0]), values)}, step=1, commit=False))
 
     def log_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Log one epoch's numbers, unless W&B has them already."""
@@ -344,6 +338,13 @@ def _fit(text: str, limit: int) -> str:
     return f"{text[: limit - 15]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}{text[-8:]}"
 
 
+def as_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """Return a table as W&B has it."""
+    import wandb
+
+    return wandb.Table(columns=list[str | int](header), data=list(rows))
+
+
 def _define_axes(run: Any) -> None:
     run.define_metric("epoch")
     run.define_metric("*", step_metric="epoch")
@@ -356,7 +357,7 @@ def _log_report(run: Any, folder: Path) -> None:
     for name in ("report", "runs"):
         with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
-        run.log({name: wandb.Table(columns=list[str | int](header), data=rows)})
+        run.log({name: as_table(header, rows)})
     figures = sorted((folder / "figures").glob("*.png"))
     run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
 
