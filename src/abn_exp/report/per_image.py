@@ -7,15 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from abn_exp.report.comparisons import Cell, pairs_of
-from abn_exp.report.images import (
-    CrossedMean,
-    McNemar,
-    SpreadSplit,
-    agreement,
-    crossed_mean,
-    mcnemar,
-    split_spread,
-)
+from abn_exp.report.images import CrossedMean, McNemar, SpreadSplit, agreement, crossed_mean, mcnemar, split_spread
 from abn_exp.results import Run
 from abn_exp.trained_network import Predictions, load_predictions
 

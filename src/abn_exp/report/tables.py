@@ -22,14 +22,7 @@ from abn_exp.report.comparisons import (
 )
 from abn_exp.report.effects import EffectTable
 from abn_exp.report.factors import Factor, describe_group
-from abn_exp.report.formatting import (
-    Table,
-    interval_text,
-    number_text,
-    p_text,
-    percent_text,
-    signed_text,
-)
+from abn_exp.report.formatting import Table, interval_text, number_text, p_text, percent_text, signed_text
 from abn_exp.report.looks import Fixed, Plan, Primary
 from abn_exp.report.per_image import ImageEvidence
 from abn_exp.report.spread import MIN_PAIRS
