@@ -20,6 +20,35 @@ import abn_exp.training.workers as workers
 workers._spawn = multiprocessing.get_context("fork")
 """
 
+# The second process of a run with devices=2 as a fork made at the command's start, which waits for Lightning to launch
+# it: it spares importing torch and Lightning. `test_ddp` starts one as it is.
+FORKED_RANK = """
+import json, os, subprocess, sys
+from types import SimpleNamespace
+import pytorch_lightning.strategies.launchers.subprocess_script as launcher
+launched, launch = os.pipe()
+forked = os.fork()
+if forked:
+    os.close(launched)
+    class Rank(subprocess.Popen):
+        def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+            assert args[0] == sys.executable and args[1].endswith("train.py"), args
+            self.pid, self._child_created = forked, True
+            with open(launch, "w") as file:
+                json.dump([args[2:], env, cwd], file)
+    launcher.subprocess = SimpleNamespace(Popen=Rank)
+else:
+    os.close(launch)
+    with open(launched) as file:
+        told = file.read()
+    if not told:  # the command has ended without it
+        os._exit(0)
+    sys.argv[1:], environment, cwd = json.loads(told)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+"""
+
 
 @dataclass
 class Done:

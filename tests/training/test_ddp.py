@@ -18,7 +18,7 @@ from abn_exp.norm import SynchronizedStatistics
 from abn_exp.results import RunResult, find_runs, read_metrics
 from abn_exp.trained_network import load_input_format, load_network, load_predictions
 from tests.helpers import two_ranks
-from tests.helpers.cli import Cli, Done, appears, until
+from tests.helpers.cli import FORKED_RANK, Cli, Done, appears, until
 from tests.helpers.runs import TINY
 from tests.helpers.two_ranks import LAYERS, batch_of, step
 
@@ -63,10 +63,11 @@ def test_outside_it_nothing_is_synchronized() -> None:
         nn.BatchNorm2d(3).eval()(torch.randn(2, 3, 4, 4))
 
 
-def train(cli: Cli, tmp_path: Path, *overrides: str) -> Done:
-    """Train; a second process, where there is one, is an interpreter of its own."""
+def train(cli: Cli, tmp_path: Path, *overrides: str, inject: str = "") -> Done:
+    """Train; a second process, where there is one, is an interpreter of its own unless `inject` forks it."""
     where = [f"results_dir={tmp_path}", f"wandb.dir={tmp_path}", "wandb.mode=offline"]
-    return cli.run("device=cpu", *TINY, *where, *overrides, env={"WANDB_MODE": None, "WANDB_SILENT": "true"})
+    env = {"WANDB_MODE": None, "WANDB_SILENT": "true"}
+    return cli.run("device=cpu", *TINY, *where, *overrides, env=env, inject=inject)
 
 
 def test_two_processes_find_what_one_finds(cli: Cli, tmp_path: Path) -> None:
@@ -114,7 +115,9 @@ def is_at_work(pid: str) -> bool:
 
 
 def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
-    done = train(cli, tmp_path, "devices=2", "recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
+    done = train(
+        cli, tmp_path, "devices=2", "recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38", inject=FORKED_RANK
+    )
     assert done.code == 1
     assert done.err.count("error: diverged in epoch 1") == 1
     (run,) = find_runs(tmp_path)
@@ -122,7 +125,8 @@ def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path) -> None:
-    started = cli.start("device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000")
+    words = ["device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000"]
+    started = cli.start(*words, inject=FORKED_RANK)
     assert until(appears(tmp_path, "last.ckpt"), 120)
     (other,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     os.kill(started.pid, signal.SIGTERM)
