@@ -6,8 +6,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,15 +36,16 @@ from tests.helpers.scripts import run_script
 
 SECRET = "0123456789abcdef" * 2 + "76543210"  # as long as a key is
 
-ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
 
-
-def records(directory: Path) -> dict[str, list[Any]]:
+def records(cli: Cli, directory: Path) -> dict[str, list[Any]]:
     """Everything in an offline run's directory by type of record."""
+    import wandb
+
     found: dict[str, list[Any]] = {}
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    for line in done.stdout.splitlines():
+    program = Path(wandb.__file__).parent / "__main__.py"
+    done = cli.run("leet", "inspect", "--json", str(directory), program=program, env={"WANDB_MODE": None})
+    assert done.code == 0, done.err
+    for line in done.out.splitlines():
         record = json.loads(line)
         found.setdefault(record["type"], []).append(record[record["type"]])
     return found
@@ -77,7 +76,7 @@ def sweep(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         assert done.code == 1, done.err
         (folder / "printed").write_text(done.out + done.err)
-        found = [records(directory) for directory in (folder / "wandb").glob("offline-run-*")]
+        found = [records(cli, directory) for directory in (folder / "wandb").glob("offline-run-*")]
         (folder / "records.json").write_text(json.dumps(found))
 
     return once(tmp_path_factory, "wandb-sweep", make)
@@ -326,7 +325,7 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path: Path, caplog: pytes
 
 @pytest.mark.usefixtures("own")
 def test_a_run_that_goes_on_keeps_its_id_and_logs_all_its_epochs_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO), open_run(tmp_path, "offline", directory=tmp_path) as first:
         first.log_epoch({"epoch": 1, "val/acc": 0.5})
@@ -336,7 +335,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_logs_all_its_epochs_again(
             second.log_epoch({"epoch": epoch, "val/acc": 0.5})
     assert second.run_id == first.run_id == (tmp_path / "wandb-run-id").read_text()
     (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}*")  # the first is removed
-    history = [line["item"] for line in records(folder)["history"]]
+    history = [line["item"] for line in records(cli, folder)["history"]]
     assert [(line["_step"], line["epoch"]) for line in history] == [(1, 1), (2, 2), (3, 3)]
 
 
