@@ -1,9 +1,6 @@
 """Every study expands to its cells, the command line wins over it, and one command runs and reports it."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from omegaconf import DictConfig
 from abn_exp.identity import RunPlan
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training import sweep
+from tests.helpers.cli import Cli
 from tests.helpers.runs import REPOSITORY, composing
 
 PAPER_SETS = {"cifar10", "cifar100", "tinyimagenet"}
@@ -139,20 +137,15 @@ def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
         assert [k for k in keys if options[one].get(k) != options[other].get(k)] == [key]
 
 
-def test_one_command_runs_a_study_and_reports_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "train.py", "study=protocols", "dataset=digits", "seed=0", "dataset.train_images=100"),
-            *("norm=bn,abn", "model.width=0.0625", "recipe.epochs=1", "recipe.batch_size=32"),
-            *(f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}/hydra"),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        check=False,
+def test_one_command_runs_a_study_and_reports_it(cli: Cli, tmp_path: Path) -> None:
+    """Its worker is an interpreter of its own that imports train.py anew, as outside the tests."""
+    done = cli.run(
+        *("study=protocols", "dataset=digits", "seed=0", "dataset.train_images=100"),
+        *("norm=bn,abn", "model.width=0.0625", "recipe.epochs=1", "recipe.batch_size=32"),
+        *(f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}/hydra"),
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.code == 0, done.err + done.out
     text = (tmp_path / "protocols/report.md").read_text()
     assert text.startswith("# protocols\n\n**Primary comparison: abn against bn. Over 2 cells, abn - bn is ")
     assert "How much of the difference between ABN and BN" in text
@@ -161,4 +154,4 @@ def test_one_command_runs_a_study_and_reports_it(tmp_path: Path) -> None:
     assert "## Effect of recipe, against fixed (exploratory)\n" in text
     assert "## How the difference to bn changes with recipe (exploratory)\n" in text
     assert "## Which epoch is read\n" in text
-    assert "abn - bn is " in done.stdout
+    assert "abn - bn is " in done.out
