@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import FORKED_WORKERS, Cli, appears, until
+from tests.helpers.cli import FORKED_WORKERS, NO_FIGURES, Cli, appears, until
 from tests.helpers.faults import FULL, SMALL, Account, differences, on_images
 
 SHARES = 2
@@ -106,7 +106,7 @@ def test_sweep_killed_between_its_runs(cli: Cli, tmp_path: Path, account: Accoun
         assert done.code == -signal.SIGKILL, done.err
         first = next(folder.rglob("seed-0")) / "result.json"
         before = first.stat().st_mtime_ns
-        done = cli.run(*words, cwd=tmp_path)
+        done = cli.run(*words, cwd=tmp_path, inject="" if FULL else NO_FIGURES)
         if done.code != 0 or first.stat().st_mtime_ns != before:
             lost.append(f"{moment}: exit code {done.code}, or a finished run was run again: {done.err}")
         for name in ("seed-0", "seed-1"):

@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined] 
 
 from abn_exp.report import figures
 from abn_exp.results import find_runs, read_metrics
-from tests.helpers.cli import Cli
+from tests.helpers.cli import NO_FIGURES, Cli
 from tests.helpers.faults import FULL, RESULTS, SMALL, Account, differences
 
 SEEDS, NORMS = (50, ["bn", "abn", "bn_noscale"]) if FULL else (2, ["bn", "abn"])
@@ -75,7 +75,7 @@ def test_soak(cli: Cli, tmp_path: Path, account: Account) -> None:
     words += [*SMALL, f"wandb.dir={tmp_path}", "hydra/launcher=basic"]
     done = cli.run(
         *words,
-        inject=SAMPLE.format(path=str(path)),
+        inject=SAMPLE.format(path=str(path)) + ("" if FULL else NO_FIGURES),
         env={"WANDB_MODE": "offline", "HOME": str(tmp_path)},
         cwd=tmp_path,
         timeout=3600,

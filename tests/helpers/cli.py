@@ -20,8 +20,11 @@ import abn_exp.training.workers as workers
 workers._spawn = multiprocessing.get_context("fork")
 """
 
-# The second process of a run with devices=2 as a fork made at the command's start, which waits for Lightning to launch
-# it: it spares importing torch and Lightning. `test_ddp` starts one as it is.
+# A report without drawing its figures, for a sweep of which only its tables are read.
+NO_FIGURES = "import abn_exp.report.figures; abn_exp.report.figures.save = lambda *_: None\n"
+
+# The second process of a run with devices=2 as a fork that waits, from the command's start, until Lightning launches
+# it: that spares importing torch and Lightning. `test_ddp` starts one as it is.
 FORKED_RANK = """
 import json, os, subprocess, sys
 from types import SimpleNamespace

@@ -26,16 +26,12 @@ from abn_exp.identity import RunPlan, plan_run
 from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
 from abn_exp.training.sweep import SweepCallback, expand
 from abn_exp.training.workers import Job, Outcome
-from tests.helpers.cli import FORKED_WORKERS, Cli, Started, until
+from tests.helpers.cli import FORKED_WORKERS, NO_FIGURES, Cli, Started, until
 from tests.helpers.records import finish_run
 from tests.helpers.runs import REPOSITORY, TINY, once
 
 OPTUNA = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 SIX = ["seeds=three", "norm=bn,abn"]
-
-
-# A report without drawing its figures, for a sweep of which only its tables are read.
-NO_FIGURES = "import abn_exp.report.figures; abn_exp.report.figures.save = lambda *_: None\n"
 
 
 def sweep(cli: Cli, folder: Path, *arguments: str, figures: bool = False, new_group: bool = False) -> Started:
