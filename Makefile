@@ -22,7 +22,7 @@ train: $(MARKER)-train
 test: $(MARKER)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: $(MARKER)-dev

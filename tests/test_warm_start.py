@@ -11,8 +11,8 @@ from hydra import compose
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.report.build import _options
-from abn_exp.results import find_runs, read_metrics, write_config
-from abn_exp.trained_network import load_network, read_config
+from abn_exp.results import find_runs, read_metrics
+from abn_exp.trained_network import load_network, read_config, write_config
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_network
 from abn_exp.training.sweep import expand

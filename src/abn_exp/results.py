@@ -28,7 +28,6 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from abn_exp.errors import DamagedFile
@@ -218,12 +217,6 @@ def count_from_one(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return lines of metrics with their epochs counted from 1, as older versions counted from 0."""
     older = bool(metrics) and metrics[0].get("epoch") == 0
     return [{**line, "epoch": line["epoch"] + 1} if older else line for line in metrics]
-
-
-def write_config(directory: Path, config: dict[str, Any], command: str) -> None:
-    """Write a run's resolved configuration, with the command above it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config))
 
 
 def has_begun(directory: Path) -> bool:

@@ -63,6 +63,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def write_config(directory: Path, config: dict[str, Any], command: str) -> None:
+    """Write a run's resolved configuration, with the command above it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config))
+
+
 def _images_held(directory: Path) -> list[int] | None:
     """Return how many training and test images a run's data set held, which older runs only printed: where fewer than
     the catalog says."""

@@ -10,7 +10,8 @@ from filelock import FileLock
 from abn_exp.report.build import build_report
 from abn_exp.report.progress import clean, clock, list_runs, speed_text
 from abn_exp.report.tables import accuracy_table, missing
-from abn_exp.results import find_runs, has_begun, write_config
+from abn_exp.results import find_runs, has_begun
+from abn_exp.trained_network import write_config
 from tests.helpers.records import finish_run, start_run
 from tests.helpers.scripts import run_script
 

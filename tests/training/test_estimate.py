@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from abn_exp.identity import RunPlan
-from abn_exp.results import write_config
+from abn_exp.trained_network import write_config
 from abn_exp.training import estimate
 from abn_exp.training.estimate import Speed, disk_sentence, dry_run, image_counts, measure_speed, seconds_left
 from abn_exp.training.setup import load_data, make_loaders

@@ -35,12 +35,13 @@ from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
 from abn_exp.records import RUN_FILES
 from abn_exp.report.progress import clock, run_lock, speed_text
-from abn_exp.results import RunResult, read_metrics, read_result, remove_run, write_config, write_result
+from abn_exp.results import RunResult, read_metrics, read_result, remove_run, write_result
 from abn_exp.trained_network import (
     InputFormat,
     load_predictions,
     read_checkpoint,
     read_config,
+    write_config,
     write_input_format,
     write_predictions,
 )

@@ -32,7 +32,8 @@ from abn_exp.identity import GROUPS, RunPlan, init_by_run, plan_of, quoted, rest
 from abn_exp.machine import cpu_count
 from abn_exp.options import differing_options
 from abn_exp.records import read_run_file, read_study_file
-from abn_exp.results import Run, RunResult, find_runs, has_begun, read_config, read_result, write_config
+from abn_exp.results import Run, RunResult, find_runs, has_begun, read_result
+from abn_exp.trained_network import read_config, write_config
 from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
