@@ -209,6 +209,6 @@ def test_statistics_that_were_not_saved_are_refused(trained: Path, monkeypatch: 
     network = load_network(trained)
     norm = network.get_submodule("stem.norm")
     norm.register_buffer("running_mean", norm.get_buffer("running_mean"), persistent=False)
-    monkeypatch.setattr("abn_exp.results.load_network", lambda *_: network)
+    monkeypatch.setattr("abn_exp.trained_network.load_network", lambda *_: network)
     with pytest.raises(ConfigError, match=r"stem\.norm of .* was saved without its running statistics"):
         open_run(trained, "last", None)
