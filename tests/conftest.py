@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from abn_exp.identity import RunPlan  # noqa: E402  (the environment must be set before)
 from tests.helpers.cli import Cli  # noqa: E402
 from tests.helpers.runs import plan_in  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Give torch one thread again after a test that took more: two workers on two cores would wait for each other."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
