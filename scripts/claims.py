@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from abn_exp.report.formatting import replace_between
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- written by scripts/claims.py -->", "<!-- end of what scripts/claims.py writes -->"
 SPREAD = ("std_ratio", "std_ratio_low", "std_ratio_high", "spread_verdict", "spread_pairs")
@@ -208,10 +210,7 @@ def block() -> str:
 
 def replaced(text: str) -> str:
     """Return the README's text with the block replaced. Raises ValueError where it lacks the marks."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md should hold the lines {BEGIN} and {END} once each.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block()}\n{END}{rest.split(END)[1]}"
+    return replace_between(text, BEGIN, END, block())
 
 
 def main() -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 from abn_exp.commandline import print_error
 from abn_exp.files import write_text_atomic
 from abn_exp.options import all_options
-from abn_exp.report.formatting import Table, interval_text, markdown_table, number_text
+from abn_exp.report.formatting import Table, interval_text, markdown_table, number_text, replace_between
 from abn_exp.report.stats import summarize
-from abn_exp.results import RunResult, load_runs, read_config
+from abn_exp.results import RunResult, load_runs
+from abn_exp.trained_network import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/short-schedules.md"
@@ -73,19 +74,11 @@ def _names(rows: dict[Row, RunResult]) -> dict[Row, str]:
     names = {}
     for row, one in options.items():
         if one["model"] != usual["model"]:  # its other options follow from that
-            names[row] = str(one["model"])
+            names[row] = f"model={one['model']}"
             continue
         changed = [key for key in keys if str(one.get(key)) != usual[key]]
-        names[row] = ", ".join(f"{key.removeprefix('recipe.')}={one.get(key)}" for key in changed) or "-"
+        names[row] = " ".join(f"{key}={one.get(key)}".replace(" ", "") for key in changed) or "-"
     return names
-
-
-def replaced(text: str, block: str) -> str:
-    """Return the page with its table replaced. Raises ValueError where it lacks the marks."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"docs/short-schedules.md should hold the lines {BEGIN} and {END} once each.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
@@ -95,7 +88,8 @@ def main() -> int:
     try:
         if not (results := load_runs(folder)):
             raise ValueError(f"{folder} has no finished runs; python train.py study=schedules makes them.")
-        write_text_atomic(PAGE, replaced(PAGE.read_text(encoding="utf-8"), markdown_table(table(results), 3)))
+        page = PAGE.read_text(encoding="utf-8")
+        write_text_atomic(PAGE, replace_between(page, BEGIN, END, markdown_table(table(results), 3)))
     except (ValueError, OSError) as error:
         return print_error(error)
     print(f"{len(results)} runs; written to {PAGE.relative_to(ROOT)}")

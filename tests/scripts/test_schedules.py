@@ -37,9 +37,9 @@ def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(se
     header, lines = SCHEDULES.table(load_runs(searched))
     shown = [dict(zip(header, line, strict=True)) for line in lines]
     assert [(row["changed"], row["norm"]) for row in shown] == [
-        *(("optimizer.lr=1", "bn"), ("optimizer.lr=1", "abn")),  # of the mean of both norms
+        *(("recipe.optimizer.lr=1", "bn"), ("recipe.optimizer.lr=1", "abn")),  # of the mean of both norms
         *(("-", "bn"), ("-", "abn")),
-        ("resnet18", "bn"),
+        ("model=resnet18", "bn"),
     ]
     for row, (variant, norm) in zip(shown, [("fixed_lr-1", "bn"), ("fixed_lr-1", "abn")], strict=False):
         accuracies = 100 * np.array(VALIDATION[variant, norm])
@@ -53,11 +53,11 @@ def test_the_page_is_written_between_its_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = SCHEDULES.PAGE.read_text(encoding="utf-8")
-    text = SCHEDULES.replaced(before, "| a |\n| --- |\n| 1 |")
+    text = SCHEDULES.replace_between(before, SCHEDULES.BEGIN, SCHEDULES.END, "| a |\n| --- |\n| 1 |")
     assert table_rows(text.split(SCHEDULES.BEGIN)[1].split(SCHEDULES.END)[0]) == [{"a": "1"}]
     assert text.split(SCHEDULES.BEGIN)[0] == before.split(SCHEDULES.BEGIN)[0]
     with pytest.raises(ValueError, match="once each"):
-        SCHEDULES.replaced("# nothing", "")
+        SCHEDULES.replace_between("# nothing", SCHEDULES.BEGIN, SCHEDULES.END, "")
     assert run_script(monkeypatch, "schedules", tmp_path / "nothing") == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert SCHEDULES.PAGE.read_text(encoding="utf-8") == before
@@ -70,4 +70,6 @@ def test_the_page_in_the_repository_is_that_of_its_records() -> None:
         return
     text = SCHEDULES.PAGE.read_text(encoding="utf-8")
     table = SCHEDULES.markdown_table(SCHEDULES.table(load_runs(folder)), 3)
-    assert SCHEDULES.replaced(text, table) == text, "run python scripts/schedules.py"
+    assert SCHEDULES.replace_between(text, SCHEDULES.BEGIN, SCHEDULES.END, table) == text, (
+        "run python scripts/schedules.py"
+    )

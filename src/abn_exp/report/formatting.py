@@ -67,6 +67,14 @@ def document(title: str, parts: Sequence[str]) -> str:
     return "\n\n".join([f"# {title}", *filter(None, parts)]) + "\n"
 
 
+def replace_between(text: str, begin: str, end: str, block: str) -> str:
+    """Return a document with what stands between two marks replaced. Raises ValueError where it lacks the marks."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"The document should hold the lines {begin} and {end} once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+
+
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows as CSV, floats with eight digits; what there is not, is empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
