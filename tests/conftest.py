@@ -1,5 +1,6 @@
 """What test files share: a small machine, a configuration as the command line composes it, the command itself."""
 
+import gc
 import os
 import signal
 import sys
@@ -10,12 +11,21 @@ from pathlib import Path
 import pytest
 
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", OMP_NUM_THREADS="1")  # torch, imported later, has one
+gc.disable()  # until everything is imported: all of it stays, and looking through it takes a fifth of that time
 # A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from abn_exp.identity import RunPlan  # noqa: E402  (the environment must be set before)
 from tests.helpers.cli import Cli  # noqa: E402
 from tests.helpers.runs import plan_in  # noqa: E402
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that no worker is left with one at the end."""
+    gc.freeze()
+    gc.enable()
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

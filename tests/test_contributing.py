@@ -102,6 +102,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
 
 
 @pytest.mark.parametrize("name", recipes())
+@pytest.mark.slow
 def test_a_recipe_runs(outcome: tuple[Path, dict[str, tuple[str, str]]], name: str) -> None:
     assert len(commands(recipes()[name])) == 1
     code, output = outcome[1][name]

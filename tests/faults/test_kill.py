@@ -48,6 +48,7 @@ def again(cli: Cli, images: Path, folder: Path, whole: Whole) -> list[str]:
 
 
 @pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.slow
 def test_killed_at_a_change_of_a_file(
     cli: Cli, images: Path, tmp_path: Path, whole: Whole, account: Account, share: int
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made while it is imported
 
@@ -68,6 +69,7 @@ e.run = run
 """
 
 
+@pytest.mark.slow
 def test_soak(cli: Cli, tmp_path: Path, account: Account) -> None:
     """Each run has a twin half the sweep later, in another folder: the last is that of the first half's last."""
     path, folders = tmp_path / "samples", [tmp_path / "first", tmp_path / "again"]

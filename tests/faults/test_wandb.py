@@ -70,6 +70,7 @@ def servers() -> Iterator[dict[str, str]]:
     refusing.server_close()
 
 
+@pytest.mark.slow
 def test_wandb_fails(cli: Cli, tmp_path: Path, servers: dict[str, str], account: Account) -> None:
     words = [*SMALL, f"wandb.dir={tmp_path}", f"question={'?'}"]
     plain = {"WANDB_MODE": None, "FAULTS_SECRET": SECRET, "HOME": str(tmp_path)}

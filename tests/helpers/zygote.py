@@ -96,6 +96,7 @@ def run(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    gc.disable()  # while everything is imported
     repository = Path(__file__).parents[2]
     sys.path.insert(0, str(repository))
     import sklearn.datasets
@@ -115,6 +116,7 @@ def main() -> None:
             cfg = compose("config", words, return_hydra_config=True)
             plan_run(cfg, dict(cfg.hydra.runtime.choices))
     gc.collect()
+    gc.enable()
     gc.freeze()  # what is here is in each fork: none looks at it again, and copies its pages by that
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print("ready", flush=True)

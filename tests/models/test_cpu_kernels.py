@@ -15,6 +15,7 @@ TIME_LIMIT = 300  # seconds, for 10 of computing; a heap that was overwritten ma
 
 
 @pytest.mark.parametrize("variables", AVX2, ids=" ".join)
+@pytest.mark.slow
 def test_every_network_trains_on_a_cpu_with_avx2_and_nothing_newer(variables: dict[str, str]) -> None:
     """A process that dies, or does not end, has named what it was about to try."""
     command = [sys.executable, "-m", "tests.helpers.two_steps"]

@@ -70,6 +70,7 @@ def train(cli: Cli, tmp_path: Path, *overrides: str, inject: str = "") -> Done:
     return cli.run("device=cpu", *TINY, *where, *overrides, env=env, inject=inject)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(cli: Cli, tmp_path: Path) -> None:
     one = train(cli, tmp_path / "one", "sync_norm=true")
     two = train(cli, tmp_path / "two", "sync_norm=true", "devices=2")

@@ -137,6 +137,7 @@ def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
         assert [k for k in keys if options[one].get(k) != options[other].get(k)] == [key]
 
 
+@pytest.mark.slow
 def test_one_command_runs_a_study_and_reports_it(cli: Cli, tmp_path: Path) -> None:
     """Its worker is an interpreter of its own that imports train.py anew, as outside the tests."""
     done = cli.run(

@@ -102,6 +102,7 @@ def test_a_second_time_nothing_is_trained(cli: Cli, undisturbed: Path) -> None:
     assert [path.read_bytes() for path in files] == texts
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(cli: Cli, undisturbed: Path, tmp_path: Path) -> None:
     """Killed in its third run, without -m; gone on with two at a time."""
 
@@ -353,6 +354,7 @@ def test_a_run_s_configuration_is_let_go() -> None:
     assert (job.cfg, job.hydra_cfg, job.overrides) == (None, None, ["seed=1"])
 
 
+@pytest.mark.slow
 def test_seeds_until_decided_end_the_same_after_a_kill(cli: Cli, undisturbed: Path, tmp_path: Path) -> None:
     """Two looks at the cells of the undisturbed sweep; killed after the first, typed again."""
     command = ["norm=bn,abn", "seeds=until_decided", "looks=[2,3]", "delta=0.01"]
