@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 MARKER := $(VENV)/.installed$(if $(LOCKED),-locked)
 
-.PHONY: train test faults lock test-lowest
+.PHONY: train test types tests faults lock test-lowest
 
 train: $(MARKER)-train
 	$(BIN)/python train.py $(ARGS)
@@ -22,7 +22,12 @@ train: $(MARKER)-train
 test: $(MARKER)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(MAKE) --no-print-directory --jobs=2 types tests
+
+types:
+	nice $(BIN)/mypy  # in what the tests leave while they wait
+
+tests:
 	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: $(MARKER)-dev

@@ -28,6 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # triton's bindings print what is not collected at the end
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Give torch one thread again after a test that took more: two workers on two cores would wait for each other."""
