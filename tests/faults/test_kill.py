@@ -117,6 +117,26 @@ def test_sweep_killed_between_its_runs(cli: Cli, tmp_path: Path, account: Accoun
     account("kill", "SIGKILL between two runs of a sweep and in its report", len(moments), lost)
 
 
+# SIGTERM comes while the main thread waits for a thread of its own to begin, as it often does on a busy machine.
+STOPPED_IN_START = """
+import os, signal, threading
+begin = threading.Thread.start
+def start(self):
+    begin(self)
+    if not self.daemon:
+        os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread.start = start
+"""
+
+
+def test_stopped_while_a_thread_starts(cli: Cli, tmp_path: Path, account: Account) -> None:
+    """It hung: a thread that its executor did not know yet waited for work, and the process for the thread."""
+    words = [*SMALL, "recipe.epochs=5000", f"results_dir={tmp_path}"]
+    done = cli.run(*words, cwd=tmp_path, inject=STOPPED_IN_START, timeout=60)
+    lost = [] if done.code == 128 + signal.SIGTERM else [f"exit code {done.code}: {done.err}"]
+    account("kill", "SIGTERM while a checkpoint's thread starts", 1, lost)
+
+
 def goes_on(log: Path) -> bool:
     return "going on from" in log.read_text()
 

@@ -3,8 +3,9 @@
 import io
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytorch_lightning as pl
@@ -37,9 +38,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         self.teardown()
-        disk = ThreadPoolExecutor(1)
-        self._pending = disk.submit(_write_checkpoint, buffer, Path(path))
-        disk.shutdown(wait=False)  # the thread ends with its work
+        pending: Future[None] = Future()
+        # Not an executor's: a signal while that starts its thread leaves one that waits for work and never ends.
+        Thread(target=_write_checkpoint, args=(buffer, Path(path), pending), name="checkpoint").start()
+        self._pending = pending
 
     def teardown(self) -> None:
         """Wait for the disk."""
@@ -55,14 +57,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def _write_checkpoint(buffer: io.BytesIO, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as file:
-        file.write(buffer.getbuffer())
-        if path.name == "last.ckpt" and path.exists():
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(path, previous(path))
+def _write_checkpoint(buffer: io.BytesIO, path: Path, done: Future[None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as file:
+            file.write(buffer.getbuffer())
+            if path.name == "last.ckpt" and path.exists():
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(path, previous(path))
+    except Exception as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 def previous(path: Path) -> Path:
