@@ -7,7 +7,7 @@ sets counts as set. So
 
 - a new option at its default changes no hash, no folder's name and no comparison. Older records, which do not have
   it, are read as having it at its default;
-- a released default never changes (`tests/test_identity.py` has them all);
+- a released default never changes (`tests/test_options.py` has them all);
 - a file in `conf/` that is changed describes another configuration, which is refused in the folder of the old one;
 - an option without a default always counts, and so does one that a record has and the schema no longer knows.
 

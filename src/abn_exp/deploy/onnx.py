@@ -1,6 +1,6 @@
 """Write a traced network as ONNX: standard operators, weights as packed bits that the graph itself unpacks.
 
-Bits travel between layers as bytes of two codes, 0 and 2u, whose quantisation (scale 1/u, zero point u) makes them -1
+Between layers a bit is a byte, a code of 0 or 2u, which its quantisation (scale 1/u, zero point u) makes -1
 and +1, so that a border of zeros is the zero point. A folded convolution is a QLinearConv, exact in int32, whose own
 scale, bias and rounding put the thresholds between two codes; what is left to do is to look at one bit of the code.
 Sums that a real-valued norm reads are float32's, exact up to 2^24, and more products than that no layer here adds.
