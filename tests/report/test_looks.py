@@ -18,6 +18,7 @@ from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
 from abn_exp.report.tables import difference_table
+from abn_exp.report.verdicts import sentence
 from abn_exp.results import find_runs
 from abn_exp.trained_network import InputFormat, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
@@ -198,6 +199,18 @@ def test_a_look_is_judged_by_its_seeds_at_its_levels(tmp_path: Path) -> None:
     assert j.interval == pytest.approx((0.9667 - half, 0.9667 + half), abs=1e-3)
     p = st.ttest_1samp([0.8, 1.0, 1.1], 0).pvalue
     assert (j.verdict == "better") == (p < j.level)
+
+
+def test_an_undecided_look_shows_each_p_beside_what_it_is_to_be_below(tmp_path: Path) -> None:
+    """Both may be below 0.001, and the one not below the other."""
+    plan = replace(PLAN, looks=(5, 20), seeds=tuple(range(20)), spending="obrien_fleming")
+    study(tmp_path, {"bn": BN, "abn": [above + 0.002 * (i % 2) for i, above in enumerate(BN)]})
+    j = plan.judge(cells_of(tmp_path), 0)
+    assert j.verdict == "undecided"
+    assert j.level_delta < j.uncorrected.not_better < 0.001
+    text = sentence(j, "abn - bn")
+    assert f"p = {j.uncorrected.not_better:.2g}, at this look to be below {j.level_delta:.2g}" in text
+    assert "points would be detected at this look, and without looks 0.5 points take" in text
 
 
 def test_entries_are_kept_and_the_report_follows_them(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
 
     def tested(name: str, level: float) -> str:
         if planned:
-            return f"{p_equation(getattr(p, name))}, at this look to be below {p_text(level)}"
+            return f"p = {getattr(p, name):.2g}, at this look to be below {level:.2g}"
         holm = f", Holm {p_text(getattr(q, name))} over {j.family}" if j.family > 1 else ""
         return f"{p_equation(getattr(p, name))}{holm}"
 
@@ -240,9 +240,11 @@ def _needed_sizes(j: Judgement) -> str:
         return ""
     counts = (j.seeds_for_delta, j.seeds_for_equivalence)
     delta, equivalence = (f"more than {MOST_SEEDS:,}" if n is None else n for n in counts)
+    looks = j.level < ALPHA
     return (
-        f"; with 80 % power {number_text(j.detectable)} points would be detected at this n, {j.delta:g} points take "
-        f"{delta} seeds, and equivalence, where there is no difference, {equivalence}"
+        f"; with 80 % power {number_text(j.detectable)} points would be detected at this {'look' if looks else 'n'}, "
+        f"{'and without looks ' if looks else ''}{j.delta:g} points take {delta} seeds, and equivalence, where there "
+        f"is no difference, {equivalence}"
     )
 
 
