@@ -135,7 +135,7 @@ def learning_curves(panels: Panels) -> Figure | None:
         banded = few and any(len(curves) > 1 for norms in drawn.values() for curves in norms.values())
         several = max(len(curves) for norms in drawn.values() for curves in norms.values()) > 1
         title = "Learning curves" + (": mean over seeds" if several else "") + (", band ±1 std" if banded else "")
-        figure.suptitle(title, fontsize=8.5)
+        _title(figure, title)
         where = {"loc": "outside lower center", "ncols": len(handles)} if few else {"loc": "outside right upper"}
         figure.legend(handles.values(), handles.keys(), **where)
         label_outer(axes, "Epoch", "Accuracy (%)")
@@ -233,6 +233,11 @@ def _dots(ax: Axes, row: int, values: Array, style: NormStyle) -> None:
     ax.plot(values, heights, ".", color=style.color, alpha=0.6, markersize=6, markeredgewidth=0)
 
 
+def _title(figure: Figure, title: str) -> None:
+    """Write a title above all axes, in lines that a narrow figure has room for."""
+    figure.suptitle(textwrap.fill(title, int(15 * figure.get_figwidth())), fontsize=8.5)
+
+
 def _interval(ax: Axes, height: float, middle: float, interval: tuple[float, float], style: NormStyle) -> None:
     ax.plot(interval, (height, height), color=style.color, linewidth=1.6, solid_capstyle="butt")
     ax.plot(middle, height, color=style.color, marker=style.marker, markersize=5)
@@ -254,6 +259,6 @@ def _rows(panels: Panels, draw: Any, xlabel: str, title: str) -> Figure | None:
             ax.set_yticks(range(len(names)), names)
             ax.grid(False, axis="y")
             ax.xaxis.set_major_locator(MaxNLocator(**TICKS))
-        figure.suptitle(title, fontsize=8.5)
+        _title(figure, title)
         label_outer(axes, xlabel, "")
     return figure if any(ax.has_data() for ax in axes) else None
