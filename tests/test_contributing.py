@@ -14,6 +14,8 @@ import pytest
 
 from tests.helpers.runs import REPOSITORY
 
+pytestmark = pytest.mark.slow  # all of them, so that one worker has them: what they look at is made once a worker
+
 # One interpreter runs all commands, each as if it was typed: what is imported is imported once. A study goes first,
 # for its workers are forks, and no process can be forked in which a network was trained. Figures are not drawn.
 DRIVER = """
@@ -102,7 +104,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
 
 
 @pytest.mark.parametrize("name", recipes())
-@pytest.mark.slow
 def test_a_recipe_runs(outcome: tuple[Path, dict[str, tuple[str, str]]], name: str) -> None:
     assert len(commands(recipes()[name])) == 1
     code, output = outcome[1][name]
