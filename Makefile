@@ -24,8 +24,8 @@ test: $(MARKER)-dev
 	$(BIN)/ruff format --check .
 	$(MAKE) --no-print-directory --jobs=2 types tests
 
-types:
-	nice $(BIN)/mypy  # in what the tests leave while they wait
+types:  # in what the tests leave while they wait
+	nice $(BIN)/mypy
 
 tests:
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -134,6 +134,7 @@ def test_stopped_while_a_thread_starts(cli: Cli, tmp_path: Path, account: Accoun
     words = [*SMALL, "recipe.epochs=5000", f"results_dir={tmp_path}"]
     done = cli.run(*words, cwd=tmp_path, inject=STOPPED_IN_START, timeout=60)
     lost = [] if done.code == 128 + signal.SIGTERM else [f"exit code {done.code}: {done.err}"]
+    lost += [] if list(tmp_path.rglob("*.ckpt")) else ["the checkpoint was not written"]
     account("kill", "SIGTERM while a checkpoint's thread starts", 1, lost)
 
 

@@ -151,6 +151,11 @@ class Judgement:
         return self.mean.standard_error * math.sqrt(self.mean.n[0]) if self.mean.method == "paired" else NAN
 
     @property
+    def at_look(self) -> bool:
+        """Whether this is one of several planned looks, each of which has a part of the error."""
+        return self.level < ALPHA
+
+    @property
     def detectable(self) -> float:
         """The difference that would be detected with 80 % power at this n and std, at the corrected level."""
         return detectable_difference(self.std, self.mean.n[0], self.level / self.family)
@@ -198,13 +203,12 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     if math.isnan(m.standard_error):
         why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
         return f"{size} ({count_text(m)}): undecided, {why}."
-    planned = j.level < ALPHA
-    kind = "sequential " if planned else "uncorrected " if j.family > 1 else ""
+    kind = "sequential " if j.at_look else "uncorrected " if j.family > 1 else ""
     text = f"{size} ({kind}95 % interval {interval_text(j.interval)}, {count_text(m)}): {j.verdict}, "
     delta, inside = f"{j.delta:g} points", f"90 % interval {interval_text(j.interval_delta)}"
 
     def tested(name: str, level: float) -> str:
-        if planned:
+        if j.at_look:
             return f"p = {getattr(p, name):.2g}, at this look to be below {level:.2g}"
         holm = f", Holm {p_text(getattr(q, name))} over {j.family}" if j.family > 1 else ""
         return f"{p_equation(getattr(p, name))}{holm}"
@@ -240,10 +244,9 @@ def _needed_sizes(j: Judgement) -> str:
         return ""
     counts = (j.seeds_for_delta, j.seeds_for_equivalence)
     delta, equivalence = (f"more than {MOST_SEEDS:,}" if n is None else n for n in counts)
-    looks = j.level < ALPHA
     return (
-        f"; with 80 % power {number_text(j.detectable)} points would be detected at this {'look' if looks else 'n'}, "
-        f"{'and without looks ' if looks else ''}{j.delta:g} points take {delta} seeds, and equivalence, where there "
+        f"; with 80 % power {number_text(j.detectable)} points would be detected at this {'look' if j.at_look else 'n'}, "
+        f"{'and without looks ' if j.at_look else ''}{j.delta:g} points take {delta} seeds, and equivalence, where there "
         f"is no difference, {equivalence}"
     )
 

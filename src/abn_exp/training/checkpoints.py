@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.teardown()
         pending: Future[None] = Future()
         # Not an executor's: a signal while that starts its thread leaves one that waits for work and never ends.
-        Thread(target=_write_checkpoint, args=(buffer, Path(path), pending), name="checkpoint").start()
+        Thread(target=_write, args=(pending, buffer, Path(path)), name="checkpoint").start()
         self._pending = pending
 
     def teardown(self) -> None:
@@ -57,19 +57,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def _write_checkpoint(buffer: io.BytesIO, path: Path, done: Future[None]) -> None:
+def _write(done: Future[None], buffer: io.BytesIO, path: Path) -> None:
+    """Write in the thread; what goes wrong comes up where the next save, or the end of the run, waits for `done`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path) as file:
-            file.write(buffer.getbuffer())
-            if path.name == "last.ckpt" and path.exists():
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(path, previous(path))
-    except Exception as error:
+        _write_checkpoint(buffer, path)
+    except BaseException as error:
         done.set_exception(error)
     else:
         done.set_result(None)
+
+
+def _write_checkpoint(buffer: io.BytesIO, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as file:
+        file.write(buffer.getbuffer())
+        if path.name == "last.ckpt" and path.exists():
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, previous(path))
 
 
 def previous(path: Path) -> Path:
