@@ -104,7 +104,7 @@ CLAIMS = (
             _effect("variance", "abn - bn over two cells, 20 seeds", "abn - bn", POOLED),
             _cell(
                 "trained",
-                "planned, `study=trained`: whole CIFAR-10, BinaryNet 0.25, 20 epochs, look 1 of 3 (sequential interval)",
+                "planned, `study=trained`: whole CIFAR-10, BinaryNet 0.25, look 1 of 3 (sequential interval)",
                 dataset="cifar10",
                 norm="abn",
             ),

@@ -244,10 +244,10 @@ def _needed_sizes(j: Judgement) -> str:
         return ""
     counts = (j.seeds_for_delta, j.seeds_for_equivalence)
     delta, equivalence = (f"more than {MOST_SEEDS:,}" if n is None else n for n in counts)
+    this, without = ("look", "and without looks ") if j.at_look else ("n", "")
     return (
-        f"; with 80 % power {number_text(j.detectable)} points would be detected at this {'look' if j.at_look else 'n'}, "
-        f"{'and without looks ' if j.at_look else ''}{j.delta:g} points take {delta} seeds, and equivalence, where there "
-        f"is no difference, {equivalence}"
+        f"; with 80 % power {number_text(j.detectable)} points would be detected at this {this}, {without}"
+        f"{j.delta:g} points take {delta} seeds, and equivalence, where there is no difference, {equivalence}"
     )
 
 
