@@ -29,9 +29,16 @@ def main() -> int:
         help="log to W&B what it lacks of runs that were offline, killed or cut off; as often as you like",
     )
     parser.add_argument("--yes", action="store_true", help="with --clean: remove what it lists")
+    parser.add_argument(
+        "--networks",
+        action="store_true",
+        help="with --pack: the trained networks, too, with the signs of their binary weights, in networks.tar.xz",
+    )
     arguments = parser.parse_args()
     if arguments.yes and not arguments.clean:
         parser.error("--yes is for --clean")
+    if arguments.networks and not arguments.pack:
+        parser.error("--networks is for --pack")
     try:
         for line in _act(arguments):
             print(line, flush=True)
@@ -50,7 +57,7 @@ def _act(arguments: argparse.Namespace) -> Iterable[str]:
     if arguments.pack:
         from abn_exp.report.pack import pack
 
-        done = pack(arguments.folder)
+        done = pack(arguments.folder, networks=arguments.networks)
         return [*done.left_out, f"{done.folder}: {done.added} runs added, {done.present} were there."]
     if arguments.upload:
         from abn_exp.training.wandb_run import upload

@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from abn_exp.errors import DamagedFile
+from abn_exp.records import NETWORK
 from abn_exp.report.pack import pack
 from abn_exp.results import RunResult, find_runs, read_result, write_result
 from abn_exp.trained_network import (
     InputFormat,
     Predictions,
     load_input_format,
+    load_network,
     load_predictions,
+    pack_network,
+    read_checkpoint,
     read_config,
+    weights_file,
     write_input_format,
     write_predictions,
 )
 from tests.helpers.records import finish_run, start_run
+from tests.helpers.runs import trained_study
 
 AUTO = "precision: auto\n"
 
@@ -42,6 +48,41 @@ def test_precision_auto_of_an_older_record_is_what_its_device_says(
 def test_precision_auto_of_a_run_that_recorded_no_device_is_fp32(tmp_path: Path) -> None:
     assert read_config(start_run(tmp_path, "bn", 0, config=AUTO)) == {"precision": "fp32"}
     assert read_config(start_run(tmp_path, "bn", 1, config="precision: bf16\n")) == {"precision": "bf16"}
+
+
+# --- Weights ---
+
+
+@pytest.mark.parametrize("sign_zero", ["plus", "zero"])
+def test_a_packed_network_computes_the_same_where_latent_weights_are_zero(
+    sign_zero: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    source = find_runs(trained_study(tmp_path_factory))[0].directory
+    directory = shutil.copytree(source, tmp_path / "seed-0")
+    text = (directory / "config.yaml").read_text()
+    assert "sign_zero: plus" in text
+    (directory / "config.yaml").write_text(text.replace("sign_zero: plus", f"sign_zero: {sign_zero}"))
+    path = directory / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    for name in ("network.layer1.conv.weight", "network.head.1.weight"):
+        checkpoint["state_dict"][name][:, ::3] = 0.0
+        checkpoint["state_dict"][name][:, ::7] = -0.0
+    torch.save(checkpoint, path)
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = load_network(directory)(images)
+    content = pack_network(directory)
+    assert not torch.equal(expected, load_network(source)(images))
+    shutil.rmtree(directory / "checkpoints")
+    (directory / NETWORK).write_bytes(content)
+    assert weights_file(directory) == directory / NETWORK
+    packed = load_network(directory)
+    assert torch.equal(packed(images), expected)
+    values = {0.0, -1.0, 1.0} if sign_zero == "zero" else {-1.0, 1.0}
+    assert set(packed.get_parameter("layer1.conv.weight").unique().tolist()) == values
+    assert pack_network(directory) == content
+    (directory / NETWORK).write_bytes(content[:-50])
+    with pytest.raises(DamagedFile, match=r"network.ckpt is damaged"):
+        load_network(directory)
 
 
 # --- Predictions ---

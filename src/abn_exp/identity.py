@@ -22,7 +22,7 @@ from abn_exp.config import NAME, Config, read
 from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.files import writing
 from abn_exp.options import Options, all_options, differing_options, set_options
-from abn_exp.records import RECORDS, RUN_FILES, archived_runs, read_run_file
+from abn_exp.records import NETWORK, RECORDS, RUN_FILES, archived_runs, read_run_file
 from abn_exp.results import has_begun, read_result
 from abn_exp.trained_network import read_config
 
@@ -182,7 +182,7 @@ def restore_quoted(plan: RunPlan) -> Path | None:
     """Write the record of a run that was quoted into the run's own folder, and return the archive that it is from.
 
     None, and nothing is written, where a run has begun in the folder, or where no finished run of the same identity
-    was quoted. The archive has no weights.
+    was quoted. It has weights where the study was packed with its networks.
     """
     directory, study = plan.directory, quoted(plan.study)
     source = study / directory.relative_to(plan.study)
@@ -195,7 +195,7 @@ def restore_quoted(plan: RunPlan) -> Path | None:
         log.warning("%s; it is not taken as finished", error)
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    files = {name: content for name in RUN_FILES if (content := read_run_file(source, name)) is not None}
+    files = {name: content for name in (*RUN_FILES, NETWORK) if (content := read_run_file(source, name)) is not None}
     for name in sorted(files, key=lambda name: name == "result.json"):  # with it the run is finished
         with writing(directory / name) as file:
             file.write(files[name])

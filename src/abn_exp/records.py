@@ -3,8 +3,8 @@
 It is an ordinary archive: `tar xf results/quoted/NAME/records.tar.xz -C results/NAME` makes the runs' folders again,
 each with its SHA256SUMS. Its members are `command.txt`, `plan.json`, `looks.json` and
 `<dataset>/<model>/<norm>/<variant>/seed-<k>/<file>` of each run, sorted, without owners, permissions or dates: the
-same runs make the same bytes, in whatever order they were added. Checkpoints stay behind. Reading it executes nothing
-and writes nothing.
+same runs make the same bytes, in whatever order they were added. Checkpoints stay behind. Where it was asked for,
+`networks.tar.xz`, made in the same way, holds a `network.ckpt` of each run. Reading executes and writes nothing.
 """
 
 import io
@@ -19,6 +19,8 @@ from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
 
 RECORDS = "records.tar.xz"
+NETWORKS = "networks.tar.xz"  # beside it, read only where a network is wanted
+NETWORK = "network.ckpt"  # of a run: the network that it ended with, with the signs of its binary weights
 COMMAND = "command.txt"  # of a study: what was typed, a line each
 STUDY_FILES = (COMMAND, "plan.json", "looks.json")  # beside the runs
 RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its record
@@ -90,7 +92,8 @@ def read_run_file(directory: Path, name: str) -> bytes | None:
     if directory.is_dir():
         return path.read_bytes() if path.is_file() else None
     study = Path(*directory.parts[:-5])
-    if len(directory.parts) > 5 and (archive := study / RECORDS).is_file():
+    archive = study / (NETWORKS if name == NETWORK else RECORDS)
+    if len(directory.parts) > 5 and archive.is_file():
         return read_records(archive).get(path.relative_to(study).as_posix())
     return None
 

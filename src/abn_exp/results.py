@@ -13,8 +13,8 @@ A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/s
     SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
     FAILED              why the run ended without a result, in words
 
-A quoted study keeps the same files, but for the checkpoints, in one archive (`records`). All functions here that take
-a run's directory find them there, too.
+A quoted study keeps the same files, but for the checkpoints, in one archive (`records`), and where that was asked for
+the trained networks in another. All functions here that take a run's directory find them there, too.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """The network of a run: the configuration that describes it, its weights, what it takes and what it predicts.
 
-Each is a file of the run's folder (`results`); of a quoted study, all but the weights are in its archive, too.
+Each is a file of the run's folder (`results`) or, of a quoted study, of an archive. Weights are in checkpoints; of a
+run that was packed with its network, they are in `network.ckpt`, too.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from abn_exp.config import IMAGENET_MEAN, IMAGENET_STD
 from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.files import write_text_atomic, writing
-from abn_exp.records import read_run_file
+from abn_exp.records import NETWORK, read_run_file
 
 if TYPE_CHECKING:  # reading records needs no torch, which takes seconds to import; reading weights does
     import numpy as np
@@ -94,23 +95,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     A checkpoint is a zip archive; its checksums find what loading does not notice, down to a single bit.
     Raises DamagedFile where it is not a whole checkpoint, OSError where it cannot be opened.
     """
+    with open(path, "rb") as file:
+        return _read_checkpoint(file, Path(path))
+
+
+def _read_checkpoint(file: IO[bytes], path: Path) -> dict[str, Any]:
     import torch
 
-    path = Path(path)
-    with open(path, "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("it is compressed, which no checkpoint is")
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {broken} is wrong")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            if not isinstance(checkpoint.get("state_dict"), dict):
-                raise ValueError("it holds no weights")
-        except Exception as error:  # decoding unknown bytes may raise anything
-            raise DamagedFile(path, f"it is not a whole checkpoint of weights ({_brief(error)})") from error
-    return checkpoint
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, which no checkpoint is")
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {broken} is wrong")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError("it holds no weights")
+    except Exception as error:  # decoding unknown bytes may raise anything
+        raise DamagedFile(path, f"it is not a whole checkpoint of weights ({_brief(error)})") from error
+    checked: dict[str, Any] = checkpoint
+    return checked
 
 
 def _brief(error: Exception) -> str:
@@ -121,16 +126,16 @@ def _brief(error: Exception) -> str:
 def load_network(run: OfRun | str | Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return the network of a run with its trained weights, in evaluation mode on the CPU.
 
-    ``weights`` are those of the last epoch or of the best validation epoch. Raises FileNotFoundError where the run
-    has saved none, DamagedFile where they are not what was written or not those of this network, ConfigError where
-    its configuration no longer describes a network.
+    ``weights`` are those of the last epoch or of the best validation epoch. Of a run that was packed with its network
+    they are the last epoch's, the binary ones as their signs: it computes the same, bit for bit. Raises
+    FileNotFoundError where the run has saved none, DamagedFile where they are not what was written or not those of
+    this network, ConfigError where its configuration no longer describes a network.
     """
     from abn_exp.models.build import build_network
 
     directory = directory_of(run)
-    path = directory / "checkpoints" / f"{weights}.ckpt"
     config = read_config(directory)
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = _read_weights(directory, weights)
     try:
         classes, image_size = checkpoint["num_classes"], config["dataset"]["image_size"]
         network = build_network(config["model"], config["norm"], classes, image_size)
@@ -141,6 +146,39 @@ def load_network(run: OfRun | str | Path, weights: Literal["last", "best"] = "la
     return network.eval()
 
 
+def weights_file(directory: Path, weights: Literal["last", "best"] = "last") -> Path:
+    """Return where a run's weights are: in a checkpoint, or, for the last ones where that is not there, in
+    `network.ckpt`, which may be in an archive. Where there are none, that of the checkpoint."""
+    path = directory / "checkpoints" / f"{weights}.ckpt"
+    if weights == "last" and not path.is_file() and read_run_file(directory, NETWORK) is not None:
+        return directory / NETWORK
+    return path
+
+
+def _read_weights(directory: Path, weights: Literal["last", "best"]) -> tuple[Path, dict[str, Any]]:
+    path = weights_file(directory, weights)
+    packed = read_run_file(directory, NETWORK) if path.name == NETWORK else None
+    return path, read_checkpoint(path) if packed is None else _read_checkpoint(io.BytesIO(packed), path)
+
+
+def pack_network(run: OfRun | str | Path) -> bytes:
+    """Return `network.ckpt` of a run: its last weights, the binary ones as their signs in int8 and the others as they
+    are. Compressed, a sign takes little more than a bit. Errors as in `load_network`."""
+    import torch
+
+    from abn_exp.binarize import BinaryConv2d, BinaryLinear
+
+    _, checkpoint = _read_weights(directory_of(run), "last")
+    kept = {name: checkpoint[name] for name in ("num_classes", "state_dict")}
+    for name, layer in load_network(run).named_modules():
+        if isinstance(layer, BinaryConv2d | BinaryLinear):
+            signs = layer.binarization.weights(layer.weight.detach())
+            kept["state_dict"][f"network.{name}.weight"] = signs.to(torch.int8)
+    file = io.BytesIO()
+    torch.save(kept, file)
+    return file.getvalue()
+
+
 def load_trained_network(directory: Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return a run's network as `load_network` does, without gradients of its own.
 
@@ -149,7 +187,7 @@ def load_trained_network(directory: Path, weights: Literal["last", "best"] = "la
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
-    if not (directory / "checkpoints" / f"{weights}.ckpt").is_file():
+    if not weights_file(directory, weights).is_file():
         raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt; train it again with force=true.")
     network = load_network(directory, weights).requires_grad_(False)
     for name, module in network.named_modules():

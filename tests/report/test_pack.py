@@ -4,15 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from abn_exp.records import RECORDS
+from abn_exp.analysis.evaluate import evaluate
+from abn_exp.analysis.trained import find_trained
+from abn_exp.errors import ConfigError, DamagedFile
+from abn_exp.identity import restore_quoted
+from abn_exp.records import NETWORKS, RECORDS
 from abn_exp.report.build import build_report, write_report
 from abn_exp.report.pack import OWN_TABLES, pack
 from abn_exp.report.writers import FIGURES, cells_csv, effects_csv, markdown, runs_csv
 from abn_exp.results import find_runs, load_runs, read_metrics
 from abn_exp.trained_network import load_network, read_config
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, plan_in, trained_study
 from tests.helpers.scripts import run_script
 
 QUOTED = REPOSITORY / "results" / "quoted"
@@ -90,6 +95,59 @@ def test_a_run_in_an_archive_has_no_weights(folder: Path, no_figures: None) -> N
     packed = find_runs(pack(folder).folder)[0]
     with pytest.raises(FileNotFoundError):
         load_network(packed.directory)
+
+
+def test_networks_are_packed_and_predict_what_they_did(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, no_figures: None
+) -> None:
+    folder = shutil.copytree(trained_study(tmp_path_factory), tmp_path / "results" / "runs")
+    trained = find_runs(folder)
+    checkpoints = trained[0].directory / "checkpoints"
+    shutil.move(checkpoints, tmp_path / "elsewhere")
+    done = pack(folder, networks=True)
+    assert done.left_out == [f"The network of {trained[0].directory} is left out: its weights are not here."]
+    shutil.move(tmp_path / "elsewhere", checkpoints)
+    records = (done.folder / RECORDS).read_bytes()
+    assert pack(folder, networks=True).left_out == []
+    assert (done.folder / RECORDS).read_bytes() == records
+    networks = (done.folder / NETWORKS).read_bytes()
+    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for run, packed in zip(trained, find_runs(done.folder), strict=True):
+        assert not packed.directory.exists()
+        assert torch.equal(load_network(run)(images), load_network(packed)(images))
+        with pytest.raises(FileNotFoundError):
+            load_network(packed, "best")
+    binary = sum(run.result.parameters["binary"] for run in trained if run.result is not None)
+    weights = sum((run.directory / "checkpoints" / "last.ckpt").stat().st_size for run in trained)
+    assert binary / 8 < len(networks) < weights / 5
+
+    # A clone that has the archive alone: the study's command restores its runs, and they can be analysed.
+    shutil.rmtree(folder)
+    for packed in find_runs(done.folder):
+        plan = plan_in(folder.parent, f"norm={packed.norm}", f"seed={packed.seed}")
+        assert restore_quoted(plan) == done.folder / RECORDS
+    restored = find_trained([folder])
+    assert [run.result for run in restored] == [run.result for run in trained]
+    for run in restored:
+        assert run.result is not None
+        assert evaluate(run.directory).accuracy == pytest.approx(run.result.test_acc, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"has no checkpoints/last.ckpt; give the folder of a run"):
+        plan_in(tmp_path / "second", f"init_from={restored[0].directory}")
+    pack(folder, networks=True)
+    assert (done.folder / NETWORKS).read_bytes() == networks
+    shutil.rmtree(done.folder)
+    pack(folder, networks=True)
+    assert (done.folder / NETWORKS).read_bytes() == networks
+
+
+def test_damaged_weights_are_not_packed(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, no_figures: None
+) -> None:
+    folder = shutil.copytree(trained_study(tmp_path_factory), tmp_path / "results" / "runs")
+    (path := find_runs(folder)[-1].directory / "checkpoints" / "last.ckpt").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedFile, match=r"last.ckpt is damaged"):
+        pack(folder, networks=True)
+    assert not (folder.parent / "quoted").exists()
 
 
 def test_the_script_packs_and_refuses_in_a_sentence(

@@ -22,7 +22,7 @@ from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count, end_with_parent
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
-from abn_exp.trained_network import load_trained_network, read_config
+from abn_exp.trained_network import load_trained_network, read_config, weights_file
 from abn_exp.training.setup import make_loaders
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
@@ -47,7 +47,7 @@ def find_trained(folders: Iterable[str | Path]) -> list[Run]:
             raise ValueError(f"No run in {folder} is finished ({states}); train to the end first.")
         found |= {run.directory: run for run in finished}
     for directory in found:
-        if not (directory / "checkpoints" / "last.ckpt").is_file():
+        if not weights_file(directory).is_file():
             raise ValueError(f"{directory} has no checkpoints/last.ckpt to analyse; train it again with force=true.")
     return sorted(found.values(), key=lambda run: (run.cell, run.seed))
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from abn_exp.records import (
     COMMAND,
+    NETWORK,
+    NETWORKS,
     RECORDS,
     RUN_FILES,
     STUDY_FILES,
@@ -17,6 +19,7 @@ from abn_exp.records import (
 )
 from abn_exp.report.build import write_report
 from abn_exp.results import find_runs
+from abn_exp.trained_network import pack_network
 
 ANALYSIS_FILES = (".csv", ".md", ".png")
 OWN_TABLES = ("channels.csv", "histograms.csv")  # of an analysis: large, and summarised by its other tables
@@ -32,10 +35,11 @@ class Packed:
     left_out: list[str]  # a sentence each
 
 
-def pack(folder: Path) -> Packed:
+def pack(folder: Path, *, networks: bool = False) -> Packed:
     """Write the runs, the report and the analyses of `folder`, results/NAME, into results/quoted/NAME, or add them.
 
-    Runs that came to an end, with a result or with a reason, are packed; others are left out.
+    Runs that came to an end, with a result or with a reason, are packed; others are left out. With `networks`, so are
+    the trained networks of those whose weights are here, into a file of their own.
 
     Raises ValueError, and changes nothing, where a run is damaged, where there is none to pack, or where the archive
     holds the same run with other contents.
@@ -45,6 +49,7 @@ def pack(folder: Path) -> Packed:
     archive = target / RECORDS
     files = dict(read_records(archive)) if archive.is_file() else {}
     packed = {name.rpartition("/")[0] for name in files if name.endswith("/config.yaml")}
+    trained = dict(read_records(target / NETWORKS)) if (target / NETWORKS).is_file() else {}
     added, present, left_out = 0, 0, []
     for run in find_runs(folder):
         name = run.directory.relative_to(folder).as_posix()
@@ -55,6 +60,11 @@ def pack(folder: Path) -> Packed:
         if run.status == "unfinished":
             left_out.append(f"{run.directory} is left out: it is not finished.")
             continue
+        if networks and run.status == "finished" and f"{name}/{NETWORK}" not in trained:
+            try:
+                trained[f"{name}/{NETWORK}"] = pack_network(run)
+            except FileNotFoundError:
+                left_out.append(f"The network of {run.directory} is left out: its weights are not here.")
         contents = {file: data for file in RUN_FILES if (data := read_run_file(run.directory, file)) is not None}
         if name not in packed:
             files |= {f"{name}/{file}": data for file, data in contents.items()}
@@ -78,6 +88,8 @@ def pack(folder: Path) -> Packed:
     target.mkdir(parents=True, exist_ok=True)
     if not archive.is_file() or read_records(archive) != files:
         write_records(archive, files)
+    if networks and trained and not ((target / NETWORKS).is_file() and read_records(target / NETWORKS) == trained):
+        write_records(target / NETWORKS, trained)
     _copy_analyses(folder / "analysis", target / "analysis")
     write_report(target)
     return Packed(target, added, present, left_out)

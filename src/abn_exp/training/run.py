@@ -33,7 +33,7 @@ from abn_exp.files import remove_temporary_files, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
-from abn_exp.records import RUN_FILES
+from abn_exp.records import NETWORK, RUN_FILES
 from abn_exp.report.progress import clock, run_lock, speed_text
 from abn_exp.results import RunResult, read_metrics, read_result, remove_run, write_result
 from abn_exp.trained_network import (
@@ -357,7 +357,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 def _clear_run_dir(directory: Path) -> None:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in (*RUN_FILES, "RUNNING"):
+    for name in (*RUN_FILES, NETWORK, "RUNNING"):
         if name != "train.log":  # which is open
             (directory / name).unlink(missing_ok=True)
 
