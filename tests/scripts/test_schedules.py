@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from abn_exp.results import load_runs, write_result
+from abn_exp.results import find_runs, write_result
 from tests.helpers.records import RECORDED, result_in, start_run, table_rows
 from tests.helpers.runs import REPOSITORY
 from tests.helpers.scripts import load_script, run_script
@@ -34,7 +34,7 @@ def searched(tmp_path: Path) -> Path:
 
 
 def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(searched: Path) -> None:
-    header, lines = SCHEDULES.table(load_runs(searched))
+    header, lines = SCHEDULES.table(find_runs(searched))
     shown = [dict(zip(header, line, strict=True)) for line in lines]
     assert [(row["changed"], row["norm"]) for row in shown] == [
         *(("recipe.optimizer.lr=1", "bn"), ("recipe.optimizer.lr=1", "abn")),  # of the mean of both norms
@@ -47,6 +47,38 @@ def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(se
         half = 4.302653 * accuracies.std(ddof=1) / np.sqrt(3)  # t(0.975, 2), from a table
         assert row["95 % interval"] == f"{accuracies.mean() - half:.2f} to {accuracies.mean() + half:.2f}"
         assert (row["n"], row["core-minutes"], row["test"]) == ("3", "22", "50.00 ± 0.00")
+
+
+def test_a_row_in_which_a_run_failed_is_the_last_and_says_so(searched: Path) -> None:
+    """Its mean is of the runs that are left."""
+    for norm in ("bn", "abn"):
+        config = RECORDED.format(epochs=10, lr=1.0)
+        directory = start_run(searched, norm, 1003, variant="fixed_lr-1", config=config)
+        (directory / "FAILED").write_text("diverged")
+    header, lines = SCHEDULES.table(find_runs(searched))
+    shown = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [(row["changed"], row["n"]) for row in shown] == [
+        *(("-", "3"), ("-", "3")),
+        ("model=resnet18", "3"),
+        *(("recipe.optimizer.lr=1", "3/4"), ("recipe.optimizer.lr=1", "3/4")),
+    ]
+    for seed in (1000, 1001, 1002):
+        for norm in ("bn", "abn"):
+            directory = searched / f"digits/binarynet/{norm}/fixed_lr-1/seed-{seed}"
+            (directory / "result.json").unlink()
+            (directory / "FAILED").write_text("diverged")
+    line = dict(zip(header, SCHEDULES.table(find_runs(searched))[1][-1], strict=True))
+    assert (line["n"], line["validation, mean ± std"], line["core-minutes"]) == ("0/4", "- ± -", "-")
+
+
+def test_a_second_stage_is_named_by_the_command_that_was_typed(searched: Path) -> None:
+    for seed in (1000, 1001):
+        config = (
+            RECORDED.format(epochs=10, lr=0.005) + f"init_from: results/first/bn/seed-{seed}\ninit_digest: a{seed}\n"
+        )
+        directory = start_run(searched, "bn", seed, variant="fixed_init-a", config=config)
+        write_result(directory, result_in(directory, seed, 0.5, val_acc_last=0.9))
+    assert SCHEDULES.table(find_runs(searched))[1][0][0] == "init_from=results/first/bn/seed-${seed}"
 
 
 def test_the_page_is_written_between_its_marks(
@@ -64,12 +96,8 @@ def test_the_page_is_written_between_its_marks(
 
 
 def test_the_page_in_the_repository_is_that_of_its_records() -> None:
-    folder = REPOSITORY / "results/quoted/schedules"
-    if not folder.is_dir():
-        assert "No row has been trained yet." in SCHEDULES.PAGE.read_text(encoding="utf-8")
-        return
     text = SCHEDULES.PAGE.read_text(encoding="utf-8")
-    table = SCHEDULES.markdown_table(SCHEDULES.table(load_runs(folder)), 3)
+    table = SCHEDULES.markdown_table(SCHEDULES.table(find_runs(REPOSITORY / "results/quoted/schedules")), 3)
     assert SCHEDULES.replace_between(text, SCHEDULES.BEGIN, SCHEDULES.END, table) == text, (
         "run python scripts/schedules.py"
     )
