@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats as st
 
 from abn_exp.files import write_text_atomic
-from abn_exp.report.formatting import markdown_table
+from abn_exp.report.formatting import markdown_table, replace_between
 from abn_exp.report.pooled import random_effects
 from abn_exp.report.sequential import Spending, nominal_levels
 from abn_exp.report.spread import MIN_PAIRS, random_swaps, rejection_rate, swap_p
@@ -65,7 +65,7 @@ def draw(shape: str, draws: int, rng: np.random.Generator) -> tuple[Array, Array
         if shape == "t3":
             return rng.standard_t(3, size) / math.sqrt(3)
         z = rng.standard_normal(size)
-        if shape == "crash":  # one run in ten ends four standard deviations lower
+        if shape == "crash":  # one draw in ten is four standard deviations lower
             z -= 4 * (rng.random(size) < 0.1)
         return z
 
@@ -292,9 +292,8 @@ def main() -> None:
         print(text)
         return
     begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
-    before, _, rest = arguments.write.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    write_text_atomic(arguments.write, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    page = arguments.write.read_text(encoding="utf-8")
+    write_text_atomic(arguments.write, replace_between(page, begin, end, f"\n{text}\n"))
 
 
 if __name__ == "__main__":

@@ -311,6 +311,27 @@ def test_failures_take_back_a_change_of_a_difference(crossed: Path) -> None:
     assert (change.judgement.failed, change.verdict) == ((2, 2), "better")
 
 
+def test_a_cell_that_only_failed_is_not_left_out_of_a_factor_s_average(tmp_path: Path) -> None:
+    slow, fast = (
+        {"norm": {"momentum": m}, "recipe": {"epochs": 4}, "dataset": {"num_classes": 10}} for m in (0.1, 0.9)
+    )
+    for norm in ("bn", "iebn", "abn"):
+        finish(tmp_path, norm, [70, 71, 72], settings=slow)
+    for norm in ("bn", "iebn"):
+        finish(tmp_path, norm, [71, 72, 73.5], variant=FAST, settings=fast)
+
+    def average() -> Any:
+        (table,) = (t for t in build_report(tmp_path).effects if t.title.startswith("Effect of norm.momentum"))
+        return table.averages[0]
+
+    assert (average().contexts, average().verdict) == (2, "better")
+    for seed in range(3):
+        (start_run(tmp_path, "abn", seed, variant=FAST, config=yaml.safe_dump(fast)) / "FAILED").write_text(
+            "diverged"
+        )
+    assert (average().contexts, average().verdict) == (3, "undecided")
+
+
 def test_failures_take_back_an_interaction_of_the_gate(tmp_path: Path) -> None:
     equal, higher = [70.0, 71, 72, 70], [71, 72.1, 73.2]
     for norm, percents in {"bn_noscale": equal, "abn_forward": equal, "abn_backward": equal, "abn": higher}.items():

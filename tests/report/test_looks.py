@@ -17,7 +17,7 @@ from abn_exp.report.build import build_report, draw, html_page, write_report
 from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
-from abn_exp.report.tables import difference_table
+from abn_exp.report.tables import checkpoint_selection_tables, difference_table, spread_table
 from abn_exp.report.verdicts import sentence
 from abn_exp.results import find_runs
 from abn_exp.trained_network import InputFormat, write_input_format
@@ -98,12 +98,82 @@ def test_a_pooled_and_a_spread_primary_comparison(tmp_path: Path) -> None:
 
 def test_between_looks_there_is_neither_verdict_nor_interval(tmp_path: Path) -> None:
     study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": BN[::-1]}, config=fixed())
-    report = write_report(tmp_path)
     report = build_report(tmp_path, interim=True)
     assert [c.cell.norm for c in report.comparisons] == ["iebn"]
     assert report.answer() == [
         "Primary comparison: abn against bn. It is judged when all runs of the sweep have come to their end."
     ]
+
+
+def test_a_sweep_that_was_stopped_is_not_judged_and_is_no_look(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE[:4], "iebn": BN[::-1]}, config=fixed())
+    begun = start_run(tmp_path, "abn", 4, config=fixed())
+    report = write_report(tmp_path)
+    assert report.answer()[0].startswith(
+        "Primary comparison: abn against bn. It is not judged yet: one of its runs has not come to an end."
+    )
+    assert [c.cell.norm for c in report.comparisons] == ["iebn"]
+    assert list(json.loads((tmp_path / "looks.json").read_text())) == ["digits/binarynet/iebn/fixed"]
+    (begun / "FAILED").write_text("diverged")
+    assert build_report(tmp_path).answer()[0].startswith("Primary comparison: abn against bn. On digits")
+
+
+def test_what_is_withheld_is_not_in_the_table_of_epochs_either(tmp_path: Path) -> None:
+    for norm, scores in {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": BN[::-1]}.items():
+        for seed, score in enumerate(scores):
+            finish_run(tmp_path, norm, seed, score, peak=score + 0.01, config=fixed())
+    for interim, shown in ((True, ["iebn"]), (False, ["abn", "iebn"])):
+        _, (header, rows) = checkpoint_selection_tables(build_report(tmp_path, interim=interim))
+        assert [row[header.index("norm")] for row in rows] == shown
+
+
+def test_the_primary_comparison_is_judged_once(tmp_path: Path) -> None:
+    """It would be another family, and at a look another level, in the tables of contrasts and of pooled effects."""
+    barely = [0.701, 0.719, 0.7065, 0.7265, 0.7235]
+    other = [0.721, 0.691, 0.716, 0.706, 0.751]
+    for dataset in ("cifar10", "digits"):
+        norms = {"bn": BN, "abn": barely, "abn_paper": other}
+        study(tmp_path / "pooled", norms, config=fixed("pooled", delta=0.05), dataset=dataset)
+    report = write_report(tmp_path / "pooled")
+    text = (tmp_path / "pooled" / "report.md").read_text()
+    assert report.primary is not None
+    assert [(p.norm, p.primary, p.judgement.family) for p in report.pooled] == [
+        ("abn", True, 1),
+        ("abn_paper", False, 1),
+    ]
+    assert report.pooled[0].judgement is report.primary.pooled
+    assert "## One effect over all cells\n" in text
+    assert "Over 2 cells (exploratory), abn - bn" not in html_page(report)
+
+    norms = {"bn": BN, "bn_noscale": BN[::-1], "abn": CLEARLY_ABOVE}
+    study(tmp_path / "contrast", norms, config=fixed(reference="bn_noscale"))
+    (contrasts,) = build_report(tmp_path / "contrast").effects
+    assert [effect.labels[-1] for effect in contrasts.effects] == ["bn - bn_noscale"]
+    study(tmp_path / "reversed", {"bn": BN, "abn": CLEARLY_ABOVE, "iebn": BN[::-1]}, config=fixed())
+    report = build_report(tmp_path / "reversed", reference="abn")
+    assert [c.cell.norm for c in report.comparisons] == ["iebn"]
+    assert report.answer()[0].startswith("Primary comparison: abn against bn. On digits")
+
+
+def test_a_primary_spread_is_not_called_exploratory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    scores = {"bn": (0.7 + 0.01 * rng.standard_normal(12)).tolist(), "abn": (0.7 + 0.001 * rng.random(12)).tolist()}
+    build.print_report(write_report(study(tmp_path, scores, config=fixed("spread"))))
+    assert "## Spread between seeds, against bn\n" in (tmp_path / "report.md").read_text()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("times the std of bn") == 1
+    assert printed.count("Exploratory:") == 1  # the difference of means
+
+
+def test_the_interval_of_a_std_is_over_the_seeds_of_that_std(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    scores = {"bn": (0.7 + 0.01 * rng.standard_normal(10)).tolist(), "abn": (0.7 + 0.01 * rng.random(14)).tolist()}
+    header, (row,) = spread_table(build_report(study(tmp_path, scores)))
+    shown = dict(zip(header, row, strict=True))
+    std = 100 * np.std(scores["abn"][:10], ddof=1)
+    low, high = (std * math.sqrt(9 / st.chi2.ppf(p, 9)) for p in (0.975, 0.025))
+    assert (shown["n"], shown["std (points)"]) == ("10 pairs", f"{std:.2f}")
+    assert shown["95 % interval"] == f"{low:.2f} to {high:.2f}"
 
 
 # --- failures ---
@@ -283,6 +353,42 @@ def test_a_run_that_failed_by_a_look_counts(tmp_path: Path) -> None:
     assert (j.failed, j.without_failures, j.verdict) == ((1, 0), "better", "undecided")
 
 
+def test_a_plan_is_that_of_its_own_folder(tmp_path: Path) -> None:
+    """A second folder beside it is no way around its levels."""
+    study(tmp_path / "planned", {"bn": BN, "abn": [b + 0.003 * (i % 2) for i, b in enumerate(BN)]}, config=fixed())
+    write_plan(tmp_path / "planned", replace(PLAN, looks=(5, 20), seeds=tuple(range(20)), spending="obrien_fleming"))
+    look(tmp_path / "planned", plan := plan_in(tmp_path / "planned"), cells_of(tmp_path / "planned"), "2026-01-01")
+    study(tmp_path / "more", {"iebn": BN[::-1]}, config=fixed())
+    assert not plan.decided
+    report = build_report(tmp_path / "planned", tmp_path / "more")
+    assert report.answer() == [
+        "Exploratory throughout. A primary comparison is planned in one of these folders, and its verdict is in the "
+        "report of that folder alone."
+    ]
+    assert [c.cell.norm for c in report.comparisons] == ["iebn"]
+    plan.entries[0]["verdict"] = "equivalent"
+    write_plan(tmp_path / "planned", plan)
+    report = build_report(tmp_path / "planned", tmp_path / "more")
+    assert [c.cell.norm for c in report.comparisons] == ["abn", "iebn"]
+
+
+def test_a_run_on_another_kind_of_device_leaves_a_plan_as_it_was(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed(), device="CPU (AMD EPYC, 1 thread)")
+    write_plan(tmp_path, PLAN)
+    finish_run(tmp_path, "iebn", 0, 0.7, device="NVIDIA H200", config=fixed())
+    assert build_report(tmp_path).comparisons == []
+    look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-01")
+    assert plan_in(tmp_path).entries[0]["pairs"] == 3
+    for norm in ("bn", "abn"):
+        finish_run(tmp_path, norm, 9, 0.7, device="NVIDIA H200", config=fixed())
+    with pytest.raises(ValueError, match="was run on several kinds of device"):
+        look(tmp_path, plan_in(tmp_path), cells_of(tmp_path), "2026-01-02")
+    plan = plan_in(tmp_path)
+    plan.entries[0]["verdict"] = "better"
+    write_plan(tmp_path, plan)
+    assert build_report(tmp_path).answer()[0].endswith("several kinds of device, which are not averaged.")
+
+
 def test_a_plan_that_is_not_whole_is_a_sentence(tmp_path: Path) -> None:
     assert read_plan(tmp_path) is None
     for text in ("{", "[]", '{"looks": [5, 3], "seeds": [], "groups": []}'):
@@ -310,13 +416,13 @@ def test_seeds_added_between_reports_without_a_plan_are_told(tmp_path: Path) -> 
     study(tmp_path, {"bn": BN[:3], "abn": CLEARLY_ABOVE[:3]})
     assert write_report(tmp_path).unplanned == []
     start_run(tmp_path, "abn", 3)
-    assert write_report(tmp_path).unplanned == [3]  # one more was begun
+    assert write_report(tmp_path).unplanned == []  # it has no score yet
     for seed in (3, 4):
         finish_run(tmp_path, "bn", seed, BN[seed])
     finish_run(tmp_path, "abn", 4, CLEARLY_ABOVE[4])
     first = write_report(tmp_path), (tmp_path / "report.md").read_bytes()
-    assert first[0].unplanned == [3, 4]
-    assert "reports were written at 3, 4 seeds before this one" in (tmp_path / "report.md").read_text()
+    assert first[0].unplanned == [3]
+    assert "reports were written at 3 seeds before this one" in (tmp_path / "report.md").read_text()
     write_report(tmp_path)
     assert (tmp_path / "report.md").read_bytes() == first[1]
-    assert json.loads((tmp_path / "looks.json").read_text()) == {"digits/binarynet/abn/fixed": [3, 4, 5]}
+    assert json.loads((tmp_path / "looks.json").read_text()) == {"digits/binarynet/abn/fixed": [3, 4]}

@@ -67,6 +67,18 @@ def test_failures_of_the_candidate_take_back_what_speaks_for_it_alone() -> None:
     same = PValues(0.6, True, 0.01, 0.01)
     assert decide(guard_against_failures(same, unclear, (1, 0))) == "not better by delta"
     assert decide(guard_against_failures(same, PValues(NAN, False, NAN, NAN), (0, 1))) == "not worse by delta"
+    # No test, whatever failed: it is no part of the family, and chance alone gives no verdict.
+    nothing = PValues(NAN, True, NAN, NAN)
+    assert math.isnan(guard_against_failures(nothing, PValues(0.01, True, 0.9, 0.01), (1, 0)).not_worse)
+    assert decide(guard_against_failures(nothing, PValues(0.01, True, 0.9, 0.01), (1, 0))) == "undecided"
+
+
+def test_a_norm_that_only_failed_leaves_the_others_verdicts() -> None:
+    rng = np.random.default_rng(0)
+    chance = compare_means(np.full(5, 10.0), rng.normal(70, 1, 5), rng)
+    some = verdicts.Tested(compare_means(rng.normal(70, 1, 5), rng.normal(70, 1, 5), rng))
+    none = verdicts.Tested(compare_means(np.full(5, NAN), np.arange(5.0), rng), (5, 0), chance)
+    assert verdicts.judge([some, none], 0.5)[0] == verdicts.judge([some], 0.5)[0]
 
 
 def test_each_test_is_corrected_over_the_family_by_holm() -> None:

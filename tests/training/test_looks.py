@@ -63,6 +63,13 @@ def test_a_primary_comparison_without_one_number_is_refused(primary: str, messag
     assert not (runs[0].directory.parents[4] / "plan.json").exists()
 
 
+def test_looks_without_a_level_are_refused_before_anything_is_trained(make_plan: Compose) -> None:
+    words = ["looks=[2,1000]", "spending=obrien_fleming"]
+    runs = [make_plan(f"norm={norm}", *LOOKS, *words) for norm in ("bn", "abn")]
+    assert refused(runs) == "looks=[2, 1000]: The look at 2 of 1000 values has no error to spend; look later."
+    assert not (runs[0].directory.parents[4] / "plan.json").exists()
+
+
 def test_several_cells_need_a_pooled_comparison(make_plan: Compose) -> None:
     def runs(statistic: str) -> list[RunPlan]:
         primary = f"primary={{norm: abn, statistic: {statistic}}}"

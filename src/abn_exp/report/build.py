@@ -35,6 +35,7 @@ from abn_exp.report.comparisons import (
     collect_cells,
     compare_cells,
     group_cells,
+    keys_of,
     learning_curves,
     pool,
 )
@@ -50,12 +51,15 @@ from abn_exp.results import Run, find_runs, has_begun
 from abn_exp.trained_network import read_config
 
 log = logging.getLogger(__name__)
+PLANNED_ALONE = (
+    "A primary comparison is planned in one of these folders, and its verdict is in the report of that folder alone."
+)
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way
 
 
 def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bool = False) -> Report:
     """Read every run below the folders, judge the study's primary comparison, and compare each norm with
-    ``reference``. A plan is that of one folder: several are reported without.
+    ``reference``. A plan is that of one folder: with others beside it, there is no verdict on its comparison.
 
     ``interim``: runs are under way, so that there is neither a verdict on the primary comparison nor its interval.
     Raises ValueError where there are no runs, where a record cannot be read, or where a run is there twice.
@@ -69,16 +73,20 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     settings = {cell.key: _settings(cell, options) for cell in cells}
     factors = find_factors(settings, devices)
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
-    plan, fixed = read_plan(folder) if not more else None, fixed_before(configs)
+    plans, fixed = [plan for path in (folder, *more) if (plan := read_plan(path)) is not None], fixed_before(configs)
+    plan = plans[0] if plans and not more else None
+    if plan is None and plans:
+        fixed = replace(fixed, question=None, note=PLANNED_ALONE)
     delta = fixed.delta if plan is None else plan.delta
     primary = judge_planned(cells, plan) if plan is not None else None
     if plan is None and fixed.question is not None:
         primary = judge_primary(cells, fixed.question, delta, interim)
     shown = _primary_against(primary, reference)
     # Cells that are not to be compared yet, whichever of the two is the reference, nor as a part of anything else.
-    withheld = (
-        {frozenset((a.key, b.key)) for a, b in primary.pairs} if primary is not None and primary.withheld else set()
-    )
+    withheld = keys_of(primary.pairs) if primary is not None and primary.withheld else frozenset()
+    if more:
+        withheld |= keys_of(pair for plan in plans if not plan.decided for pair in plan.pairs(cells))
+    judged = _judged_apart(primary)
     return Report(
         name=" and ".join(path.name for path in (folder, *more)),
         question=next((config["question"] for config in configs if "question" in config), None),
@@ -89,11 +97,11 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
         primary=primary,
         plan=plan,
         cells=cells,
-        comparisons=compare_cells(cells, reference, delta, *shown, withheld),
-        pooled=[] if withheld else pool(cells, reference, delta),
+        comparisons=compare_cells(cells, reference, delta, *shown, withheld if any(shown) else withheld | judged),
+        pooled=[] if withheld else pool(cells, reference, delta, _judged_together(primary)),
         factors=factors,
         options=varying_options(settings),
-        effects=[] if withheld else effect_tables(cells, factors, reference, delta),
+        effects=[] if withheld else effect_tables(cells, factors, reference, delta, judged),
         images=image_evidence([] if withheld else cells, reference),
         conditional=conditional_on(configs),
         differing=provenance_differences(cells),
@@ -110,6 +118,20 @@ def _primary_against(
     if primary.pooled is not None and len(keys) == 1:
         means = dict.fromkeys(keys, primary.pooled)
     return means, primary.spreads
+
+
+def _judged_apart(primary: Primary | None) -> frozenset[frozenset[Key]]:
+    """Return the pairs of cells whose difference of means was judged as primary."""
+    if primary is None or not (primary.means or (primary.pooled is not None and len(primary.pairs) == 1)):
+        return frozenset()
+    return keys_of(primary.pairs)
+
+
+def _judged_together(primary: Primary | None) -> dict[frozenset[frozenset[Key]], Judgement]:
+    """Return the primary comparison over several pairs of cells, where it is one."""
+    if primary is None or primary.pooled is None:
+        return {}
+    return {keys_of(primary.pairs): primary.pooled}
 
 
 def _runs_below(folder: Path) -> list[Run]:
@@ -259,7 +281,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if not c.primary:
             say(f"Exploratory: {report.mean_sentence(c.cell, c.mean, report.reference)}")
     for c in report.comparisons:
-        say(f"Exploratory: {report.spread_sentence(c.cell, c.spread, report.reference)}")
+        if not c.primary_spread:
+            say(f"Exploratory: {report.spread_sentence(c.cell, c.spread, report.reference)}")
     for effects in report.effects:
         say(f"{effects.title} (exploratory):")
         for sentence in effects.summary():
@@ -284,8 +307,7 @@ def draw(report: Report) -> Mapping[str, Figure | None]:
             samples.setdefault(titles[cell.group], {})[cell.norm] = cell.sample("test_acc", finished)
     differences: dict[str, dict[str, stats.MeanComparison]] = {}
     for c in report.comparisons:
-        planned = c.mean.level < stats.ALPHA
-        mean = replace(c.mean.mean, interval=c.mean.interval) if planned else c.mean.mean
+        mean = replace(c.mean.mean, interval=c.mean.interval)  # a look's, where there is a plan
         differences.setdefault(titles[c.cell.group], {})[c.cell.norm] = mean
     curves = {}
     for group, cells in groups.items():

@@ -94,6 +94,7 @@ class Comparison:
     mean: Judgement
     spread: "SpreadJudgement"
     primary: bool = False  # is the difference of means the study's primary comparison?
+    primary_spread: bool = False  # or the ratio of stds?
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Pooled:
     cells: tuple[Cell, ...]  # the norm's
     judgement: Judgement
     random_effects: RandomEffects | None  # of the cells' differences
+    primary: bool = False  # is it the study's primary comparison?
 
 
 def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
@@ -298,7 +300,10 @@ def compare_cells(
     others = [(cell, base) for cell, base in pairs if cell.key not in primary_spreads]
     found = judge_spreads([compare_spread(cell, base) for cell, base in others])
     spreads = primary_spreads | {cell.key: s for (cell, _), s in zip(others, found, strict=True)}
-    return [Comparison(cell, reference, means[cell.key], spreads[cell.key], cell.key in primary) for cell, _ in pairs]
+    return [
+        Comparison(cell, reference, means[key], spreads[key], key in primary, key in primary_spreads)
+        for cell, key in ((cell, cell.key) for cell, _ in pairs)
+    ]
 
 
 def compare_spread(cell: Cell, base: Cell) -> SpreadTested:
@@ -317,19 +322,33 @@ def judge_spreads(family: Sequence[SpreadTested]) -> list[SpreadJudgement]:
     return [SpreadJudgement(t.found, p, size, t.failed, q) for t, p, q in zip(family, adjusted, plain, strict=True)]
 
 
-def pool(cells: Sequence[Cell], reference: str, delta: float) -> list[Pooled]:
+def pool(
+    cells: Sequence[Cell],
+    reference: str,
+    delta: float,
+    primary: Mapping[frozenset[frozenset[Key]], Judgement] | None = None,
+) -> list[Pooled]:
     """Compare each norm with the reference over all groups that have both, where there are two or more.
 
-    All of these are one family: none is a part of another.
+    All of these are one family: none is a part of another. What was judged as primary, by its pairs of cells, is not
+    judged again.
     """
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
     found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
     found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
-    judged = judge([pooled_difference(pairs) for pairs in found.values()], delta)
-    return [
-        Pooled(norm, reference, tuple(cell for cell, _ in pairs), j, cells_effect(pairs))
-        for (norm, pairs), j in zip(found.items(), judged, strict=True)
-    ]
+    before = {norm: (primary or {}).get(keys_of(pairs)) for norm, pairs in found.items()}
+    others = [norm for norm in found if before[norm] is None]
+    judged = dict(zip(others, judge([pooled_difference(found[norm]) for norm in others], delta), strict=True))
+    pooled = []
+    for norm, pairs in found.items():
+        j, of_norm = before[norm], tuple(cell for cell, _ in pairs)
+        pooled.append(Pooled(norm, reference, of_norm, j or judged[norm], cells_effect(pairs), j is not None))
+    return pooled
+
+
+def keys_of(pairs: Iterable[tuple[Cell, Cell]]) -> frozenset[frozenset[Key]]:
+    """Return what identifies pairs of cells, in whatever order and whichever of the two is the reference."""
+    return frozenset(frozenset((a.key, b.key)) for a, b in pairs)
 
 
 def _ended(pair: tuple[Cell, Cell]) -> bool:

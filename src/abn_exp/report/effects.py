@@ -5,13 +5,13 @@ All of them are percentage points, paired by seed where the seeds match, and exp
 the rows of a table; its averages are a family of their own.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from abn_exp.report import stats
-from abn_exp.report.comparisons import Cell, compare, group_cells, started_seeds
+from abn_exp.report.comparisons import Cell, Key, compare, group_cells, started_seeds
 from abn_exp.report.factors import Factor, describe_group
 from abn_exp.report.formatting import signed_text
 from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge, sentence
@@ -72,15 +72,20 @@ Row = tuple[tuple[str, ...], str, Tested, int]  # labels, what, the difference, 
 
 
 def effect_tables(
-    cells: Sequence[Cell], factors: Sequence[Factor], reference: str, delta: float
+    cells: Sequence[Cell],
+    factors: Sequence[Factor],
+    reference: str,
+    delta: float,
+    judged: Collection[frozenset[Key]] = (),
 ) -> list[EffectTable]:
     """Return the contrasts and the 2 x 2 of norms, then for each factor its effect and how the norms' differences
-    change with it; and the published pairing where the factors hold it."""
-    scored = [cell for cell in cells if cell.scores["test_acc"]]
-    tables = [contrasts(scored, factors), factorial(scored, factors)]
+    change with it; and the published pairing where the factors hold it. ``judged`` are the pairs of cells that were
+    judged as primary: they are not judged again among the contrasts."""
+    ended = [cell for cell in cells if cell.scores["test_acc"] or cell.failed]
+    tables = [contrasts(ended, factors, judged), factorial(ended, factors)]
     for factor in factors:
-        tables += [factor_effects(scored, factors, factor), norm_interactions(scored, factors, factor, reference)]
-        tables += [published_pairing(scored, factors, factor)]
+        tables += [factor_effects(ended, factors, factor), norm_interactions(ended, factors, factor, reference)]
+        tables += [published_pairing(ended, factors, factor)]
     return [_judged(title, header, rows, delta) for title, header, rows in tables if rows]
 
 
@@ -96,8 +101,8 @@ def _judged(title: str, header: tuple[str, ...], rows: Sequence[Row], delta: flo
 Rows = tuple[str, tuple[str, ...], list[Row]]  # title, header, rows
 
 
-def contrasts(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
-    """Compare the pairs of norms of CONTRASTS, in each group that has both."""
+def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collection[frozenset[Key]] = ()) -> Rows:
+    """Compare the pairs of norms of CONTRASTS, in each group that has both; without pairs that were judged before."""
     rows: list[Row] = []
     for group in group_cells(cells).values():
         by_norm = {cell.norm: cell for cell in group}
@@ -105,6 +110,8 @@ def contrasts(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
         for what, norm, without in CONTRASTS:
             if norm in by_norm and without in by_norm:
                 pair = [by_norm[norm]], [by_norm[without]]
+                if frozenset((by_norm[norm].key, by_norm[without].key)) in judged:
+                    continue
                 difference = f"{norm} - {without}"
                 text = f"On {describe_group(group[0], factors)}, {what} ({difference})"
                 rows.append(((*head, what, difference), text, compare(*pair, started_seeds(cells)), 1))

@@ -120,7 +120,8 @@ def _figures(report: Report) -> list[tuple[str, go.Figure | None]]:
         f"Differences to {reference}, with 95 % intervals (uncorrected{report.sequential}); shaded: less than delta, "
         f"{report.delta:g} points"
     )
-    power_at = f"Power to find a difference of {report.delta:g} points, at the level after correction"
+    level = "at the level after correction" + (", the primary at its look's" if report.plan is not None else "")
+    power_at = f"Power to find a difference of {report.delta:g} points, {level}"
     return [
         (differences, forest(rows, report.delta, reference)),
         (_curves_heading(curves), learning_curves(curves)),
@@ -143,6 +144,7 @@ def _notes(report: Report, more: Sequence[str]) -> list[str]:
     pooled = [
         sentence(p.judgement, where.format(len(p.cells), p.norm, p.reference), (p.norm, p.reference))
         for p in report.pooled
+        if not p.primary
     ]
     conditional = report.conditional.replace("All of them", "All intervals", 1)
     gaps = [*tables.no_comparison(report), *tables.missing(report)]

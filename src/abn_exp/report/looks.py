@@ -93,13 +93,16 @@ class Plan:
         return self.seeds[: self.looks[look]]
 
     def pairs(self, cells: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
-        return [(a, b) for a, b in pairs_of(cells, self.norm, self.reference) if a.group in self.groups]
+        return [(a, b) for a, b in pairs_of(cells, self.norm, self.reference) if _planned_group(a) in self.groups]
 
     def judge(self, cells: Iterable[Cell], look: int) -> Judgement:
-        """Judge the primary comparison by the seeds of a look. Raises ValueError where a cell is missing."""
+        """Judge the primary comparison by the seeds of a look. Raises ValueError where a cell is missing, or where
+        one was run on several kinds of device."""
         pairs = self.pairs(cells)
-        if {cell.group for cell, _ in pairs} != set(self.groups):
+        if {_planned_group(cell) for cell, _ in pairs} != set(self.groups):
             raise ValueError(f"The runs of the comparison in {PLAN} are not all there.")
+        if len(pairs) > len(self.groups):
+            raise ValueError(f"The comparison in {PLAN} was run on several kinds of device, which are not averaged.")
         (found,) = judge([pooled_difference(pairs, self.seeds_at(look))], self.delta, *self.levels(look))
         return found
 
@@ -115,6 +118,11 @@ class Plan:
         names = ("norm", "reference", "groups", "delta", "alpha", "looks", "seeds", "spending")
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [f"{name} {_words(ours)}, not {_words(theirs)}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def _planned_group(cell: Cell) -> Group:
+    """Return a cell's group as a plan names it: by the variant of its folders, not by what a report adds to that."""
+    return cell.dataset, cell.model, cell.runs[0].directory.parts[-2]
 
 
 def _words(value: Any) -> str:
@@ -174,12 +182,12 @@ def _number(value: float) -> float | None:
 def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
     """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
 
-    It is the number of seeds that were started: runs that come to their end later are no further look. A quoted
-    study's records do not change, so that nothing is added to them.
+    It is the number of seeds that came to an end, with a score or with a failure. A quoted study's records do not
+    change, so that nothing is added to them.
     """
     content = read_study_file(folder, LOOKS)
     earlier: dict[str, list[int]] = json.loads(content) if content is not None else {}
-    now = {"/".join(c.cell.key): len(c.cell.runs) for c in comparisons}
+    now = {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
     seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
     updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
@@ -213,6 +221,12 @@ def judge_primary(cells: Sequence[Cell], question: PrimaryConfig, delta: float, 
         return Primary(question, pairs, withheld="It has no runs in this folder.")
     if interim:
         return Primary(question, pairs, withheld="It is judged when all runs of the sweep have come to their end.")
+    if left := sum(run.status == "unfinished" for pair in pairs for cell in pair for run in cell.runs):
+        have = "one of its runs has" if left == 1 else f"{left} of its runs have"
+        withheld = (
+            f"It is not judged yet: {have} not come to an end. Give the command again; runs that are not to be "
+        )
+        return Primary(question, pairs, withheld=f"{withheld}trained are removed by scripts/runs.py --clean --yes.")
     if question.statistic == "spread":
         spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
         return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})
@@ -234,7 +248,10 @@ def judge_planned(cells: Sequence[Cell], plan: Plan) -> Primary:
     look = f"look {done} of {len(plan.looks)}, at {plan.looks[done - 1]} seeds"
     if outside := sorted(under_way - set(plan.seeds_at(done - 1))):
         look += f"; seeds that no look asked for are left out: {', '.join(map(str, outside))}"
-    found = plan.judge(cells, done - 1)
+    try:
+        found = plan.judge(cells, done - 1)
+    except ValueError as error:
+        return Primary(question, pairs, withheld=f"{error}")
     if found.verdict != plan.entries[-1]["verdict"]:
         look += f"; at the look itself, with the runs of then, it was {plan.entries[-1]['verdict']}"
     return Primary(question, pairs, pooled=found, look=look)

@@ -34,6 +34,7 @@ Spending = Literal["obrien_fleming", "pocock"]
 
 CELLS = 200
 NODES = 24
+SMALLEST = 1e-200  # level of a look
 LOWEST = -7.0  # where the lowest cell ends, as a standard normal quantile
 
 
@@ -52,7 +53,7 @@ def spent(share: float, alpha: float, spending: Spending) -> float:
 def nominal_levels(looks: tuple[int, ...], alpha: float, spending: Spending) -> tuple[float, ...]:
     """Return the one-sided level of the t test at each look; the last of ``looks`` is the planned sample.
 
-    Raises ValueError where looks do not increase from 2.
+    Raises ValueError where looks do not increase from 2, or where a look has next to nothing to spend.
     """
     if not looks or looks[0] < 2 or any(a >= b for a, b in itertools.pairwise(looks)):
         raise ValueError(f"Looks are increasing numbers of values, from 2; got {list(looks)}.")
@@ -61,6 +62,8 @@ def nominal_levels(looks: tuple[int, ...], alpha: float, spending: Spending) -> 
     for n in looks:
         now = spent(n / looks[-1], alpha, spending)
         target, used = now - used, now
+        if target < SMALLEST:
+            raise ValueError(f"The look at {n} of {looks[-1]} values has no error to spend; look later.")
         if walk is None:
             z = float(st.norm.isf(target))
         else:

@@ -174,7 +174,8 @@ def pooled_table(report: Report) -> Table:
         if (r := p.random_effects) is None:
             rows.append([*row, *["-"] * 7])
             continue
-        row += [signed_text(r.mean), interval_text(r.interval), interval_text(r.interval_hartung_knapp)]
+        mean = signed_text(r.mean) + (f" ({r.k} cells)" if r.k < len(p.cells) else "")  # one seed has no error
+        row += [mean, interval_text(r.interval), interval_text(r.interval_hartung_knapp)]
         row += [number_text(r.tau), number_text(r.q), p_text(r.p_q), percent_text(r.i_squared)]
         rows.append(row)
     return [*header, "tau", "Q", "p (Q)", "I²"], rows
@@ -185,9 +186,11 @@ def spread_table(report: Report) -> Table:
     header = ["n", "std (points)", "95 % interval", f"std of {report.reference}", "ratio", "95 % interval of ratio"]
     header += ["p (swaps)", "p (Holm)", "level kept, normal and t (3 df)", "power at ratio 2", "less spread?"]
     rows = []
+    bases = {cell.group: cell for cell in report.cells if cell.norm == report.reference}
     for c in report.comparisons:
         s = c.spread.found
-        own = stats.std_interval(c.cell.sample("test_acc", started_seeds([c.cell])))
+        paired = c.cell.scores["test_acc"].keys() & bases[c.cell.group].scores["test_acc"].keys()
+        own = stats.std_interval(c.cell.sample("test_acc", sorted(paired)))
         row = [f"{s.n} pairs", number_text(s.std[0]), interval_text(own), number_text(s.std[1])]
         row += [number_text(s.ratio), interval_text(s.ratio_interval), p_text(s.p), p_text(c.spread.p_holm)]
         level = " and ".join(f"{level} %" for level in spread_level(s.n)) if s.n >= MIN_PAIRS else "-"
@@ -240,6 +243,7 @@ def checkpoint_selection_tables(report: Report) -> list[Table]:
     if not any(cell.scores["test_acc_peak"] for cell in report.cells):
         return []
     own, differences = [], []
+    compared = {c.cell.key for c in report.comparisons}  # without what is withheld
     for group in group_cells(report.cells).values():
         seeds = started_seeds(group)
         base = next((cell for cell in group if cell.norm == report.reference), None)
@@ -247,7 +251,7 @@ def checkpoint_selection_tables(report: Report) -> list[Table]:
             last, best, peak = (cell.sample(metric, seeds) for metric in METRICS)
             gains = [_signed(stats.summarize(other - last)) for other in (best, peak)]
             own.append([*_where(report, cell), number_text(stats.summarize(last).mean), *gains])
-            if base is not None and cell is not base:
+            if base is not None and cell.key in compared:
                 pairs = (cell.sample(metric, seeds) - base.sample(metric, seeds) for metric in METRICS)
                 differences.append([*_where(report, cell), *(_signed(stats.summarize(pair)) for pair in pairs)])
     header = ["last epoch (%)", "best val epoch - last", "peak on the test set - last"]

@@ -75,8 +75,8 @@ def guard_against_failures(p: PValues, at_chance: PValues, failed: tuple[int, in
 
 
 def _larger(p: float, q: float) -> float:
-    """Return the larger p; one that could not be computed counts as 1."""
-    return float(np.nanmax([p, 1.0 if math.isnan(q) else q]))
+    """Return the larger p; a q that could not be computed counts as 1, and a p that could not stays NaN."""
+    return float(np.maximum(p, 1.0 if math.isnan(q) else q))
 
 
 def correct(family: Sequence[PValues]) -> list[PValues]:
@@ -205,7 +205,8 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
         return f"{size} ({count_text(m)}): undecided, {why}."
     kind = "sequential " if j.at_look else "uncorrected " if j.family > 1 else ""
     text = f"{size} ({kind}95 % interval {interval_text(j.interval)}, {count_text(m)}): {j.verdict}, "
-    delta, inside = f"{j.delta:g} points", f"90 % interval {interval_text(j.interval_delta)}"
+    delta = f"{j.delta:g} points"
+    inside = f"{'sequential ' if j.at_look else ''}90 % interval {interval_text(j.interval_delta)}"
 
     def tested(name: str, level: float) -> str:
         if j.at_look:

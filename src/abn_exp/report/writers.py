@@ -72,7 +72,7 @@ CONVENTIONS = """\
   each); better or worse (two-sided test of no difference, 5 %); not better or not worse by delta (one-sided, 5 %);
   undecided. Undecided is no evidence that two norms are equal.
 - Holm's correction is over the primary comparisons alone; everything else is exploratory, each table with a family
-  of its own, whose size stands beside it, and averages apart from their parts. Intervals are not corrected.
+  of its own, whose size is in the CSV files, and averages apart from their parts. Intervals are not corrected.
 - "Detectable" is the difference that would be detected with 80 % power at this n, standard deviation and corrected
   level; "seeds for delta" is how many detect delta, "seeds for equivalence" how many show it where there is none.
 - If one side failed or diverged more often, what speaks for it holds only if it also holds with failures at chance.
@@ -94,9 +94,11 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         parts += [markdown_list(report.mean_sentence(c.cell, c.mean, ref) for c in report.comparisons)]
         parts += [markdown_table(difference_table(report))]
     if report.pooled:
-        parts += ["## One effect over all cells (exploratory)", POOLED_NOTE, markdown_table(pooled_table(report))]
+        exploratory = "" if any(p.primary for p in report.pooled) else " (exploratory)"
+        parts += [f"## One effect over all cells{exploratory}", POOLED_NOTE, markdown_table(pooled_table(report))]
     if report.comparisons:
-        parts += [f"## Spread between seeds, against {ref} (exploratory)"]
+        exploratory = "" if any(c.primary_spread for c in report.comparisons) else " (exploratory)"
+        parts += [f"## Spread between seeds, against {ref}{exploratory}"]
         parts += [markdown_list(report.spread_sentence(c.cell, c.spread, ref) for c in report.comparisons)]
         parts += [markdown_table(spread_table(report))]
     for table in report.effects:
@@ -157,7 +159,7 @@ def latex(report: Report) -> str:
     header, rows = accuracy_table(report)
     differences = {c.cell.key: c.mean for c in report.comparisons}
     first = header.index("n")
-    header = [*header[: first + 3], f"minus {report.reference} (points)", "p (Holm)", "verdict"]
+    header = [*header[: first + 3], f"minus {report.reference} (points){report.sequential}", "p (Holm)", "verdict"]
     cells = [cell for group in group_cells(report.cells).values() for cell in group]
     lines = []
     for cell, row in zip(cells, rows, strict=True):

@@ -122,7 +122,7 @@ def make_plan(runs: Sequence[RunPlan]) -> Plan:
             f"seeds=until_decided needs one number, and the primary comparison has {len(compared)}, one a cell; use "
             "primary.statistic=pooled, or dataset= and model= for one cell."
         )
-    return Plan(
+    plan = Plan(
         norm=primary.norm,
         reference=primary.reference,
         groups=compared,
@@ -133,6 +133,11 @@ def make_plan(runs: Sequence[RunPlan]) -> Plan:
         commit=git_commit(),
         written=_now(),
     )
+    try:
+        plan.levels(0)
+    except ValueError as error:
+        raise ConfigError(f"looks={list(plan.looks)}: {error}") from error
+    return plan
 
 
 def is_decided(folder: Path, looked: int) -> bool:
