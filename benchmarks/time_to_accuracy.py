@@ -35,7 +35,8 @@ from benchmarks.report import cell, device_folder, table
 
 REFERENCE = "constant"
 VARIED = ("seed", "recipe.schedule.name", "recipe.epochs")
-NETWORKS = ("binarynet", "vgg_small", "resnet18", "resnet18_paper")
+NETWORKS = ("binarynet", "vgg_small", "resnet18_paper")  # those whose signs have the conventional loop's gradient
+NORM = "abn"  # which the conventional loop has
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def measure_budgets(folder: Path, device: torch.device, workers: int, repetition
         raise ValueError(f"{dataset} is not one of {', '.join(CATALOG)}; nothing is known of its images.")
     if model not in NETWORKS:
         raise ValueError(f"{model} is not one of {', '.join(NETWORKS)}; there is no conventional loop for it.")
+    if norm != NORM:
+        raise ValueError(f"norm={norm} is not {NORM}; there is no conventional loop for it.")
     options, size = config.dataset, config.recipe.batch_size
     held = CATALOG[dataset].train_count if options.images is None else options.images[0]
     images = round((options.train_images or held) * (1 - config.recipe.val_fraction))
@@ -127,7 +130,7 @@ def measure_budgets(folder: Path, device: torch.device, workers: int, repetition
     torch.set_num_threads(config.threads)
     blank = config.model_copy(update={"dataset": options.model_copy(update={"train_images": None})})
     build = getattr(models, model)
-    network = build(options.num_classes or 2, options.image_size, Norm, width=config.model["width"])
+    network = build(len(data.classes), options.image_size, Norm, width=config.model["width"])
     theirs = ConventionalLoop(conventional(initialize_(network, 0)), data, size, device, workers)
     ours = OurLoop(blank, data, device)
     steps = -(-images // size)

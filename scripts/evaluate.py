@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Evaluate a run's saved weights on any data set: python scripts/evaluate.py RUN dataset=folder dataset.path=~/images
+"""Evaluate a run's saved weights on any data set.
+
+    python scripts/evaluate.py RUN dataset=folder dataset.path=$HOME/images
 
 RUN is a run's folder (.../seed-0). The data set is chosen as for train.py, by default the run's own; it needs images
 of the same size and as many classes. What the network predicts for each image is written beside the run's
@@ -16,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from abn_exp.analysis.evaluate import evaluate
 from abn_exp.commandline import HYDRA_ERRORS, check_groups, print_error
-from abn_exp.config import DatasetConfig, read
+from abn_exp.config import DatasetConfig, read_dataset
 from abn_exp.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ def chosen_dataset(words: list[str]) -> DatasetConfig | None:
         raise ConfigError(f"{wrong[0]} is not allowed: only dataset=... and dataset.KEY=... are chosen here.")
     check_groups(words, REPOSITORY / "conf")
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
-        return read(compose("config", words)).dataset if words else None
+        return read_dataset(compose("config", words)) if words else None
 
 
 def main() -> int:
@@ -46,6 +48,8 @@ def main() -> int:
         dataset = chosen_dataset(arguments.dataset)
         found = evaluate(arguments.run, dataset, arguments.weights, arguments.part, device)
         name = "own" if dataset is None else dataset.name
+        if dataset is not None and dataset.path is not None:
+            name += f"-{Path(dataset.path).resolve().name}"
         path = arguments.out
         if path is None:
             path = arguments.run / "evaluation" / f"{name}-{arguments.part}-{arguments.weights}.csv"

@@ -1,7 +1,8 @@
 """Export a trained network for other engines: python scripts/export.py RUN
 
 RUN is a run's folder (.../seed-0). network.onnx holds a bit for each binary weight, and integer thresholds in place
-of the norms that can be folded. Nothing is written that does not decide the whole test set as torch does.
+of the norms that can be folded. Nothing is written that does not decide the whole test set (QONNX: 500 of its images)
+as torch does.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
 
+from abn_exp.commandline import print_error
 from abn_exp.deploy.export import export, open_run
 from abn_exp.report.progress import clock
 
@@ -35,16 +37,16 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     out = arguments.out if arguments.out is not None else arguments.run / "export"
-    begun: dict[str, float] = {}  # of each engine's comparison
+    begun: dict[str, tuple[float, int]] = {}  # of each engine's comparison: when, with how many images done
     last = time.monotonic()
 
     def progress(engine: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        begun.setdefault(engine, last)
-        if now - last > 10:
+        start, before = begun.setdefault(engine, (now, done))
+        if now - last > 10 and done > before:
             last = now
-            left = (now - begun[engine]) / done * (total - done)
+            left = (now - start) / (done - before) * (total - done)
             print(f"{engine}: {done:,} of {total:,} test images agree, ETA {clock(left)}", flush=True)
 
     try:
@@ -52,8 +54,7 @@ def main() -> int:
         options = {"qonnx": arguments.qonnx, "openvino": arguments.openvino, "strict": arguments.strict}
         summary = export(run, out, **options, progress=progress)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return print_error(error)
     print((out / "summary.md").read_text(encoding="utf-8"))
     print(f"written to {out}")
     failed = [f"{name}: {why}" for name, why in summary["engines"].items() if isinstance(why, str)]

@@ -1,5 +1,6 @@
 """Every recipe of CONTRIBUTING.md, applied to a copy of the project, does what it says."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers.runs import REPOSITORY
 
@@ -116,6 +118,14 @@ def test_recipes_leave_what_they_promise(outcome: tuple[Path, dict[str, tuple[st
     assert {("runs", "digits", "binarynet", "tanh"), ("runs", "digits", "two_layers", "abn")} <= folders
     assert ("runs", "shapes", "binarynet", "abn") in folders
     assert (copy / "shapes.npz").is_file()  # converted by the recipe's own reader
+    spec = importlib.util.spec_from_file_location("my_norm", copy / "my_norm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    norm, x = made.TanhBatchNorm2d(4), torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.constant_(norm.beta, 0.5)
+    xhat = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), torch.tanh(xhat) + 0.5)  # as its docstring says
     variants = {path.parent.parent.name for path in copy.glob("results/runs/digits/binarynet/abn/*/*/result.json")}
     assert any("activation_estimator-tanh" in variant for variant in variants)
     assert any("input_noise-0.1" in variant for variant in variants)

@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm as normal
 from torch import nn
 
-from abn_exp.analysis import activations
+from abn_exp.analysis import activations, trained
 from abn_exp.analysis.activations import (
     GRID,
     SILU_MINIMUM,
@@ -284,6 +284,11 @@ def test_mistakes_are_one_sentence(
         == "error: --reference abm is not among the norms of these runs: abn, bn."
     )
     assert not list(study.rglob("*.pt"))  # told before anything is measured
+    other = binarynet(10, 32, nn.InstanceNorm2d, width=0.0625)
+    monkeypatch.setattr(trained, "load_trained_network", lambda *_: other)
+    assert mistake(abn).endswith("the norms of this network are of other classes.")
+    monkeypatch.undo()
+    monkeypatch.setattr("abn_exp.report.figures.save", lambda *_: None)
     assert analyze(monkeypatch, "activations", "--images", 20, abn) == 0  # a norm alone is described
     assert "No comparison on digits with binarynet: there is abn alone." in capsys.readouterr().out
     (abn / "checkpoints" / "last.ckpt").unlink()

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from abn_exp.analysis import cam, trained
 from abn_exp.data import prepare
+from abn_exp.data.splits import first_of_each_class
 from abn_exp.models import binarynet, resnet18
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
@@ -163,9 +163,9 @@ def test_curves_begin_and_end_with_the_whole_images() -> None:
 
 def test_first_of_each_class() -> None:
     labels = torch.tensor([1, 1, 0, 1, 0, 2])
-    assert trained.first_of_each_class(labels, 3).tolist() == [0, 2, 5]
-    assert trained.first_of_each_class(labels, 5).tolist() == [0, 1, 2, 4, 5]
-    assert trained.first_of_each_class(labels, None).tolist() == list(range(6))
+    assert first_of_each_class(labels, 3).tolist() == [0, 2, 5]
+    assert first_of_each_class(labels, 5).tolist() == [0, 1, 2, 4, 5]
+    assert first_of_each_class(labels, None).tolist() == list(range(6))
 
 
 @pytest.mark.slow
@@ -208,4 +208,3 @@ def test_a_wrong_number_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         analyze(monkeypatch, "cam", "somewhere", "--images", 0)
     assert stop.value.code == 2
     assert "0 is not allowed; use a whole number, 1 or more" in capsys.readouterr().err
-    assert "analyze.py" in sys.argv[0]

@@ -15,6 +15,7 @@ from abn_exp.data.prepare import load
 from abn_exp.results import RunResult
 from abn_exp.trained_network import load_network
 from abn_exp.training.run import run
+from tests.helpers.datasets import write_folder
 from tests.helpers.runs import plan_in
 from tests.helpers.scripts import run_script
 
@@ -71,6 +72,18 @@ def test_the_script_writes_what_the_network_says_of_each_image(
     np.testing.assert_allclose([float(row["probability"]) for row in rows], expected.max(1).values, atol=1e-4)
     accuracy = (expected.argmax(1) == digits.test.labels[order]).float().mean().item()
     assert f"30 images: accuracy {100 * accuracy:.2f} %" in said
+
+
+def test_a_set_that_is_there_in_part_is_evaluated(
+    trained: tuple[Path, RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_folder(tmp_path / "cifar10", [f"{label}" for label in range(10)])
+    words = ["dataset=cifar10", f"dataset.root={tmp_path}", "dataset.download=false"]
+    assert run_script(monkeypatch, "evaluate", trained[0], *words, "--out", tmp_path / "found.csv") == 0
+    assert "20 images: accuracy" in capsys.readouterr().out
 
 
 def test_classes_of_the_same_names_are_the_same_classes(

@@ -13,19 +13,26 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from abn_exp.analysis.trained import Opener, find_trained
+from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.data.prepare import load
+from abn_exp.data.splits import first_of_each_class
 from abn_exp.deploy import __main__ as classify
 from abn_exp.deploy import graph as tracing
 from abn_exp.deploy.export import FILES, export, open_run
 from abn_exp.deploy.fold import Fold
+from abn_exp.deploy.graph import Normalization
 from abn_exp.deploy.verify import Mismatch
 from abn_exp.errors import ConfigError
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
 from abn_exp.results import find_runs, read_result
-from abn_exp.trained_network import load_network
-from tests.helpers.runs import trained_study
+from abn_exp.trained_network import load_input_format, load_network
+from abn_exp.training.run import run
+from tests.helpers.datasets import write_folder
+from tests.helpers.runs import plan_in, trained_study
 from tests.helpers.scripts import run_script
 
 
@@ -140,6 +147,11 @@ def test_mistakes_of_who_classifies_are_one_sentence(
     )
     assert "was not written by scripts/export.py" in classify_fails(monkeypatch, capsys, damaged, image)
 
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(deep)
+    assert "has more than 8 bits a channel (mode I;16); convert it first" in classify_fails(
+        monkeypatch, capsys, network, deep
+    )
     other = tmp_path / "other.png"
     Image.new("L", (40, 30)).save(other)
     assert "has 40 x 30 pixels; this network takes 32 x 32" in classify_fails(
@@ -203,6 +215,93 @@ def test_no_file_is_left_where_an_engine_decides_otherwise(
     ):
         export(open_run(trained, "last", None), out)
     assert list(out.iterdir()) == []
+
+
+def test_of_an_engine_that_decides_otherwise_no_older_file_is_left(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in FILES:
+        (out / name).write_text("of an earlier export")
+
+    def wrong(*_: Any) -> Any:
+        raise Mismatch("layer2.conv reads other bits than torch's")
+
+    monkeypatch.setattr("abn_exp.deploy.export.require_extra", lambda *_: None)
+    monkeypatch.setattr("abn_exp.deploy.export._openvino", wrong)
+    summary = export(open_run(trained, "last", None), out, openvino=True)
+    assert summary["engines"]["OpenVINO"] == "layer2.conv reads other bits than torch's"
+    assert {path.name for path in out.iterdir()} == {"network.onnx", "summary.json", "summary.md"}
+
+
+def test_a_part_of_the_test_set_is_of_all_classes(trained: Path) -> None:
+    opened = open_run(trained, "last", None)
+    labels = opened.data.test.labels.sort().values  # as a folder of images is read
+    assert labels[first_of_each_class(labels, 20)].bincount().tolist() == [2] * 10
+
+
+def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Path) -> None:
+    """An export names the classes that were trained, and normalises as in training."""
+    write_folder(tmp_path / "images", ["cat", "dog"], per_class=20)
+    words = ["dataset=folder", f"dataset.path={tmp_path}/images", f"dataset.root={tmp_path}", "model.width=0.0625"]
+    words += ["recipe.epochs=1", "recipe.batch_size=8", "recipe.val_fraction=0.2", "wandb=disabled"]
+    plan = plan_in(tmp_path / "results", *words, tiny=False)
+    run(plan, "python train.py")
+    inputs = load_input_format(plan.directory)
+    image = np.full((32, 32, 3), 255, np.uint8)
+    for i in range(20):
+        Image.fromarray(image).save(tmp_path / "images" / "train" / "cat" / f"white{i}.png")
+    opened = open_run(plan.directory, "last", None)
+    assert opened.data.classes == ("cat", "dog")
+    assert torch.equal(opened.normalization.scale, Normalization.of(inputs.mean, inputs.std).scale)
+    (found,) = find_trained([plan.study])
+    before = Opener(None, None, torch.device("cpu"))
+    images = before.images(found)
+    expected = inputs.normalize(images.data.test.images)
+    torch.testing.assert_close(images.normalized, expected)
+    write_folder(tmp_path / "images", ["ant"])
+    with pytest.raises(ConfigError, match="has other classes now than when"):
+        open_run(plan.directory, "last", None)
+    with pytest.raises(ValueError, match="has other classes now than when"):
+        Opener(None, None, torch.device("cpu")).images(found)
+
+
+def test_a_layer_that_is_used_twice_is_refused(trained: Path, tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+            self.binary, self.head = BinaryConv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.binary(self.norm(self.stem(x))))
+            return self.head(self.binary(x).mean((2, 3)))
+
+    subject = replace(open_run(trained, "last", None), network=Shared().eval().requires_grad_(False))
+    with pytest.raises(ConfigError, match="binary is used twice in this network"):
+        export(subject, tmp_path / "out")
+
+
+def test_a_fold_behind_flatten_has_a_threshold_for_each_place(trained: Path, tmp_path: Path) -> None:
+    """BatchNorm1d then has more channels than the convolution whose sums it reads."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        BinaryConv2d(4, 4, 3, stride=4, padding=1),
+        nn.Flatten(),
+        nn.BatchNorm1d(256),
+        BinaryLinear(256, 10),
+        nn.BatchNorm1d(10),
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            network(torch.randn(64, 3, 32, 32))
+    subject = replace(open_run(trained, "last", None), network=network.eval().requires_grad_(False))
+    summary = export(subject, tmp_path / "out")
+    assert summary["layers"][1]["folded"]
+    assert summary["engines"]["ONNX Runtime"]["folded_bits_equal"] == 256 * 359
 
 
 def test_statistics_that_were_not_saved_are_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from abn_exp.errors import ConfigError
 from abn_exp.models.build import build_network
 
 MODELS = ("binarynet", "vgg_small", "resnet18", "resnet18_paper")
@@ -46,3 +47,12 @@ def test_a_norm_may_end_in_what_keeps_its_output_for_the_gradient(model: str) ->
 def test_other_norms_are_written_over_as_they_are() -> None:
     for norm in (nn.BatchNorm2d, CopiedTanhNorm):
         assert not any(module._forward_hooks for module in build("binarynet", norm).modules())
+
+
+def test_a_norm_without_running_statistics_is_refused() -> None:
+    """What a network predicts of an image would depend on the others in its batch; an InstanceNorm's does not."""
+    model, norm = {"_target_": "abn_exp.models.binarynet", "width": 0.125}, {"_partial_": True}
+    build_network(model, norm | {"_target_": "torch.nn.InstanceNorm2d"}, 10, 32)
+    batch_norm = {"_target_": "torch.nn.BatchNorm2d", "track_running_stats": False}
+    with pytest.raises(ConfigError, match=r"norm\.track_running_stats=false is not allowed"):
+        build_network(model, norm | batch_norm, 10, 32)

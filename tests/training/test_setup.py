@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from scipy import stats
 from torch import Tensor
 
 from abn_exp.binarize import BinaryConv2d
+from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from abn_exp.training import setup
-from abn_exp.training.setup import make_network, select_device
+from abn_exp.training.setup import make_network, normalization, select_device
 
 Make = Callable[..., RunPlan]
 
@@ -98,3 +100,14 @@ def test_a_device_that_is_not_there_is_refused(make_plan: Make, monkeypatch: pyt
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match=r"torch sees no CUDA device \(torch .* is built without CUDA\)"):
         select_device(make_plan("device=cuda").config)
+
+
+def test_a_channel_of_one_value_is_refused(make_plan: Make) -> None:
+    """Its standard deviation is 0, so that every image would be NaN."""
+    config, digits = make_plan("dataset=folder", "dataset.path=.").config, load("digits", ".")
+    images = digits.train.images.clone()
+    images[:, 2] = 7
+    flat = replace(digits, train=replace(digits.train, images=images))
+    with pytest.raises(ConfigError, match=r"the same value in every pixel, .* is 0: give dataset\.mean"):
+        normalization(config, flat)
+    assert normalization(config, digits)[1][0] > 0

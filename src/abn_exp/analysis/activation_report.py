@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from abn_exp.analysis import pictures
 from abn_exp.analysis.activations import (
@@ -69,12 +69,21 @@ NOTES = """\
   norms are equal."""
 
 
+def _check_norms(network: nn.Module, _: Tensor) -> None:
+    """Refuse a network of which nothing could be said. Raises ValueError."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        raise ValueError(
+            "This analysis is of what BatchNorm2d, or a class derived from it, gives to a binary layer; the norms of "
+            "this network are of other classes."
+        )
+
+
 def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, reference: str = "bn") -> AnalysisWriter:
     """Analyse the runs' networks and write summary.md, layers.csv, channels.csv, ... and figures into `out`."""
     cells = collect_cells(runs, reference)
     check_pairs(cells, reference)
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
-    opener.check(runs, lambda network, image: None)
+    opener.check(runs, _check_norms)
     measured = measure_each(runs, opener, _measure, out / "parts", "activations 2")
     found = {directory: NetworkActivations.from_plain(plain) for directory, plain in measured.items()}
     scores = {

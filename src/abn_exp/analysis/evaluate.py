@@ -12,6 +12,7 @@ from torch import Tensor
 from abn_exp.analysis.trained import trained_network
 from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
+from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError
 from abn_exp.files import write_text_atomic
 from abn_exp.trained_network import load_input_format, read_config
@@ -70,7 +71,7 @@ def evaluate(
             "those of dataset=folder are scaled (dataset.image_size)."
         )
     classes = network(torch.zeros(1, 3, size, size, device=device)).shape[1]
-    data = load_data(config.model_copy(update={"dataset": options}))
+    data = load_data(config) if dataset is None else load(**options.source)
     if len(data.classes) != classes:
         raise ConfigError(f"{options.name} has {len(data.classes)} classes, but this network tells {classes} apart.")
     names = data.classes if inputs.classes is None else inputs.classes

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from abn_exp.config import parse
+from abn_exp.config import Config, parse
+from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, load
+from abn_exp.data.splits import first_of_each_class
 from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count, end_with_parent
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
-from abn_exp.trained_network import load_trained_network, read_config, weights_file
-from abn_exp.training.setup import make_loaders
+from abn_exp.trained_network import load_input_format, load_trained_network, read_config, weights_file
+from abn_exp.training.setup import normalization
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
 MEMORY = 2**30  # bytes that one process is assumed to need
@@ -48,6 +51,8 @@ def find_trained(folders: Iterable[str | Path]) -> list[Run]:
         found |= {run.directory: run for run in finished}
     for directory in found:
         if not weights_file(directory).is_file():
+            if not directory.is_dir():
+                raise ValueError(f"{directory} is in an archive; restore it, with its network, as the README says.")
             raise ValueError(f"{directory} has no checkpoints/last.ckpt to analyse; train it again with force=true.")
     return sorted(found.values(), key=lambda run: (run.cell, run.seed))
 
@@ -82,23 +87,40 @@ class Opener:
 
     def images(self, run: Run) -> TestImages:
         """Return the same images for every run on one data set: the first of each class, in equal shares."""
-        config = parse(read_config(run.directory))
-        changes = {"padding": 0, "flip": False} | ({} if self.root is None else {"root": self.root})
-        config = config.model_copy(update={"dataset": config.dataset.model_copy(update=changes)})
         if (key := self.key(run)) != self._key or self._images is None:
-            data = load(**config.dataset.source)
+            config = parse(read_config(run.directory))
+            data = load(**config.dataset.source | ({} if self.root is None else {"root": self.root}))
+            mean, std, classes = self._input_format(run, config, data)
+            if classes not in (None, tuple(data.classes)):
+                raise ValueError(f"{data.name} has other classes now than when {run.directory} was trained.")
             chosen = first_of_each_class(data.test.labels, self.count)
-            batches = list(make_loaders(config, data, torch.device("cpu"))["test"])
-            normalized = torch.cat([images for images, _ in batches])[chosen]
+            batches = BatchLoader(data.test, chosen, 500, mean=mean, std=std, device="cpu")
+            normalized = torch.cat([images for images, _ in batches])
             self._key = key
             self._images = TestImages(data, chosen, normalized.to(self.device), data.test.labels[chosen])
         return self._images
 
+    @staticmethod
+    def _input_format(run: Run, config: Config, data: ImageDataset) -> tuple[Any, Any, tuple[str, ...] | None]:
+        """Return mean, std and class names of the training; of an older run, as its images are now."""
+        try:
+            inputs = load_input_format(run)
+        except ValueError:
+            return *normalization(config, data), None
+        return inputs.mean, inputs.std, inputs.classes
+
     def key(self, run: Run) -> str:
-        """Return a key that runs share if they are tested on the same images."""
+        """Return a key that runs share if they are tested on the same images, normalised in the same way."""
         config = parse(read_config(run.directory))
         options = config.dataset.model_dump(exclude={"padding", "flip", "train_images"})
+        with suppress(ValueError):
+            options |= asdict(load_input_format(run))
         return f"{options} {config.recipe.normalization} {self.root} {self.count}"
+
+    def digest(self, run: Run) -> str:
+        """Return a digest of these images: those of a folder may change while its path does not."""
+        images = self.images(run)
+        return hashlib.sha256(images.data.test.images[images.indices].numpy().tobytes()).hexdigest()
 
     def network(self, run: Run) -> nn.Module:
         return trained_network(run.directory, "last", self.device)
@@ -126,7 +148,11 @@ def measure_each(
     threads gain little in networks as small as most here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {run.directory: folder / f"{_digest(run, opener.key(run), what)}.pt" for run in runs}
+    keys = {run.directory: opener.key(run) for run in runs}
+    ordered = sorted(runs, key=lambda run: keys[run.directory])
+    images = {key: opener.digest(next(group)) for key, group in groupby(ordered, lambda run: keys[run.directory])}
+    digests = {run.directory: _digest(run, key := keys[run.directory], images[key], what) for run in runs}
+    paths = {directory: folder / f"{digest}.pt" for directory, digest in digests.items()}
     found = {directory: kept for directory, path in paths.items() if (kept := _read(path)) is not None}
     if found:
         print(f"{len(found)} of {len(runs)} networks were measured before", file=sys.stderr, flush=True)
@@ -198,13 +224,3 @@ def _read(path: Path) -> Measured | None:
 def trained_network(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:
     """Return a run's network on a device, in the memory format of training; errors as in `load_trained_network`."""
     return load_trained_network(directory, weights).to(device).to(memory_format=torch.channels_last)
-
-
-def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:
-    """Return the first `count` indices, taking the classes in turn; sorted int64. None, or too many: all."""
-    if count is None or count >= len(labels):
-        return torch.arange(len(labels))
-    turn = torch.zeros_like(labels)
-    for label in labels.unique():
-        turn[labels == label] = torch.arange(int((labels == label).sum()))
-    return turn.argsort(stable=True)[:count].sort().values

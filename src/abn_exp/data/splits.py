@@ -52,6 +52,16 @@ def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     return subset
 
 
+def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:
+    """Return the first `count` indices, taking the classes in turn; sorted int64. None, or too many: all."""
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    turn = torch.zeros_like(labels)
+    for label in labels.unique():
+        turn[labels == label] = torch.arange(int((labels == label).sum()))
+    return turn.argsort(stable=True)[:count].sort().values
+
+
 def _draw(labels: Tensor, count: int, seed: int, purpose: str) -> Tensor:
     random = generator(seed, purpose)
     members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]

@@ -48,11 +48,14 @@ class Classifier:
         """Return an image as (3, S, S). Raises ValueError or OSError where it is not one of that size."""
         try:
             with Image.open(path) as image:
+                mode = image.mode
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"{path} is no image that Pillow reads.") from error
+        if mode.startswith(("I", "F")):  # Pillow clips these to 255
+            raise ValueError(f"{path} has more than 8 bits a channel (mode {mode}); convert it first.")
         height, width, _ = pixels.shape
         if (height, width) != (self.image_size, self.image_size):
             size = self.image_size

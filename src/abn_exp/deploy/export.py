@@ -18,12 +18,13 @@ from torch import nn
 from abn_exp import provenance
 from abn_exp.config import Config, parse
 from abn_exp.data.prepare import ImageDataset, load
+from abn_exp.data.splits import first_of_each_class
 from abn_exp.deploy.graph import Graph, Normalization, trace
 from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
-from abn_exp.trained_network import load_trained_network, read_config
+from abn_exp.trained_network import load_input_format, load_trained_network, read_config
 from abn_exp.training.setup import normalization
 
 EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
@@ -63,7 +64,14 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
         data = load(**source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
-    mean, std = normalization(config, data)
+    try:
+        inputs = load_input_format(directory)
+    except ValueError:  # an older run has not kept it
+        mean, std = normalization(config, data)
+    else:
+        mean, std = inputs.mean, inputs.std
+        if inputs.classes not in (None, tuple(data.classes)):
+            raise ConfigError(f"{config.dataset.name} has other classes now than when {directory} was trained.")
     return TrainedRun(directory, weights, config, network, data, Normalization.of(mean, std))
 
 
@@ -80,8 +88,8 @@ def export(
 
     Everything is verified before any file is written. Raises ConfigError for a network that cannot be exported (with
     ``strict``, one of whose layers stays real behind a binary layer), Mismatch where ONNX Runtime does not do what
-    torch does; then the files of an earlier export are removed, too. Where another engine does not, its own files are
-    left out, and the summary says why.
+    torch does. Where another engine does not, its own files are left out, and the summary says why. Files of an
+    earlier export that this one does not write are removed.
     """
     require_extra("onnx", "onnxruntime", *["qonnx"] * qonnx, *["openvino"] * openvino)
     from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
@@ -97,7 +105,8 @@ def export(
     engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
 
     def check(name: str, engine: Engine, count: int | None = None, part: str = "") -> Verification:
-        images, labels = run.data.test.images[:count], run.data.test.labels[:count]
+        chosen = first_of_each_class(run.data.test.labels, count)
+        images, labels = run.data.test.images[chosen], run.data.test.labels[chosen]
         shown = partial(progress, name + part)
         return verify(run.network, graph, engine, images, labels, run.normalization, shown)
 
@@ -121,6 +130,8 @@ def export(
     contents["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     contents["summary.md"] = markdown(summary).encode()
     out.mkdir(parents=True, exist_ok=True)
+    for name in set(FILES) - contents.keys():
+        (out / name).unlink(missing_ok=True)
     for name, content in contents.items():
         with writing(out / name) as file:
             file.write(content)
@@ -155,7 +166,7 @@ def _openvino(run: TrainedRun, graph: Graph, check: Callable[..., Verification])
 
 def _refuse_real(graph: Graph) -> None:
     for layer in graph.layers:
-        if layer.reason is not None and not layer.reason.endswith("has real weights"):
+        if layer.reason is not None and not layer.reason.endswith(("has real weights", "it is the image")):
             raise ConfigError(
                 f"{layer.name} reads signs of real values of {layer.decided_by}: {layer.reason}; without --strict it "
                 "stays real."

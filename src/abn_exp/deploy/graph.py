@@ -251,6 +251,8 @@ class _Reader:
         x, index = source.args[0], int(source.args[4])  # type: ignore[arg-type]
         assert isinstance(x, fx.Node)
         name, module = self.named[index]
+        if index in self.layers:
+            raise ConfigError(f"{name} is used twice in this network, which cannot be exported.")
         if x not in self.bits:
             self.bits[x] = self.decide(x, module)
         bits, stage, folded, reason = self.bits[x]
@@ -270,16 +272,14 @@ class _Reader:
         if reason is None:
             producer = self.named[stage.layer][1]
             shape = stage.base.meta["val"].shape
-            function = stage.function()
             try:
                 if producer.bias is not None:
                     raise Unfoldable(f"{self.named[stage.layer][0]} has a bias")
-                folded = fold(function, shape[1], producer.weight[0].numel(), sign_zero, len(shape))
+                folded = fold(stage.function(), shape[1], producer.weight[0].numel(), sign_zero, len(shape))
             except Unfoldable as error:
                 reason = str(error)
             else:
-                options = {"fold": folded, "function": function}
-                bits = self.add("threshold", (self.value(stage.base),), _shape(stage.top), **options)
+                bits = self.add("threshold", (self.value(stage.base),), _shape(stage.top), fold=folded)
                 for move in reversed(stage.moves):
                     bits = self.move(move, bits)
                 return bits, stage, folded, None

@@ -126,7 +126,7 @@ class Writer:
         """Return the codes of folded sums."""
         moves, layer = producer(node.inputs[0])
         fold = node.options["fold"]
-        if len(layer.node.shape) == 3 and fold.counts.max() <= 2:
+        if len(layer.node.shape) == 3 and len(fold.first) == layer.node.shape[0] and fold.counts.max() <= 2:
             return self.quantized(node, moves, layer, fold)
         if len(layer.node.shape) == 1:
             value, unit = self.linear_sums(layer)

@@ -13,7 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from abn_exp.binarize import BinaryConv2d
 from abn_exp.errors import ConfigError, validation_sentence
@@ -101,6 +101,11 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
     if not isinstance(network, torch.nn.Module):
         raise ConfigError(f"model._target_={model['_target_']} is not allowed: it does not make a torch.nn.Module.")
     for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ConfigError(
+                "norm.track_running_stats=false is not allowed: without running statistics, what a network predicts "
+                "for an image depends on the others in its batch."
+            )
         if isinstance(module, _NormBase):
             try:
                 check_statistics(module.eps, module.momentum)

@@ -111,7 +111,13 @@ def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], 
         return IMAGENET_MEAN, IMAGENET_STD
     if options.mean is not None and options.std is not None:
         return options.mean, options.std
-    return channel_statistics(data.train.images)
+    mean, std = channel_statistics(data.train.images)
+    if 0 in std:
+        raise ConfigError(
+            f"{options.name} has a colour channel with the same value in every pixel, whose standard deviation is 0: "
+            "give dataset.mean=[...] and dataset.std=[...]."
+        )
+    return mean, std
 
 
 def make_loaders(
