@@ -50,8 +50,11 @@ def main(cfg: DictConfig) -> float | None:
 
         check_looks([plan], hydra_config.overrides.task, multirun=False)
         if plan.config.dry_run:
+            from abn_exp.identity import restore_quoted
             from abn_exp.training.estimate import dry_run
 
+            if not plan.config.force:
+                restore_quoted(plan)
             for line in dry_run([plan]):
                 print(line, flush=True)
             return None

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from abn_exp.commandline import print_error
 from abn_exp.errors import end_with_reader
 from abn_exp.report.progress import clean, list_runs
 
@@ -43,8 +44,7 @@ def main() -> int:
         for line in _act(arguments):
             print(line, flush=True)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return print_error(error)
     return 0
 
 

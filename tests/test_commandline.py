@@ -18,6 +18,10 @@ CONF = REPOSITORY / "conf"
         ("seed=1 --cfg job ~norm --package recipe", "--cfg job --package recipe seed=1 ~norm"),
         ("a=1 --config-dir x=y b=2", "--config-dir x=y a=1 b=2"),
         ("a=1 --config-dir=x=y b=2 --multirun c=3", "--config-dir=x=y --multirun a=1 b=2 c=3"),
+        (
+            "norm=bn --resolve model=vgg_small --cfg job recipe=quick",
+            "--resolve --cfg job norm=bn model=vgg_small recipe=quick",
+        ),
         ("", ""),
     ],
 )
@@ -41,7 +45,11 @@ def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
         ("hydra/launcher=slurm", 'hydra/launcher=slurm needs a plug-in: pip install --editable ".[slurm]".'),
         ("hydra/launcher=ray_local", 'pip install --editable ".[ray]".'),
         ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]"),
-        ("norm", "Error parsing override 'norm' missing EQUAL"),
+        ("norm", "norm is not allowed: an option is written KEY=VALUE, without blanks."),
+        (
+            "dataset.path=~/images",
+            "dataset.path=~/images has a character that needs quotes: 'dataset.path=\"~/images\"'.",
+        ),
     ],
 )
 @pytest.mark.parametrize("at_work", [False, True], ids=["alone", "inside Hydra"])
@@ -66,6 +74,7 @@ def test_a_wrong_word_is_told_in_a_sentence(override: str, sentence: str, at_wor
         ("dataset=digits norm=[3,4]", r"norm=\[3,4\] is not allowed: .* iebn\.$"),
         ("-m seeds=null", r"seeds=null is not allowed: .* until_decided\.$"),
         ("norm=5", "norm=5 is not allowed"),
+        ("-m seeds=five,ten", "seeds=five,ten is not allowed: choose one list of seeds, or seed=0,1,2."),
     ],
 )
 def test_a_group_takes_the_name_of_one_file(command: str, sentence: str) -> None:

@@ -24,7 +24,9 @@ print(sorted({SLOW_TO_IMPORT!r} & sys.modules.keys()))
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "abn_exp.config"], ["scripts/runs.py", "results"]])
+@pytest.mark.parametrize(
+    "words", [["train.py", "--help"], ["-m", "abn_exp.config"], ["scripts/runs.py", "results/quoted"]]
+)
 def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

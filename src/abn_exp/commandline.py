@@ -19,6 +19,7 @@ from yaml import YAMLError
 from abn_exp.errors import flat_keys, in_a_line, unknown_key
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+FLAGS = ("-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--resolve", "--version")  # no value
 OPEN = ("model.", "norm.", "recipe.optimizer.")  # sections that take any argument of the class that they name
 
 
@@ -37,7 +38,7 @@ def overrides_last(words: Sequence[str]) -> list[str]:
 
 def _is_override(words: Sequence[str], number: int) -> bool:
     word, before = words[number], words[number - 1] if number else ""
-    is_value = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
+    is_value = before.startswith("-") and "=" not in before and before not in FLAGS
     return not is_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
@@ -50,6 +51,8 @@ def check_groups(words: Sequence[str], conf: Path) -> None:
     typed = [word for number, word in enumerate(words) if _is_override(words, number)]
     for override in OverridesParser.create().parse_overrides(typed):
         group = override.key_or_group
+        if group == "seeds" and override.is_sweep_override():
+            raise ValueError(f"{override.input_line} is not allowed: choose one list of seeds, or seed=0,1,2.")
         names = sorted(file.stem for file in (conf / group).glob("*.yaml")) if "/" not in group else []
         if not names or override.is_sweep_override() or override.is_delete():
             continue
@@ -90,6 +93,10 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         close = get_close_matches(chosen, options, n=1, cutoff=0.5)
         suggestion = f"; did you mean {close[0]}?" if close else "."
         return f"{group}={chosen} is not allowed: it should be {', '.join(options)}{suggestion}"
+    if match := re.search(r"(?:LexerNoViableAltException|token recognition error).*?(\S+?)=(\S*)", text):
+        return f"{match[1]}={match[2]} has a character that needs quotes: '{match[1]}=\"{match[2]}\"'."
+    if match := re.search(r"Error parsing override '(.*?)'\s+missing EQUAL", text):
+        return f"{match[1]} is not allowed: an option is written KEY=VALUE, without blanks."
     if match := re.search(r"In 'hydra/launcher/((\w+?)(?:_\w+)?)': Could not load", text):
         return f'hydra/launcher={match[1]} needs a plug-in: pip install --editable ".[{match[2]}]".'
     if error.__cause__ is not None and text.startswith("Error merging override"):

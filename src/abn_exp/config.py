@@ -99,7 +99,10 @@ class DatasetConfig(Section):
         from abn_exp.data.catalog import CATALOG  # numpy and PIL; not for --help
 
         if name not in (*CATALOG, "folder"):
-            raise ValueError(f"dataset.name={name} is not allowed: it should be {', '.join(CATALOG)} or folder")
+            raise ValueError(
+                f"dataset.name={name} is not allowed: it should be {', '.join(CATALOG)} or folder; a new set "
+                "needs an entry in CATALOG (CONTRIBUTING.md)"
+            )
         return name
 
     @field_validator("root")

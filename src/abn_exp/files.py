@@ -1,10 +1,12 @@
-"""Atomic writes: a reader, at any moment and after any kill, finds the old file or the whole new one."""
+"""Atomic writes, where a reader finds the old file or the whole new one at any moment, and the lock of a run."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -32,6 +34,24 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader, at any moment, finds the old file or the whole new one."""
     with writing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))  # what a terminal sent need not be valid
+
+
+@contextmanager
+def run_lock(directory: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Hold the lock of a run, as the process that trains it does; yield whether it was free.
+
+    `patience` is for how many seconds to wait until it is, negative: for ever.
+    """
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def remove_temporary_files(folder: Path, name: str = "*") -> None:

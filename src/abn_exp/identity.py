@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from abn_exp.config import NAME, Config, read
 from abn_exp.errors import ConfigError, DamagedFile
-from abn_exp.files import writing
+from abn_exp.files import run_lock, writing
 from abn_exp.options import Options, all_options, differing_options, set_options
 from abn_exp.records import NETWORK, RECORDS, RUN_FILES, archived_runs, read_run_file
 from abn_exp.results import has_begun, read_result
@@ -194,11 +194,14 @@ def restore_quoted(plan: RunPlan) -> Path | None:
     except (ValueError, OSError) as error:
         log.warning("%s; it is not taken as finished", error)
         return None
-    directory.mkdir(parents=True, exist_ok=True)
     files = {name: content for name in (*RUN_FILES, NETWORK) if (content := read_run_file(source, name)) is not None}
-    for name in sorted(files, key=lambda name: name == "result.json"):  # with it the run is finished
-        with writing(directory / name) as file:
-            file.write(files[name])
+    directory.mkdir(parents=True, exist_ok=True)
+    with run_lock(directory) as free:
+        if not free or has_begun(directory):  # another process has been faster
+            return None
+        for name in sorted(files, key=lambda name: name == "result.json"):  # with it the run is finished
+            with writing(directory / name) as file:
+                file.write(files[name])
     return study / RECORDS
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,12 +28,37 @@ def test_images_are_counted_as_the_loaders_have_them(make_plan: Make, overrides:
     assert image_counts(config) == pytest.approx(tuple(counts), abs=1)  # the split rounds in each class
 
 
+def test_of_a_set_that_is_there_in_part_its_own_images_are_counted(make_plan: Make) -> None:
+    config = make_plan("dataset=cifar10", "+dataset.images=[5000,1000]", "recipe.val_fraction=0.1", tiny=False).config
+    assert image_counts(config) == (4500, 500, 1000)
+
+
+def test_speed_is_measured_without_the_initial_weights(make_plan: Make) -> None:
+    """Those are of a network for another number of classes than the random images have."""
+    plan = make_plan()
+    config = plan.config.model_copy(update={"init_from": "nowhere", "init_digest": "0"})
+    assert measure_speed(replace(plan, config=config), 0.1).train > 0
+
+
+@pytest.mark.parametrize("rates", [{}, {1: 10.0}])
+def test_a_gain_that_could_not_be_measured_is_none(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, rates: dict[int, float]
+) -> None:
+    monkeypatch.setattr("abn_exp.training.parallel.measure", lambda *_: rates)
+    lines = list(dry_run([make_plan("seeds_at_once=2", f"seed={seed}") for seed in (0, 1)]))
+    assert any("2 at a time, which is 1.00 times as fast as one" in line for line in lines)
+
+
 def test_time_is_that_of_the_epochs_that_are_left(make_plan: Make) -> None:
     """900 + 100 images an epoch at 100 and 1000 a second; the test set is read for the last and the best weights."""
     plan = make_plan("dataset.train_images=1000", "recipe.epochs=10", "recipe.val_fraction=0.1")
-    assert seconds_left(plan, Speed(100.0, 1000.0), 3) == pytest.approx(7 * (9.0 + 0.1) + 2 * 0.359)
+    assert seconds_left(plan, image_counts(plan.config), Speed(100.0, 1000.0), 3) == pytest.approx(
+        7 * (9.0 + 0.1) + 2 * 0.359
+    )
     peeking = make_plan("recipe=paper", "dataset.train_images=1000", "recipe.epochs=10")
-    assert seconds_left(peeking, Speed(100.0, 1000.0), 0) == pytest.approx(10 * (10.0 + 0.359) + 0.359)
+    assert seconds_left(peeking, image_counts(peeking.config), Speed(100.0, 1000.0), 0) == pytest.approx(
+        10 * (10.0 + 0.359) + 0.359
+    )
 
 
 def test_a_disk_that_is_too_small_is_said(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:

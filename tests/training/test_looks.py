@@ -54,7 +54,7 @@ def test_without_a_study_the_one_norm_beside_bn_is_the_question(pair: list[RunPl
     [
         ("{norm: abn, statistic: spread}", "the primary comparison of this study is one of spreads"),
         ("{norm: abn, reference: iebn}", "compares abn with iebn, and this command runs norm=bn,abn"),
-        ("{norm: abn, datasets: [cifar10]}", "compares abn with bn, and this command runs"),
+        ("{norm: abn, datasets: [cifar10]}", "compares abn with bn on dataset=cifar10, and this command runs"),
     ],
 )
 def test_a_primary_comparison_without_one_number_is_refused(primary: str, message: str, make_plan: Compose) -> None:
@@ -137,6 +137,18 @@ def test_what_plans_looks_is_refused_where_there_are_none(make_plan: Compose) ->
 def test_runs_that_were_there_before_the_plan_are_refused(pair: list[RunPlan]) -> None:
     start_run(pair[0].directory.parents[4], "bn", 0, variant=pair[0].variant)
     assert "holds 1 runs of this comparison that were begun without a plan" in refused(pair)
+
+
+def test_runs_of_a_later_look_that_have_not_ended_are_among_its_seeds(pair: list[RunPlan]) -> None:
+    """Another process trains them: the sweep has to say that they have no result."""
+    folder, variant = pair[0].directory.parents[4], pair[0].variant
+    accept(pair)
+    for seed, (bn, abn) in enumerate([(0.70, 0.75), (0.71, 0.70)]):
+        finish_run(folder, "bn", seed, bn, variant=variant)
+        finish_run(folder, "abn", seed, abn, variant=variant)
+    assert not is_decided(folder, 1)
+    assert is_decided(folder, 2)
+    assert looks.seeds_of_looks(folder, 2) == {0, 1, 2}
 
 
 def test_it_ends_at_the_first_verdict_and_stays_there(pair: list[RunPlan], caplog: pytest.LogCaptureFixture) -> None:

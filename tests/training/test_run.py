@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,11 +25,13 @@ from hydra.core.hydra_config import HydraConfig
 import train as train_py
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError, Stopped
+from abn_exp.files import run_lock
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network, initialize_
 from abn_exp.results import RunResult, find_runs, load_runs, read_metrics
 from abn_exp.trained_network import load_input_format, load_network, load_predictions
 from abn_exp.training import checkpoints
+from abn_exp.training import run as run_module
 from abn_exp.training.callbacks import EpochLogger
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
@@ -166,6 +170,52 @@ def test_a_finished_run_is_shown_and_not_run_again(make_plan: Make, caplog: pyte
     again = run(make_plan("force=true"), "python train.py")
     assert (plan.directory / "result.json").stat().st_mtime_ns > before
     assert again.test_loss == result.test_loss
+
+
+def test_force_loses_nothing_before_something_new_is_trained(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by a mistake, nor by a stop, nor by a kill before the first epoch has ended."""
+    plan, forced = make_plan(), make_plan("force=true")
+    result = run(plan, "python train.py")
+
+    def files() -> dict[str, bytes]:
+        found = (path for path in plan.directory.rglob("*") if path.is_file() and path.name != "train.log")
+        return {str(path.relative_to(plan.directory)): path.read_bytes() for path in found}
+
+    before = files()
+    for error in (ConfigError("there is no such data"), Stopped(signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "load_data", Mock(side_effect=error))
+            with pytest.raises(type(error)):
+                run(forced, "python train.py")
+        assert files() == before
+    run_module._set_aside(plan.directory)  # and then SIGKILL
+    shutil.copy(plan.directory / run_module.REPLACED / "config.yaml", plan.directory)
+    assert [path.status for path in find_runs(plan.study)] == ["unfinished"]
+    assert run(plan, "python train.py") == result
+    assert files() == before
+    assert run(forced, "python train.py").test_loss == result.test_loss
+    assert not (plan.directory / run_module.REPLACED).exists()
+
+
+def test_whoever_looks_at_the_lock_of_a_run_does_not_refuse_it(make_plan: Make) -> None:
+    plan, held, enough = make_plan(), threading.Event(), threading.Event()
+    plan.directory.mkdir(parents=True)
+
+    def hold() -> None:
+        with run_lock(plan.directory):
+            held.set()
+            enough.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with pytest.raises(ConfigError, match="is being written by another process"):
+        run(plan, "python train.py", patience=0.1)
+    threading.Timer(0.3, enough.set).start()
+    assert run(plan, "python train.py", patience=-1).test_acc > 0
+    thread.join()
 
 
 def test_same_command_twice_is_bit_identical(make_plan: Make) -> None:

@@ -42,11 +42,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Search:
     folder = tmp_path_factory.mktemp("searched")
     stopped, train, calls = search(folder), module.run, []
 
-    def stop_at_the_seventh_run(*arguments: Any) -> object:
+    def stop_at_the_seventh_run(*arguments: Any, **options: Any) -> object:
         calls.append(arguments)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return train(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", stop_at_the_seventh_run)

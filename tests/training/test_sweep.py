@@ -213,6 +213,8 @@ def hydra() -> Iterator[None]:
             "seed is among what it searches: it would find a lucky seed; scripts/search.py takes",
         ),
         (["seeds_at_once=2", "hydra/launcher=basic"], "error: seeds_at_once is for hydra/launcher=workers"),
+        (["seeds=until_decided", "norm=bn,abn", "looks=[2,3]", "seed=7"], "has no run; the looks end at seed 2:"),
+        (["dry_run=true", "dataset=folder", "dataset.path=/nowhere"], "error: "),
     ],
 )
 def test_one_wrong_value_refuses_the_whole_sweep(tmp_path: Path, overrides: list[str], sentence: str) -> None:
@@ -269,6 +271,8 @@ def test_the_seeds_are_those_named_last() -> None:
     assert expanded("seeds=three", "seed=7") == [("abn", 7)]
     assert expanded("seed=3,4", "seeds=five") == [("abn", 3), ("abn", 4)]
     assert expanded("+hydra.sweeper.params.seed='5,6'") == [("abn", 5), ("abn", 6)]
+    assert expanded("study=trained", "norm=abn", "seeds=one") == [("abn", 0)]
+    assert len(expanded("study=trained", "seeds=three")) == 6
     assert set(expanded("seeds=five", "norm=bn,abn")) == {(norm, seed) for norm in ("bn", "abn") for seed in range(5)}
 
 
@@ -313,6 +317,46 @@ def test_a_run_without_a_result_of_its_own_is_told(
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
     assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
+
+
+@pytest.mark.usefixtures("hydra")
+def test_the_command_of_a_single_run_of_a_planned_study_is_accepted(tmp_path: Path) -> None:
+    """It stands above each configuration; the study's looks are not typed in it."""
+    callback, folder = SweepCallback(), f"results_dir={tmp_path}/results"
+    callback.on_multirun_start(composed(folder, "study=trained", "wandb=disabled"))
+    directory = callback.plans[3].directory
+    typed = (directory / "config.yaml").read_text().splitlines()[0].removeprefix("# python train.py ")
+    assert "seeds=one" in typed
+    alone = SweepCallback()
+    alone.on_multirun_start(composed(*shlex.split(typed)))
+    assert [plan.directory for plan in alone.plans] == [directory]
+
+
+@pytest.mark.usefixtures("hydra")
+def test_runs_that_are_forced_are_not_counted_as_finished(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed / "results", "results")
+    for words, counts in (
+        (["force=true"], "6 runs, 0 of them finished, 6 to do"),
+        ([], "6 runs, 6 of them finished"),
+    ):
+        with caplog.at_level(logging.INFO):
+            SweepCallback().on_multirun_start(composed("device=cpu", "wandb=disabled", *TINY, *SIX, *words))
+        assert counts in caplog.text
+
+
+@pytest.mark.usefixtures("hydra")
+def test_a_forced_run_that_was_refused_is_told_though_its_old_result_is_there(
+    tmp_path: Path, undisturbed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed / "results", "results")
+    callback = SweepCallback()
+    callback.on_multirun_start(composed("device=cpu", "wandb=disabled", *TINY, *SIX, "force=true"))
+    callback.errors[callback.plans[0].directory] = "there is no such data"
+    assert callback._failed() == [f"NOT REPLACED {callback.plans[0].directory}: there is no such data"]
 
 
 @pytest.mark.usefixtures("hydra")

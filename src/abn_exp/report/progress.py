@@ -2,30 +2,12 @@
 
 import statistics
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from abn_exp.files import run_lock
 from abn_exp.results import Run, find_runs, has_begun, read_metrics, remove_run
 from abn_exp.trained_network import read_config
-
-
-@contextmanager
-def run_lock(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a run, as the process that trains it does; yield whether it was free."""
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def is_running(directory: Path) -> bool:
@@ -41,14 +23,15 @@ def is_running(directory: Path) -> bool:
 
 def list_runs(folder: Path) -> list[str]:
     """Return the runs by cell with state, epochs and time to go, and their number: lines of at most 80 characters,
-    but for the paths, which are not broken.
+    but for the paths, which are not broken. Of `results`, without those that were packed into `results/quoted`.
 
     Raises ValueError where there are none.
     """
-    runs = find_runs(folder)
+    runs = [run for run in find_runs(folder) if not run.directory.is_relative_to(folder / "quoted")]
     if not runs:
+        packed = ", or results/quoted" if (folder / "quoted").is_dir() else ""
         raise ValueError(
-            f"There are no runs below {folder}; give a folder that train.py wrote, results or results/NAME."
+            f"There are no runs below {folder}; give a folder that train.py wrote, results or results/NAME{packed}."
         )
     lines, states = [], []
     for cell, group in groupby(runs, lambda run: run.directory.parent):

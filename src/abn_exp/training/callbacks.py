@@ -124,9 +124,11 @@ class EpochLogger(pl.Callback):
 class StepProgressBar(pl.Callback):
     """One bar over all steps of a run, with the time left; what is logged meanwhile appears above it."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def __init__(self) -> None:
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, transient=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LitClassifier)
         self.task = self.progress.add_task("", total=pl_module.steps, completed=trainer.global_step, epoch=1)
         self.progress.start()

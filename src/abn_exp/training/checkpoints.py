@@ -127,8 +127,10 @@ def keep_weights(directory: Path) -> None:
     last = directory / "checkpoints" / "last.ckpt"
     try:
         checkpoint = read_checkpoint(last)
+        buffer = io.BytesIO()  # torch's own error on a full disk is no OSError
+        torch.save({**checkpoint, "optimizer_states": [], "lr_schedulers": []}, buffer)
         with writing(last) as file:
-            torch.save({**checkpoint, "optimizer_states": [], "lr_schedulers": []}, file)
+            file.write(buffer.getbuffer())
         previous(last).unlink(missing_ok=True)
     except (DamagedFile, OSError) as error:
         log.warning("%s; the optimizer's state stays in the checkpoints", error)

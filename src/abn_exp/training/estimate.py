@@ -1,6 +1,5 @@
 """Estimates before runs begin: the disk space of checkpoints and, with `dry_run=true`, the time from a few steps."""
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,9 +69,10 @@ class Speed:
     evaluation: float
 
 
-def seconds_left(plan: RunPlan, speed: Speed, done: int) -> float:
-    """Return the seconds that a run takes after `done` epochs; imports and the reading of data are not counted."""
-    train, validation, test = image_counts(plan.config)
+def seconds_left(plan: RunPlan, counts: tuple[int, int, int], speed: Speed, done: int) -> float:
+    """Return the seconds that a run takes after `done` epochs on so many images (`image_counts`); imports and the
+    reading of data are not counted."""
+    train, validation, test = counts
     recipe = plan.config.recipe
     evaluated = validation + (test if recipe.test_every_epoch else 0)
     epoch = train / speed.train + evaluated / speed.evaluation
@@ -82,7 +82,9 @@ def seconds_left(plan: RunPlan, speed: Speed, done: int) -> float:
 def image_counts(config: Config) -> tuple[int, int, int]:
     """Return the numbers of images to train on, to validate on, and to test on."""
     known = CATALOG.get(config.dataset.name)
-    if known is not None:
+    if config.dataset.images is not None:  # of a set that is there in part
+        train, test = config.dataset.images
+    elif known is not None:
         train, test = known.train_count, known.test_count
     else:
         from abn_exp.training.setup import load_data
@@ -124,7 +126,8 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
             yield f"  {plan.directory.name:<9} {state:<10} {rest}".rstrip()
         if pending:
             speed = measure_speed(pending[0][0], SECONDS)
-            times = [seconds_left(plan, speed, done) for plan, done in pending]
+            counts = image_counts(pending[0][0].config)
+            times = [seconds_left(plan, counts, speed, done) for plan, done in pending]
             yield f"  {len(pending)} to do, {clock(max(times))} for one, {speed_text(speed.train)}"
             to_do += [plan for plan, _ in pending]
             total += sum(times)
@@ -157,4 +160,4 @@ def _at_once(plans: Sequence[RunPlan]) -> tuple[int, float]:
         return 1, 1.0
     rates = measure(config, plans[0].choices["norm"], sorted(set(counts)), device)
     count = choose(rates) if wanted == "auto" else max(counts)
-    return count, rates.get(count, math.nan) / rates.get(1, math.nan)
+    return count, rates[count] / rates[1] if {1, count} <= rates.keys() else 1.0

@@ -114,8 +114,8 @@ def make_plan(runs: Sequence[RunPlan]) -> Plan:
     compared = tuple(group for group, found in groups.items() if {primary.norm, primary.reference} <= found)
     if not compared:
         raise ConfigError(
-            f"seeds=until_decided compares {primary.norm} with {primary.reference}, and this command runs "
-            f"norm={','.join(norms)}, not both of them in one cell."
+            f"seeds=until_decided compares {primary.norm} with {primary.reference}{_where(primary)}, and this "
+            f"command runs norm={','.join(norms)}, not both of them in one cell there."
         )
     if len(compared) > 1 and primary.statistic == "mean":
         raise ConfigError(
@@ -140,6 +140,12 @@ def make_plan(runs: Sequence[RunPlan]) -> Plan:
     return plan
 
 
+def _where(primary: PrimaryConfig) -> str:
+    chosen = (("dataset", primary.datasets), ("model", primary.models))
+    words = [f"{key}={','.join(names)}" for key, names in chosen if names is not None]
+    return f" on {' and '.join(words)}" if words else ""
+
+
 def is_decided(folder: Path, looked: int) -> bool:
     """Take the look after so many batches of runs, unless it was taken before, and tell whether no more are needed.
 
@@ -160,11 +166,11 @@ def is_decided(folder: Path, looked: int) -> bool:
     return plan.entries[looked - 1]["verdict"] != "undecided" or looked == len(plan.looks)
 
 
-def seeds_of_looks(folder: Path) -> set[int]:
-    """Return the seeds that the looks taken so far asked for, or those of the first."""
+def seeds_of_looks(folder: Path, looked: int) -> set[int]:
+    """Return the seeds that so many looks ask for, whether or not the last was taken."""
     plan = read_plan(folder)
     assert plan is not None
-    return set(plan.seeds_at(max(0, len(plan.entries) - 1)))
+    return set(plan.seeds_at(looked - 1))
 
 
 def _in_cells(cell: tuple[str, str, str, str], plan: Plan) -> bool:

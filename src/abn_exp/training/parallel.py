@@ -181,7 +181,7 @@ def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
     options = config.dataset.model_copy(update={"train_images": None})
     data = random_data(8 * recipe.batch_size, 10, options.image_size)
-    config = config.model_copy(update={"recipe": recipe, "dataset": options})
+    config = config.model_copy(update={"recipe": recipe, "dataset": options, "init_from": None})  # ten classes here
     loop = StepLoop(config, data, select_device(config), norm)
     batches = cycle(loop.loaders["train"])
     images_per_second(loop.step, batches, WARM, loop.device)
@@ -220,6 +220,7 @@ def _free_bytes(device: torch.device) -> float:
 def _data_bytes(config: Config) -> float:
     """Return what a run's training images take (`BatchLoader`), which are not loaded while the speed is measured."""
     known = CATALOG.get(config.dataset.name)
-    count = config.dataset.train_images or (known.train_count if known is not None else 0)
+    held = config.dataset.images[0] if config.dataset.images is not None else None  # of a set that is there in part
+    count = config.dataset.train_images or held or (known.train_count if known is not None else 0)
     side = config.dataset.image_size + 2 * config.dataset.padding
     return count * side**2 * 4 * (2 if config.dataset.flip else 1)

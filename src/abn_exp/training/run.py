@@ -29,12 +29,12 @@ from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
-from abn_exp.files import remove_temporary_files, write_text_atomic
+from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
 from abn_exp.records import NETWORK, RUN_FILES
-from abn_exp.report.progress import clock, run_lock, speed_text
+from abn_exp.report.progress import clock, speed_text
 from abn_exp.results import RunResult, read_metrics, read_result, remove_run, write_result
 from abn_exp.trained_network import (
     InputFormat,
@@ -46,7 +46,7 @@ from abn_exp.trained_network import (
     write_predictions,
 )
 from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
-from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, usable_checkpoint
+from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, previous, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.extend import begin_with_shorter_run
 from abn_exp.training.setup import (
@@ -64,6 +64,8 @@ from abn_exp.training.setup import (
 from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
 
+REPLACED = ".replaced"  # of a run that `force` trains again: what was there, until something new has been trained
+PATIENCE = 1.0  # seconds for whoever looks at the run's lock just now
 SLOWER = 1.1  # warn where a precision takes this many times as long as fp32
 
 log = logging.getLogger(__name__)
@@ -75,27 +77,29 @@ warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.co
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
 
 
-def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
+def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: float = PATIENCE) -> RunResult:
     """Train and test one network, or go on with it, or show its result where it is already finished.
 
-    `steps` is a counter that another process watches; without it, this process watches the run itself.
+    `steps` is a counter that another process watches; without it, this process watches the run itself. `patience` is
+    for how many seconds to wait for another process that trains the run; negative: until it has ended.
 
-    Raises ConfigError for what the user can correct; where training had not begun, the run's folder is removed. Any
-    other error is recorded in `FAILED`.
+    Raises ConfigError for what the user can correct; where training had not begun, the run's folder is removed, or is
+    again what it was before `force`. Any other error is recorded in `FAILED`.
     """
     config, directory = plan.config, plan.directory
     if process_rank(config) > 0:
         return _run_worker_rank(plan)
-    select_device(config)  # before `force` clears anything
+    device = select_device(config)
     source = None if config.force else restore_quoted(plan)
     directory.mkdir(parents=True, exist_ok=True)
-    with run_lock(directory) as free, _log_to(directory / "train.log"):
+    with run_lock(directory, patience) as free, _log_to(directory / "train.log"):
         if not free:
             raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.")
         remove_temporary_files(directory)
         remove_temporary_files(directory / "checkpoints")
+        _put_back(directory)  # of a process that was killed
         if config.force:
-            _clear_run_dir(directory)
+            _set_aside(directory)
         finished = _check_same_config(plan)
         if source is not None:
             log.info("taken from %s", source)
@@ -111,13 +115,14 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
             (directory / name).unlink(missing_ok=True)
         write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
         try:
-            if not (directory / "checkpoints" / "last.ckpt").exists():
+            last = directory / "checkpoints" / "last.ckpt"
+            if not (last.exists() or previous(last).exists()):
                 begin_with_shorter_run(plan)
-            result = _train_and_test(plan, steps)
+            result = _train_and_test(plan, device, steps)
         except ConfigError as error:
             if _has_trained(directory):
                 write_text_atomic(directory / "FAILED", f"{error}\n")
-            else:
+            elif not _put_back(directory):
                 remove_run(directory)
             raise
         except Exception as error:
@@ -127,11 +132,13 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None) -> RunResult:
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
             _log_stop(plan, stopped)
+            _put_back(directory)
             raise stopped from None
         finally:
             with suppress(OSError):
                 (directory / "RUNNING").unlink(missing_ok=True)
         write_result(directory, result)
+        shutil.rmtree(directory / REPLACED, ignore_errors=True)
         if config.keep == "weights":
             keep_weights(directory)
         show(directory, result)
@@ -167,19 +174,18 @@ def _run_worker_rank(plan: RunPlan) -> RunResult:
     """Train and test as one of the processes that share a run; the first one writes, logs and reports."""
     logging.disable(logging.INFO)
     try:
-        return _train_and_test(plan, None)
+        return _train_and_test(plan, select_device(plan.config), None)
     except Diverged:
         raise SystemExit(0) from None  # with any other code, Lightning would kill the first process before it reports
 
 
-def _train_and_test(plan: RunPlan, steps: Counter | None) -> RunResult:
+def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) -> RunResult:
     config, directory = plan.config, plan.directory
     recipe, rank = config.recipe, process_rank(config)
     torch.set_num_threads(config.threads)
     configure_process()
     if config.devices > 1:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # else Lightning takes all cores
-    device = select_device(config)
 
     data = load_data(config)
     loaders = make_loaders(config, data, device, rank=rank, world_size=config.devices)
@@ -355,11 +361,33 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _clear_run_dir(directory: Path) -> None:
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in (*RUN_FILES, NETWORK, "RUNNING"):
-        if name != "train.log":  # which is open
-            (directory / name).unlink(missing_ok=True)
+def _set_aside(directory: Path) -> None:
+    """Move a run into a folder within its own, for as long as nothing was trained in its place."""
+    (directory / "RUNNING").unlink(missing_ok=True)
+    if any((directory / name).exists() for name in ("result.json", "checkpoints", NETWORK)):
+        _move(directory, directory / REPLACED)
+
+
+def _put_back(directory: Path) -> bool:
+    """Undo `_set_aside` where nothing was trained since, else remove what it moved; return whether it was undone."""
+    aside = directory / REPLACED
+    untouched = aside.is_dir() and not _has_trained(directory)
+    if untouched:
+        _move(aside, directory)
+    shutil.rmtree(aside, ignore_errors=True)
+    return untouched
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a run's files, but for its log, which is open, and remove those that are at the target."""
+    target.mkdir(exist_ok=True)
+    for name in ("checkpoints", *RUN_FILES, NETWORK):
+        if name == "train.log":
+            continue
+        path = target / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if (source / name).exists():
+            os.replace(source / name, path)
 
 
 def _check_same_config(plan: RunPlan) -> RunResult | None:

@@ -137,11 +137,9 @@ class Search:
             "space": {key: repr(distribution) for key, distribution in self.space.options.items()},
             "seeds": self.space.seeds,
         }
-        theirs = study.user_attrs
-        if not theirs:
-            for key, value in ours.items():
-                study.set_user_attr(key, value)
-        elif different := [key for key, value in ours.items() if theirs.get(key) != value]:
+        for key in ours.keys() - study.user_attrs.keys():  # of a new one, or of one that was killed here
+            study.set_user_attr(key, ours[key])
+        if different := [key for key, value in ours.items() if study.user_attrs[key] != value]:
             raise ConfigError(
                 f"{self.folder} holds another search (other {', '.join(different)}); choose another name=."
             )
@@ -207,7 +205,8 @@ class Search:
         accuracies = []
         for seed in self.space.seeds:
             words = self._words([f"norm={norm}", *values], seed)
-            accuracy = run(self._plan(words), shlex.join(["python", "train.py", *words])).val_acc_last
+            command = shlex.join(["python", "train.py", *words])
+            accuracy = run(self._plan(words), command, patience=-1).val_acc_last  # another process may train the same
             assert accuracy is not None
             accuracies.append(accuracy)
         return accuracies

@@ -52,24 +52,26 @@ class SweepCallback(Callback):
         """Refuse the whole sweep where one of its runs is not allowed; log what there is to do."""
         try:
             self._start(config)
+        except (HydraException, OmegaConfBaseException) as error:  # some of which are OSErrors
+            raise SystemExit(f"error: {hydra_sentence(error)}") from None
+        except (ConfigError, DamagedFile, OSError) as error:
+            raise SystemExit(f"error: {error}") from None
         except Exception:  # Hydra would only warn of it, and go on
             log.exception("the sweep cannot begin")
             raise SystemExit(1) from None
 
     def _start(self, config: DictConfig) -> None:
-        try:
-            _check_sweeper(config)
-            self._planned = expand(config)
-            # Two commands may be one run, where an option has no effect on what the other one chooses.
-            self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
-            self.errors = dict[Path, str]()
-            _check_devices(self.plans)
-            _check_launcher(self.plans, config)
-            looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
-        except (ConfigError, DamagedFile) as error:
-            raise SystemExit(f"error: {error}") from None
-        except (HydraException, OmegaConfBaseException) as error:
-            raise SystemExit(f"error: {hydra_sentence(error)}") from None
+        _check_sweeper(config)
+        self._planned = expand(config)
+        if not self._planned:
+            last = f"; the looks end at seed {config.looks[-1] - 1}" if config.looks is not None else ""
+            raise ConfigError(f"This command has no run{last}: choose other seeds.")
+        # Two commands may be one run, where an option has no effect on what the other one chooses.
+        self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
+        self.errors = dict[Path, str]()
+        _check_devices(self.plans)
+        _check_launcher(self.plans, config)
+        looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
         force = self.plans[0].config.force
         if not force and (taken := [plan for plan in self.plans if restore_quoted(plan) is not None]):
             log.info("%d finished runs are taken from %s", len(taken), quoted(taken[0].study))
@@ -79,21 +81,18 @@ class SweepCallback(Callback):
             for line in dry_run(self.plans):
                 print(line, flush=True)
             raise SystemExit(0)
-        finished = sum(run.status == "finished" for run in self._runs())
-        self.complete = finished == len(self.plans) and not force
-        try:
-            if looks is not None:
-                from abn_exp.report.looks import write_plan
+        pending = [plan for plan in self.plans if finished_result(plan) is None]
+        self.complete = not pending
+        if looks is not None:
+            from abn_exp.report.looks import write_plan
 
-                write_plan(self.plans[0].study, looks)
-            for folder in {plan.study for plan in self.plans}:
-                record_command(folder, command(config))
-            self._write_configs(config.looks[0] if config.looks is not None else None)
-        except OSError as error:
-            raise SystemExit(f"error: {error}") from None
+            write_plan(self.plans[0].study, looks)
+        for folder in {plan.study for plan in self.plans}:
+            record_command(folder, command(config))
+        self._write_configs(config.looks[0] if config.looks is not None else None)
         runs = f"{len(self.plans)} runs{' at most' if config.looks is not None else ''}"
-        log.info("%s, %d of them finished, %d to do", runs, finished, len(self.plans) - finished)
-        if pending := [plan for plan in self.plans if finished_result(plan) is None]:
+        log.info("%s, %d of them finished, %d to do", runs, len(self.plans) - len(pending), len(pending))
+        if pending:
             from abn_exp.training.estimate import disk_sentence
 
             count = pending[0].config.seeds_at_once
@@ -106,7 +105,7 @@ class SweepCallback(Callback):
             if seeds is not None and plan.config.seed >= seeds:
                 continue
             if read_run_file(plan.directory, "config.yaml") is None:
-                write_config(plan.directory, plan.config.model_dump(), _single_command(overrides))
+                write_config(plan.directory, plan.config.model_dump(), _single_command(overrides, plan))
 
     def decided(self, looked: int) -> bool:
         """Return whether, after so many batches of runs, the primary comparison needs no more."""
@@ -120,7 +119,7 @@ class SweepCallback(Callback):
                 return False
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
-        seeds = seeds_of_looks(folder)
+        seeds = seeds_of_looks(folder, looked)
         self.plans = [plan for plan in self.plans if plan.config.seed in seeds]  # the others are not needed
         return True
 
@@ -141,7 +140,7 @@ class SweepCallback(Callback):
             label, title = _label([override for override in overrides if override not in common]), ""
             if len(label) > LABEL:
                 label, title = f"{number}/{len(pending)}", label
-            jobs.append(Job(plan, label, _single_command(overrides), title))
+            jobs.append(Job(plan, label, _single_command(overrides, plan), title))
         if jobs:
             try:
                 with closing(train(jobs, _number_at_once(jobs), config.hydra.job_logging)) as outcomes:
@@ -200,6 +199,8 @@ class SweepCallback(Callback):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
+            elif self.errors.get(plan.directory):
+                lines.append(f"NOT REPLACED {plan.directory}: {error}")
             elif differing_options(plan.config.model_dump(), read_config(run.directory)):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
@@ -279,11 +280,12 @@ def typed_overrides(config: DictConfig) -> list[str]:
     return list(overrides)
 
 
-def _single_command(overrides: Sequence[str]) -> str:
+def _single_command(overrides: Sequence[str], plan: RunPlan) -> str:
     """Return what would be typed to start one run of a multirun; its seed is given, so that no looks are."""
     words = filter_overrides(overrides)
-    if "seeds=until_decided" in words:
+    if plan.config.looks is not None:
         words = [word for word in words if word.split("=")[0] not in ("seeds", "looks", "spending")]
+        words += ["seeds=one"] if any(word.startswith("study=") for word in words) else []  # not the study's own
     return shlex.join(["python", "train.py", *words])
 
 

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from abn_exp.config import WandbConfig
 from abn_exp.errors import ConfigError, in_a_line
-from abn_exp.files import write_text_atomic
+from abn_exp.files import run_lock, write_text_atomic
 from abn_exp.models.cost import NetworkSummary
-from abn_exp.report.progress import run_lock
 from abn_exp.results import Run, RunResult, find_runs, read_metrics
 from abn_exp.trained_network import read_checkpoint, read_config
 
@@ -83,7 +82,7 @@ class Tracker:
         if earlier is not None:
             _remove_earlier_segments(self.run)
             if not self.run.offline:
-                with suppress(OSError, ValueError):  # else W&B's client leaves out what is there
+                with suppress(Exception):  # else W&B's client leaves out what is there
                     self._epoch = _ask(settings, earlier).epoch
         if self.run.offline:
             log.info("W&B: offline, run %s; `%s` uploads it once you are logged in", self.run.id, self.command)
@@ -192,7 +191,8 @@ def upload(folder: Path) -> Iterator[str]:
             yield f"{run.directory}: {done}"
     yield f"{len(runs)} runs, {missing} of them lacked something in W&B"
     if missing and (folder / "report.csv").is_file():
-        settings = WandbConfig.model_validate(read_config(runs[0].directory)["wandb"] | {"mode": "online"})
+        whole = next(run for run in runs if run.status != "damaged")
+        settings = WandbConfig.model_validate(read_config(whole.directory)["wandb"] | {"mode": "online"})
         with Tracker(settings, folder, **report_arguments(folder.name)) as tracker:
             tracker.log_report(folder)
 
