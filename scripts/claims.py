@@ -4,11 +4,13 @@ The block between the two marks in README.md is replaced. Every number in it is 
 results; a test compares the block with what this command would write.
 """
 
+import argparse
 import csv
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from abn_exp.commandline import print_error
 from abn_exp.report.formatting import replace_between
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +102,12 @@ CLAIMS = (
             _cell("accuracy", "CIFAR-10, ResNet 0.5", dataset="cifar10", model="resnet18_paper", norm="abn"),
             _cell("accuracy", "CIFAR-100, BinaryNet 0.125", dataset="cifar100", model="binarynet", norm="abn"),
             _cell("accuracy", "CIFAR-100, ResNet 0.5", dataset="cifar100", model="resnet18_paper", norm="abn"),
-            _cell("accuracy", "part of TinyImageNet, BinaryNet 0.125", dataset="tinyimagenet", norm="abn"),
+            _cell(
+                "accuracy",
+                "part of TinyImageNet (2,000 test images), BinaryNet 0.125",
+                dataset="tinyimagenet",
+                norm="abn",
+            ),
             _effect("variance", "abn - bn over two cells, 20 seeds", "abn - bn", POOLED),
             _cell(
                 "trained",
@@ -116,7 +123,7 @@ CLAIMS = (
     Claim(
         "**C2** ABN varies less between seeds",
         "`python train.py study=variance`",
-        "ABN's std above BN's, by swaps within seeds",
+        "ABN's std above BN's, by a permutation test within seeds",
         "BinaryNet 0.125, SMALL",
         (
             _cell("variance", "std ratio on CIFAR-10", SPREAD, dataset="cifar10", model="binarynet", norm="abn"),
@@ -220,12 +227,13 @@ def replaced(text: str) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     readme = ROOT / "README.md"
     try:
         readme.write_text(replaced(readme.read_text(encoding="utf-8")), encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return print_error(error)
+    print(f"written to {readme.name}")
     return 0
 
 

@@ -318,7 +318,8 @@ def compare_spread(cell: Cell, base: Cell) -> SpreadTested:
 
 def judge_spreads(family: Sequence[SpreadTested]) -> list[SpreadJudgement]:
     adjusted, plain = stats.holm([t.p for t in family]), stats.holm([t.found.p for t in family])
-    size = max(1, sum(not math.isnan(p) for p in adjusted))
+    tested = sum(not math.isnan(p) for p in adjusted)
+    size = tested or max(1, sum(not math.isnan(t.found.ratio) for t in family))  # of those that more seeds would test
     return [SpreadJudgement(t.found, p, size, t.failed, q) for t, p, q in zip(family, adjusted, plain, strict=True)]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from abn_exp.report.comparisons import Cell, Key
 
 ABSENT = "absent"
-REFERENCES = {"precision": "fp32", "device": "cpu"}  # by factor, where they are levels, whatever most cells have
+# By factor, where they are levels, whatever most cells have.
+REFERENCES = {"recipe": "fixed", "precision": "fp32", "device": "cpu"}
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ another chance to err; at 3, 5, 10 and 20 seeds they find a difference that is n
 `seeds=until_decided` plans its looks."""
 
 SEQUENTIAL = """\
-The interval of the primary comparison is sequential, so that it covers at all looks together. All other intervals
-take the number of seeds as fixed before the runs, which it was not."""
+The interval of the primary comparison is sequential, so that it covers at all looks together, and its tests have to
+pass the levels of this look, not 5 %. All other intervals take the number of seeds as fixed before the runs, which it
+was not."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,14 @@ def accuracy_table(report: Report) -> Table:
     return _table(report, header + (["best test epoch (peeking)"] if peeked else []), rows)
 
 
+def _pairs(n: int) -> str:
+    return f"{n} pair{'s' * (n != 1)}"
+
+
 def _judged(j: Judgement) -> list[str]:
     """Return the columns of JUDGED for a difference."""
     m = j.mean
-    n = f"{m.n[0]} pairs" if m.method == "paired" else f"{m.n[0]}, {m.n[1]} unpaired"
+    n = _pairs(m.n[0]) if m.method == "paired" else f"{m.n[0]}, {m.n[1]} unpaired"
     numbers = [signed_text(m.difference), interval_text(j.interval), p_text(j.uncorrected.difference)]
     return [n, *numbers, p_text(j.corrected.difference), p_text(j.corrected.equivalent), j.verdict]
 
@@ -191,7 +196,7 @@ def spread_table(report: Report) -> Table:
         s = c.spread.found
         paired = c.cell.scores["test_acc"].keys() & bases[c.cell.group].scores["test_acc"].keys()
         own = stats.std_interval(c.cell.sample("test_acc", sorted(paired)))
-        row = [f"{s.n} pairs", number_text(s.std[0]), interval_text(own), number_text(s.std[1])]
+        row = [_pairs(s.n), number_text(s.std[0]), interval_text(own), number_text(s.std[1])]
         row += [number_text(s.ratio), interval_text(s.ratio_interval), p_text(s.p), p_text(c.spread.p_holm)]
         level = " and ".join(f"{level} %" for level in spread_level(s.n)) if s.n >= MIN_PAIRS else "-"
         rows.append([*_where(report, c.cell), *row, level, percent_text(c.spread.power), c.spread.verdict])
@@ -206,7 +211,7 @@ def effect_table(table: EffectTable) -> Table:
 def cell_images_table(report: Report) -> Table:
     """One row a cell whose runs have kept their predictions."""
     header = ["n", "accuracy (%)", "95 % over seeds", "95 % over seeds and images", "std between seeds"]
-    header += ["of it test set", "of it networks", "95 % interval", "agreement of two seeds"]
+    header += ["expected of so few images", "beyond that", "95 % interval", "agreement of two seeds"]
     rows = []
     for c in report.images.cells:
         over_seeds = stats.t_interval(c.cell.sample("test_acc", c.seeds))
@@ -220,12 +225,18 @@ def cell_images_table(report: Report) -> Table:
 def pair_images_table(report: Report) -> Table:
     """One row a comparison whose runs have kept their predictions."""
     header = ["n", f"minus {report.reference} (points)", "95 % over seeds", "95 % over seeds and images"]
-    header += ["SE of seeds", "SE of images", "right alone: norm, reference", "McNemar p < 0.05", "agreement"]
+    header += [
+        "SE of seeds",
+        "SE of images",
+        "images that one alone has right: norm, reference",
+        "McNemar p < 0.05",
+        "agreement",
+    ]
     rows = []
     for p in report.images.pairs:
         d, seeds = p.difference, len(p.seeds)
         half = (d.mean - d.from_seeds * _t(seeds), d.mean + d.from_seeds * _t(seeds))
-        row = [f"{seeds} pairs", signed_text(d.mean), interval_text(half), interval_text(d.interval)]
+        row = [_pairs(seeds), signed_text(d.mean), interval_text(half), interval_text(d.interval)]
         row += [number_text(d.from_seeds), number_text(d.from_images)]
         alone = (sum(getattr(m, side) for m in p.mcnemar) / seeds for side in ("candidate_alone", "reference_alone"))
         row += [", ".join(f"{count:.0f}" for count in alone)]

@@ -54,9 +54,10 @@ Each seed is averaged over the cells first, and these averages are compared: tha
 random-effects mean of the cells' differences with its heterogeneity; its intervals take the cells as independent,
 which they are not where they share seeds, and are then too narrow."""
 IMAGES_NOTE = """\
-The intervals over seeds and images cover a new test set as well as new seeds. "Test set" is the standard deviation
-that equally good networks would show on so few images, "networks" what is left without it. McNemar's test is on the
-two runs of one seed: images that one of them alone classifies rightly, exact two-sided p."""
+The intervals over seeds and images cover a new test set as well as new seeds. "Expected of so few images" is the
+standard deviation between seeds that equally good networks would show on this test set, "beyond that" what is left
+without it, 0 where the seeds vary less. McNemar's test is on the two runs of one seed: images that one of them alone
+classifies rightly, exact two-sided p."""
 EFFECTS_NOTE = """\
 - Effects and changes are taken within cells that are otherwise the same. A mean of several rows averages each seed
   over them first, so its n is seeds; a seed that one of the rows lacks is left out. effects.csv has these numbers."""
