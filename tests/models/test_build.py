@@ -56,3 +56,12 @@ def test_a_norm_without_running_statistics_is_refused() -> None:
     batch_norm = {"_target_": "torch.nn.BatchNorm2d", "track_running_stats": False}
     with pytest.raises(ConfigError, match=r"norm\.track_running_stats=false is not allowed"):
         build_network(model, norm | batch_norm, 10, 32)
+
+
+def test_a_layer_beyond_any_memory_is_told_in_words() -> None:
+    model = {"_target_": "abn_exp.models.binarynet", "width": 1e9}
+    with (
+        pytest.raises(ConfigError, match=r"larger than any memory; choose a smaller model\.width"),
+        torch.device("meta"),
+    ):
+        build_network(model, {"_target_": "torch.nn.BatchNorm2d", "_partial_": True}, 10, 32)

@@ -96,8 +96,10 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
             model, num_classes=num_classes, image_size=image_size, norm_layer=norm_layer, _convert_="all"
         )
     except (InstantiationException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        raise ConfigError(str(cause if cause is not None else error).splitlines()[0]) from error
+        text = str(error.__cause__ if error.__cause__ is not None else error).splitlines()[0]
+        if "size calculation overflowed" in text:  # torch's words for more than 2^63 bytes
+            text = "a layer of this network is larger than any memory; choose a smaller model.width."
+        raise ConfigError(text) from error
     if not isinstance(network, torch.nn.Module):
         raise ConfigError(f"model._target_={model['_target_']} is not allowed: it does not make a torch.nn.Module.")
     for module in network.modules():
