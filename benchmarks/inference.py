@@ -281,7 +281,7 @@ def _markdown(found: Findings, repetitions: int, width: float | None, command: s
                 )
         header = ["norm: engine", "ms, batch 1", "times torch, bn", "images/s, batch 64", "times torch, bn"]
         sections.append(f"## {model} at width {full if width is None else width:g}\n")
-        sections.append(table([*header, "file, MB", "peak, MB (of abn, 18 %)"], rows))
+        sections.append(table([*header, "file, MB", "peak, MB (abn, 18 %)"], rows))
         sections.append("\nABN's time over BN's:\n")
         columns = [(name, batch) for name in FOLDED for batch in BATCHES]
         lines = [

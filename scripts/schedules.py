@@ -48,7 +48,7 @@ def table(runs: Iterable[Run]) -> Table:
                     names[row],
                     str(read_config(ended[0].directory)["recipe"]["epochs"]),
                     norm,
-                    str(found.n) if found.n == len(ended) else f"{found.n}/{len(ended)}",
+                    str(len(ended)) if len(results) == len(ended) else f"{len(results)}/{len(ended)}",
                     f"{number_text(found.mean)} ± {number_text(found.std)}",
                     interval_text(found.mean_interval),
                     f"{number_text(test.mean)} ± {number_text(test.std)}",
@@ -66,7 +66,7 @@ def _accuracies(runs: Iterable[Run]) -> list[float]:
 
 
 def _failed(norms: dict[str, list[Run]]) -> bool:
-    return any(math.isnan(accuracy) for runs in norms.values() for accuracy in _accuracies(runs))
+    return any(run.status != "finished" for runs in norms.values() for run in runs)
 
 
 def _validation(norms: dict[str, list[Run]]) -> float:

@@ -46,6 +46,7 @@ def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
         ("hydra/launcher=ray_local", 'pip install --editable ".[ray]".'),
         ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]"),
         ("norm", "norm is not allowed: an option is written KEY=VALUE, without blanks."),
+        ('name=a"b', 'name=a"b has a character that needs quotes.'),
         (
             "dataset.path=~/images",
             "dataset.path=~/images has a character that needs quotes: 'dataset.path=\"~/images\"'.",

@@ -1,14 +1,26 @@
 """Reading records, those of earlier versions too."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from abn_exp import results
 from abn_exp.errors import DamagedFile
-from abn_exp.results import SCHEMA, find_runs, load_runs, read_metrics, read_result
+from abn_exp.results import (
+    SCHEMA,
+    find_runs,
+    load_runs,
+    read_metrics,
+    read_result,
+    restore_replaced,
+    set_aside,
+)
 from abn_exp.trained_network import load_network, read_config
 from tests.helpers.records import finish_run, study
 from tests.helpers.runs import plan_in
@@ -76,3 +88,76 @@ def test_a_data_frame_needs_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     study(tmp_path, {"bn": [0.5]})
     with pytest.raises(ImportError, match=r'needs pandas: pip install "abn_exp\[notebook\]"'):
         load_runs(tmp_path, frame=True)
+
+
+def test_a_run_is_set_aside_and_put_back_whenever_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kill between any two steps, in either direction, and while what was replaced is removed."""
+
+    def made(name: str) -> Path:
+        directory = finish_run(tmp_path / name, "bn", 0, 0.7)
+        (directory / "checkpoints").mkdir()
+        (directory / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+        return directory
+
+    def files(directory: Path) -> dict[str, bytes]:
+        found = (path for path in directory.rglob("*") if path.is_file())
+        return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+    def killed(number: int, act: Callable[[], object]) -> bool:
+        """Do as much as a kill before the so manieth step lets it; tell whether it came to its end."""
+        left = iter(range(number))
+
+        def step(then: Callable[..., object]) -> Callable[..., object]:
+            def checked(*arguments: Any) -> object:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return then(*arguments)
+
+            return checked
+
+        with monkeypatch.context() as patch:
+            patch.setattr(results.os, "replace", step(os.replace))
+            patch.setattr(results, "_remove", step(results._remove))
+            try:
+                act()
+            except KeyboardInterrupt:
+                return False
+        return True
+
+    def train_something(directory: Path) -> None:
+        (directory / "config.yaml").write_text("of the new one")
+        (directory / "metrics.jsonl").write_text("")
+
+    for number in range(50):
+        directory = made(f"aside-{number}")
+        before = files(directory)
+        whole = killed(number, lambda: set_aside(directory))  # noqa: B023 (called here)
+        assert restore_replaced(directory)
+        assert files(directory) == before
+        if whole:
+            break
+    assert 3 < number < 40
+    for number in range(50):
+        directory = made(f"back-{number}")
+        set_aside(directory)
+        train_something(directory)
+        whole = killed(number, lambda: restore_replaced(directory))  # noqa: B023
+        assert restore_replaced(directory) is not whole
+        assert files(directory) == before
+        if whole:
+            break
+    assert 8 < number < 40
+    for number in range(50):
+        directory = made(f"trained-{number}")
+        set_aside(directory)
+        train_something(directory)
+        (directory / "metrics.jsonl").write_text('{"epoch": 1}\n')
+        now = {"config.yaml", "metrics.jsonl"}
+        whole = killed(number, lambda: restore_replaced(directory))  # noqa: B023
+        assert not restore_replaced(directory)
+        assert files(directory).keys() == now
+        if whole:
+            break
+    assert 3 < number < 40

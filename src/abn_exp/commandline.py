@@ -93,8 +93,9 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         close = get_close_matches(chosen, options, n=1, cutoff=0.5)
         suggestion = f"; did you mean {close[0]}?" if close else "."
         return f"{group}={chosen} is not allowed: it should be {', '.join(options)}{suggestion}"
-    if match := re.search(r"(?:LexerNoViableAltException|token recognition error).*?(\S+?)=(\S*)", text):
-        return f"{match[1]}={match[2]} has a character that needs quotes: '{match[1]}=\"{match[2]}\"'."
+    if match := re.search(r"LexerNoViableAltException: (\S+?)=(.*?) \^", text):
+        quoted = "" if {'"', "'"} & set(match[2]) else f": '{match[1]}=\"{match[2]}\"'"
+        return f"{match[1]}={match[2]} has a character that needs quotes{quoted}."
     if match := re.search(r"Error parsing override '(.*?)'\s+missing EQUAL", text):
         return f"{match[1]} is not allowed: an option is written KEY=VALUE, without blanks."
     if match := re.search(r"In 'hydra/launcher/((\w+?)(?:_\w+)?)': Could not load", text):

@@ -194,7 +194,11 @@ def restore_quoted(plan: RunPlan) -> Path | None:
     except (ValueError, OSError) as error:
         log.warning("%s; it is not taken as finished", error)
         return None
-    files = {name: content for name in (*RUN_FILES, NETWORK) if (content := read_run_file(source, name)) is not None}
+    files = {name: content for name in RUN_FILES if (content := read_run_file(source, name)) is not None}
+    try:
+        files |= {NETWORK: content} if (content := read_run_file(source, NETWORK)) is not None else {}
+    except (ValueError, OSError) as error:
+        log.warning("%s; the run is restored without its network", error)
     directory.mkdir(parents=True, exist_ok=True)
     with run_lock(directory) as free:
         if not free or has_begun(directory):  # another process has been faster

@@ -27,7 +27,8 @@ RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its rec
     *("config.yaml", "input.json", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz"),
     *("train.log", "wandb-run-id"),
 )
-MAX_BYTES = 2**29  # of an archive once it is unpacked; a run takes 15 kB, and 20 kB more with its predictions
+# Of an archive once it is unpacked. A run takes 15 kB, and 20 kB more with its predictions; a network up to 40 MB.
+MAX_BYTES = {RECORDS: 2**29, NETWORKS: 2**32}
 
 _MEMBER = re.compile(rf"{'|'.join(map(re.escape, STUDY_FILES))}|([^/]+/){{4}}seed-[0-9]+/[^/]+")
 
@@ -43,7 +44,7 @@ def _read(archive: Path, mtime: int, size: int) -> Mapping[str, bytes]:
     files: dict[str, bytes] = {}
     try:
         unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-        content = unpacker.decompress(archive.read_bytes(), MAX_BYTES)
+        content = unpacker.decompress(archive.read_bytes(), MAX_BYTES[archive.name])
         if not unpacker.eof or unpacker.unused_data:
             raise ValueError("its end is missing, or something follows it")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
@@ -60,13 +61,16 @@ def _read(archive: Path, mtime: int, size: int) -> Mapping[str, bytes]:
 
 
 def write_records(archive: Path, files: Mapping[str, bytes]) -> None:
-    """Write a study's archive from its files by their names in it; the same files make the same bytes."""
+    """Write a study's archive from its files by their names in it; the same files make the same bytes. Raises
+    ValueError for more than can be read again."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in sorted(files.items()):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+    if content.tell() > MAX_BYTES[archive.name]:
+        raise ValueError(f"{archive} would hold {content.tell() / 1e9:.1f} GB, which is more than is read again.")
     with writing(archive) as file:
         file.write(lzma.compress(content.getvalue(), preset=6))
 

@@ -12,6 +12,8 @@ A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/s
     result.json         at the end of a finished run, with
     SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
     FAILED              why the run ended without a result, in words
+    network.ckpt        of a run restored from an archive: the network that it ended with
+    .replaced/          what `force` replaces, until an epoch has been trained
 
 A quoted study keeps the same files, but for the checkpoints, in one archive (`records`), and where that was asked for
 the trained networks in another. All functions here that take a run's directory find them there, too.
@@ -20,6 +22,7 @@ the trained networks in another. All functions here that take a run's directory 
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -32,7 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from abn_exp.errors import DamagedFile
 from abn_exp.files import write_text_atomic
-from abn_exp.records import archived_runs, read_run_file
+from abn_exp.records import NETWORK, RUN_FILES, archived_runs, read_run_file
 from abn_exp.trained_network import directory_of, read_config
 
 # Part of what is used from Python, beside RunResult and load_runs below
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 2  # 1: epochs counted from 0 in metrics.jsonl
+REPLACED = ".replaced"
+MOVED = (*(name for name in RUN_FILES if name != "train.log"), NETWORK, "checkpoints")  # the log is open
 CHECKED = ("config.yaml", "input.json", "metrics.jsonl", "predictions.npz", "result.json")  # files in SHA256SUMS
 
 Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
@@ -232,6 +237,50 @@ def remove_run(directory: Path) -> None:
     with suppress(OSError):
         for folder in list(directory.parents)[:5]:
             folder.rmdir()
+
+
+def set_aside(directory: Path) -> None:
+    """Move a run's files, but for its log, into a folder within its own, until something new is trained in its place.
+
+    The configuration moves last, and comes back first: a folder without it is that of an interrupted move.
+    """
+    (directory / "RUNNING").unlink(missing_ok=True)
+    (directory / REPLACED).mkdir(exist_ok=True)
+    for name in (*(name for name in MOVED if name != "config.yaml"), "config.yaml"):
+        if (directory / name).exists():
+            os.replace(directory / name, directory / REPLACED / name)
+
+
+def is_set_aside(directory: Path) -> bool:
+    """Tell whether a run was set aside, and no epoch has been trained in its place."""
+    metrics = directory / "metrics.jsonl"
+    whole = (directory / REPLACED / "config.yaml").is_file()
+    return (directory / REPLACED).is_dir() and not (whole and metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def restore_replaced(directory: Path) -> bool:
+    """Put back what `set_aside` moved where no epoch was trained since, else remove it; tell whether it was put back.
+
+    Hold the run's lock. Killed at any moment, it can be called again.
+    """
+    aside = directory / REPLACED
+    if back := is_set_aside(directory):
+        if (aside / "config.yaml").is_file():
+            for name in MOVED:
+                _remove(directory / name)
+            os.replace(aside / "config.yaml", directory / "config.yaml")
+        for path in list(aside.iterdir()):
+            os.replace(path, directory / path.name)
+    elif aside.is_dir():
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.yaml"):  # it is the last to go
+            _remove(path)
+    with suppress(FileNotFoundError):
+        aside.rmdir()
+    return back
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def find_runs(folder: Path) -> list[Run]:

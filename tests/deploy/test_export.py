@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from abn_exp.analysis.trained import Opener, find_trained
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.data.prepare import load
-from abn_exp.data.splits import first_of_each_class
 from abn_exp.deploy import __main__ as classify
+from abn_exp.deploy import export as exporting
 from abn_exp.deploy import graph as tracing
 from abn_exp.deploy.export import FILES, export, open_run
 from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import Normalization
-from abn_exp.deploy.verify import Mismatch
+from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
+from abn_exp.deploy.verify import Mismatch, verify
 from abn_exp.errors import ConfigError
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
@@ -235,10 +236,29 @@ def test_of_an_engine_that_decides_otherwise_no_older_file_is_left(
     assert {path.name for path in out.iterdir()} == {"network.onnx", "summary.json", "summary.md"}
 
 
-def test_a_part_of_the_test_set_is_of_all_classes(trained: Path) -> None:
-    opened = open_run(trained, "last", None)
-    labels = opened.data.test.labels.sort().values  # as a folder of images is read
-    assert labels[first_of_each_class(labels, 20)].bincount().tolist() == [2] * 10
+def test_what_a_part_of_the_test_set_is_compared_with_is_of_all_classes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of images is read class by class."""
+    opened, seen = open_run(trained, "last", None), []
+    test, order = opened.data.test, opened.data.test.labels.argsort()
+    by_class = replace(test, images=test.images[order], labels=test.labels[order])
+
+    def recorded(network: Any, graph: Any, engine: Any, images: Any, labels: Tensor, *others: Any) -> Any:
+        seen.append(labels)
+        return verify(network, graph, engine, images, labels, *others)
+
+    def of_twenty(run: Any, graph: Any, check: Any) -> Any:
+        writer = Writer(graph)
+        engine = OnnxRuntime(with_digest(writer.model(run.normalization, {})), writer.codes, 1)
+        return check(engine, 20), {}, []
+
+    monkeypatch.setattr(exporting, "verify", recorded)
+    monkeypatch.setattr(exporting, "_qonnx", of_twenty)
+    monkeypatch.setattr(exporting, "require_extra", lambda *_: None)
+    export(replace(opened, data=replace(opened.data, test=by_class)), tmp_path / "out", qonnx=True)
+    assert torch.equal(seen[0], by_class.labels)  # the whole set, in its order
+    assert seen[1].bincount().tolist() == [2] * 10
 
 
 def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Path) -> None:

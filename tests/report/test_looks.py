@@ -17,7 +17,7 @@ from abn_exp.report.build import build_report, draw, html_page, write_report
 from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
-from abn_exp.report.tables import checkpoint_selection_tables, difference_table, spread_table
+from abn_exp.report.tables import checkpoint_selection_tables, difference_table, pooled_table, spread_table
 from abn_exp.report.verdicts import sentence
 from abn_exp.results import find_runs
 from abn_exp.trained_network import InputFormat, write_input_format
@@ -113,6 +113,7 @@ def test_a_sweep_that_was_stopped_is_not_judged_and_is_no_look(tmp_path: Path) -
         "Primary comparison: abn against bn. It is not judged yet: one of its runs has not come to an end."
     )
     assert [c.cell.norm for c in report.comparisons] == ["iebn"]
+    assert any(note.startswith("Until it is judged, its row is left out") for note in report.notes())
     assert list(json.loads((tmp_path / "looks.json").read_text())) == ["digits/binarynet/iebn/fixed"]
     (begun / "FAILED").write_text("diverged")
     assert build_report(tmp_path).answer()[0].startswith("Primary comparison: abn against bn. On digits")
@@ -144,6 +145,10 @@ def test_the_primary_comparison_is_judged_once(tmp_path: Path) -> None:
     assert report.pooled[0].judgement is report.primary.pooled
     assert "## One effect over all cells\n" in text
     assert "Over 2 cells (exploratory), abn - bn" not in html_page(report)
+    header, rows = pooled_table(report)
+    assert [row[header.index("family")] for row in rows] == ["primary (1)", "exploratory (1)"]
+    turned = build_report(tmp_path / "pooled", reference="abn")
+    assert [p.norm for p in turned.pooled] == ["abn_paper"]  # bn - abn would be its opposite
 
     norms = {"bn": BN, "bn_noscale": BN[::-1], "abn": CLEARLY_ABOVE}
     study(tmp_path / "contrast", norms, config=fixed(reference="bn_noscale"))
@@ -163,6 +168,7 @@ def test_a_primary_spread_is_not_called_exploratory(tmp_path: Path, capsys: pyte
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("times the std of bn") == 1
     assert printed.count("Exploratory:") == 1  # the difference of means
+    assert build_report(tmp_path, reference="abn").comparisons == []
 
 
 def test_the_interval_of_a_std_is_over_the_seeds_of_that_std(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from abn_exp import records
 from abn_exp.analysis.evaluate import evaluate
 from abn_exp.analysis.trained import find_trained
 from abn_exp.errors import ConfigError, DamagedFile
@@ -138,6 +139,26 @@ def test_networks_are_packed_and_predict_what_they_did(
     shutil.rmtree(done.folder)
     pack(folder, networks=True)
     assert (done.folder / NETWORKS).read_bytes() == networks
+
+
+def test_networks_go_with_their_records_and_are_no_more_than_can_be_read(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    folder = shutil.copytree(trained_study(tmp_path_factory), tmp_path / "results" / "runs")
+    target = pack(folder, networks=True).folder
+    (target / RECORDS).unlink()  # "remove the archive to replace all of it"
+    pack(folder)
+    assert not (target / NETWORKS).exists()
+    monkeypatch.setitem(records.MAX_BYTES, NETWORKS, 1000)
+    with pytest.raises(ValueError, match="which is more than is read again"):
+        pack(folder, networks=True)
+    assert not (target / NETWORKS).exists()
+    monkeypatch.undo()
+    pack(folder, networks=True)
+    (target / NETWORKS).write_bytes(b"")
+    shutil.rmtree(folder)
+    assert restore_quoted(plan_in(folder.parent, "norm=bn", "seed=0")) == target / RECORDS
+    assert [run.status for run in find_runs(folder)] == ["finished"]
 
 
 def test_damaged_weights_are_not_packed(

@@ -10,7 +10,7 @@ from filelock import FileLock
 from abn_exp.report.build import build_report
 from abn_exp.report.progress import clean, clock, list_runs, speed_text
 from abn_exp.report.tables import accuracy_table, missing
-from abn_exp.results import find_runs, has_begun
+from abn_exp.results import find_runs, has_begun, set_aside
 from abn_exp.trained_network import write_config
 from tests.helpers.records import finish_run, start_run
 from tests.helpers.scripts import run_script
@@ -67,6 +67,17 @@ def test_what_is_finished_or_running_is_never_removed(runs: Path) -> None:
     assert [line.startswith("would remove") for line in listed] == [True] * 4
     clean(runs, remove=True)  # nobody trains it any more
     assert [run.seed for run in find_runs(runs)] == [0]
+
+
+def test_what_force_was_to_replace_is_put_back_and_not_removed(tmp_path: Path) -> None:
+    config = "recipe: {epochs: 4}\n"
+    directory = finish_run(tmp_path / "study", "bn", 0, 0.7, config=config)
+    before = (directory / "result.json").read_bytes()
+    set_aside(directory)
+    (directory / "config.yaml").write_text(config)
+    assert clean(tmp_path / "study", remove=False) == [f"would put back (as it was before force=true): {directory}"]
+    assert clean(tmp_path / "study", remove=True) == [f"put back (as it was before force=true): {directory}"]
+    assert (directory / "result.json").read_bytes() == before
 
 
 def test_the_folders_above_a_removed_run_go_where_they_are_empty(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from abn_exp.errors import ConfigError, Stopped
 from abn_exp.files import run_lock
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network, initialize_
-from abn_exp.results import RunResult, find_runs, load_runs, read_metrics
-from abn_exp.trained_network import load_input_format, load_network, load_predictions
+from abn_exp.results import REPLACED, RunResult, find_runs, load_runs, read_metrics, set_aside
+from abn_exp.trained_network import load_input_format, load_network, load_predictions, write_config
 from abn_exp.training import checkpoints
 from abn_exp.training import run as run_module
 from abn_exp.training.callbacks import EpochLogger
@@ -190,13 +190,22 @@ def test_force_loses_nothing_before_something_new_is_trained(
             with pytest.raises(type(error)):
                 run(forced, "python train.py")
         assert files() == before
-    run_module._set_aside(plan.directory)  # and then SIGKILL
-    shutil.copy(plan.directory / run_module.REPLACED / "config.yaml", plan.directory)
+    set_aside(plan.directory)  # and then SIGKILL
+    shutil.copy(plan.directory / REPLACED / "config.yaml", plan.directory)
     assert [path.status for path in find_runs(plan.study)] == ["unfinished"]
     assert run(plan, "python train.py") == result
     assert files() == before
     assert run(forced, "python train.py").test_loss == result.test_loss
-    assert not (plan.directory / run_module.REPLACED).exists()
+    assert not (plan.directory / REPLACED).exists()
+
+
+def test_force_replaces_what_has_neither_result_nor_checkpoint(make_plan: Make) -> None:
+    """A run that diverged in its first epoch, or of which another configuration was written before it began."""
+    plan, other = make_plan(), make_plan("recipe.optimizer.lr=0.5")
+    write_config(plan.directory, other.config.model_dump(), "python train.py")
+    with pytest.raises(ConfigError, match="was made by another configuration"):
+        run(plan, "python train.py")
+    assert run(make_plan("force=true"), "python train.py").test_acc > 0
 
 
 def test_whoever_looks_at_the_lock_of_a_run_does_not_refuse_it(make_plan: Make) -> None:

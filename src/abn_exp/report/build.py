@@ -87,6 +87,7 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     if more:
         withheld |= keys_of(pair for plan in plans if not plan.decided for pair in plan.pairs(cells))
     judged = _judged_apart(primary)
+    contrasted = frozenset() if primary is not None and primary.spreads else judged
     return Report(
         name=" and ".join(path.name for path in (folder, *more)),
         question=next((config["question"] for config in configs if "question" in config), None),
@@ -98,13 +99,14 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
         plan=plan,
         cells=cells,
         comparisons=compare_cells(cells, reference, delta, *shown, withheld if any(shown) else withheld | judged),
-        pooled=[] if withheld else pool(cells, reference, delta, _judged_together(primary)),
+        pooled=[] if withheld else pool(cells, reference, delta, _judged_together(primary, reference)),
         factors=factors,
         options=varying_options(settings),
-        effects=[] if withheld else effect_tables(cells, factors, reference, delta, judged),
+        effects=[] if withheld else effect_tables(cells, factors, reference, delta, contrasted),
         images=image_evidence([] if withheld else cells, reference),
         conditional=conditional_on(configs),
         differing=provenance_differences(cells),
+        withheld=bool(withheld),
     )
 
 
@@ -121,17 +123,18 @@ def _primary_against(
 
 
 def _judged_apart(primary: Primary | None) -> frozenset[frozenset[Key]]:
-    """Return the pairs of cells whose difference of means was judged as primary."""
-    if primary is None or not (primary.means or (primary.pooled is not None and len(primary.pairs) == 1)):
+    """Return the pairs of cells that were judged as primary one by one."""
+    if primary is None or primary.withheld or (primary.pooled is not None and len(primary.pairs) > 1):
         return frozenset()
     return keys_of(primary.pairs)
 
 
-def _judged_together(primary: Primary | None) -> dict[frozenset[frozenset[Key]], Judgement]:
-    """Return the primary comparison over several pairs of cells, where it is one."""
+def _judged_together(primary: Primary | None, reference: str) -> dict[frozenset[frozenset[Key]], Judgement | None]:
+    """Return the primary comparison over several pairs of cells, where it is one; None for it where it has another
+    reference, so that it is not shown as its opposite."""
     if primary is None or primary.pooled is None:
         return {}
-    return {keys_of(primary.pairs): primary.pooled}
+    return {keys_of(primary.pairs): primary.pooled if primary.question.reference == reference else None}
 
 
 def _runs_below(folder: Path) -> list[Run]:

@@ -327,17 +327,20 @@ def pool(
     cells: Sequence[Cell],
     reference: str,
     delta: float,
-    primary: Mapping[frozenset[frozenset[Key]], Judgement] | None = None,
+    primary: Mapping[frozenset[frozenset[Key]], Judgement | None] | None = None,
 ) -> list[Pooled]:
     """Compare each norm with the reference over all groups that have both, where there are two or more.
 
     All of these are one family: none is a part of another. What was judged as primary, by its pairs of cells, is not
-    judged again.
+    judged again; where it is None, it is left out.
     """
+    primary = {} if primary is None else primary
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
     found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
-    found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
-    before = {norm: (primary or {}).get(keys_of(pairs)) for norm, pairs in found.items()}
+    found = {
+        n: pairs for n, pairs in found.items() if len(pairs) > 1 and primary.get(keys_of(pairs), pairs) is not None
+    }
+    before = {norm: primary.get(keys_of(pairs)) for norm, pairs in found.items()}
     others = [norm for norm in found if before[norm] is None]
     judged = dict(zip(others, judge([pooled_difference(found[norm]) for norm in others], delta), strict=True))
     pooled = []

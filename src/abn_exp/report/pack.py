@@ -49,7 +49,8 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     archive = target / RECORDS
     files = dict(read_records(archive)) if archive.is_file() else {}
     packed = {name.rpartition("/")[0] for name in files if name.endswith("/config.yaml")}
-    trained = dict(read_records(target / NETWORKS)) if (target / NETWORKS).is_file() else {}
+    there = archive.is_file() and (target / NETWORKS).is_file()  # networks without records may be of other runs
+    trained = dict(read_records(target / NETWORKS)) if there else {}
     added, present, left_out = 0, 0, []
     for run in find_runs(folder):
         name = run.directory.relative_to(folder).as_posix()
@@ -86,6 +87,8 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
         if name != COMMAND and (content := read_study_file(folder, name)) is not None:
             files[name] = content
     target.mkdir(parents=True, exist_ok=True)
+    if not there:
+        (target / NETWORKS).unlink(missing_ok=True)
     if not archive.is_file() or read_records(archive) != files:
         write_records(archive, files)
     if networks and trained and not ((target / NETWORKS).is_file() and read_records(target / NETWORKS) == trained):

@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from abn_exp.files import run_lock
-from abn_exp.results import Run, find_runs, has_begun, read_metrics, remove_run
+from abn_exp.results import Run, find_runs, has_begun, is_set_aside, read_metrics, remove_run, restore_replaced
 from abn_exp.trained_network import read_config
 
 
@@ -88,7 +88,8 @@ def speed_text(images_per_second: float) -> str:
 def clean(folder: Path, *, remove: bool) -> list[str]:
     """Remove, or only list, the runs that failed, are damaged, were stopped or have not begun.
 
-    A run that a process is training stays, and so does what an archive holds.
+    A run that a process is training stays, and so does what an archive holds. What `force` was to replace is put back
+    where nothing was trained in its place.
     """
     lines = []
     for run in find_runs(folder):
@@ -97,6 +98,10 @@ def clean(folder: Path, *, remove: bool) -> list[str]:
         state, _ = describe(run)
         with run_lock(run.directory) as free:
             if not free:
+                continue
+            if is_set_aside(run.directory):
+                done = "put back" if remove and restore_replaced(run.directory) else "would put back"
+                lines.append(f"{done} (as it was before force=true): {run.directory}")
                 continue
             size = sum(path.stat().st_size for path in run.directory.rglob("*") if path.is_file())
             if remove:

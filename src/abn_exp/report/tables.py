@@ -40,6 +40,10 @@ Seeds were added without a plan: reports were written at {} seeds before this on
 another chance to err; at 3, 5, 10 and 20 seeds they find a difference that is not there in 15 % of cases, not in 5 %.
 `seeds=until_decided` plans its looks."""
 
+WITHHELD = """\
+Until it is judged, its row is left out, and so are all tables that would have it as a part: one effect over all
+cells, effects of norms and of other factors, single test images."""
+
 SEQUENTIAL = """\
 The interval of the primary comparison is sequential, so that it covers at all looks together, and its tests have to
 pass the levels of this look, not 5 %. All other intervals take the number of seeds as fixed before the runs, which it
@@ -66,6 +70,7 @@ class Report:
     options: dict[str, dict[Key, str]] = field(default_factory=dict)  # those that vary, each one's values by cell
     differing: list[str] = field(default_factory=list)  # where compared runs differ in how they were made
     unplanned: list[int] = field(default_factory=list)  # numbers of seeds at which there were reports without a plan
+    withheld: bool = False  # is there a comparison that is not to be seen yet?
 
     @property
     def results(self) -> list[RunResult]:
@@ -108,6 +113,7 @@ class Report:
         """Return notes to read before any number: what was fixed, looks without a plan, runs made differently."""
         lines = [self.fixed.note] if self.primary is not None and self.plan is None else []
         lines += [SEQUENTIAL] if self.plan is not None else []
+        lines += [WITHHELD] if self.withheld else []
         lines += [UNPLANNED.format(", ".join(map(str, self.unplanned)))] if self.unplanned else []
         return [" ".join(line.split()) for line in [*lines, *self.differing]]
 
@@ -152,44 +158,67 @@ def _judged(j: Judgement) -> list[str]:
     return [n, *numbers, p_text(j.corrected.difference), p_text(j.corrected.equivalent), j.verdict]
 
 
+def _family(size: int, primary: bool) -> str:
+    return f"{'primary' if primary else 'exploratory'} ({size})"
+
+
+def _judged_header(report: Report) -> list[str]:
+    return [f"{name}{report.sequential}" if name.startswith("95 %") else name for name in JUDGED]
+
+
 JUDGED = ["n", "difference (points)", "95 % interval, uncorrected", "p", "p (Holm)", "p (TOST, Holm)", "verdict"]
 
 
 def difference_table(report: Report) -> Table:
     """One row a comparison, for the means."""
-    judged = [f"{name}{report.sequential}" if name.startswith("95 %") else name for name in JUDGED]
-    header = [*judged, "p (sign flips)", "effect", "detectable", "seeds for delta", "seeds for equivalence", "family"]
+    header = [
+        *_judged_header(report),
+        "p (sign flips)",
+        "effect",
+        "detectable",
+        "seeds for delta",
+        "seeds for equivalence",
+        "family",
+    ]
     rows = []
     for c in report.comparisons:
         m = c.mean.mean
         effect = "-" if math.isnan(m.effect) else f"{signed_text(m.effect)} ({m.effect_name})"
         seeds = ["-" if n is None else f"{n:,}" for n in (c.mean.seeds_for_delta, c.mean.seeds_for_equivalence)]
-        family = f"primary ({c.mean.family})" if c.primary else f"exploratory ({c.mean.family})"
-        more = [p_text(m.p_sign_flip), effect, number_text(c.mean.detectable), *seeds, family]
+        more = [p_text(m.p_sign_flip), effect, number_text(c.mean.detectable), *seeds]
+        more.append(_family(c.mean.family, c.primary))
         rows.append([*_where(report, c.cell), *_judged(c.mean), *more])
     return _table(report, header, rows)
 
 
 def pooled_table(report: Report) -> Table:
     """One row a norm: the difference to the reference over all cells that have both, in two ways."""
-    header = ["norm", "cells", *JUDGED, "random-effects mean", "95 % (DerSimonian-Laird)", "95 % (Hartung-Knapp)"]
+    header = ["norm", "cells", *_judged_header(report)]
+    header += ["random-effects mean", "95 % (DerSimonian-Laird)", "95 % (Hartung-Knapp)"]
     rows = []
     for p in report.pooled:
         row = [p.norm, str(len(p.cells)), *_judged(p.judgement)]
         if (r := p.random_effects) is None:
-            rows.append([*row, *["-"] * 7])
+            rows.append([*row, *["-"] * 7, _family(p.judgement.family, p.primary)])
             continue
         mean = signed_text(r.mean) + (f" ({r.k} cells)" if r.k < len(p.cells) else "")  # one seed has no error
         row += [mean, interval_text(r.interval), interval_text(r.interval_hartung_knapp)]
         row += [number_text(r.tau), number_text(r.q), p_text(r.p_q), percent_text(r.i_squared)]
-        rows.append(row)
-    return [*header, "tau", "Q", "p (Q)", "I²"], rows
+        rows.append([*row, _family(p.judgement.family, p.primary)])
+    return [*header, "tau", "Q", "p (Q)", "I²", "family"], rows
 
 
 def spread_table(report: Report) -> Table:
     """One row a comparison, for the stds."""
     header = ["n", "std (points)", "95 % interval", f"std of {report.reference}", "ratio", "95 % interval of ratio"]
-    header += ["p (swaps)", "p (Holm)", "level kept, normal and t (3 df)", "power at ratio 2", "less spread?"]
+    header += [
+        "p (swaps)",
+        "p (Holm)",
+        "level kept, normal and t (3 df)",
+        "power at ratio 2",
+        "less spread?",
+        "family",
+    ]
     rows = []
     bases = {cell.group: cell for cell in report.cells if cell.norm == report.reference}
     for c in report.comparisons:
@@ -199,7 +228,8 @@ def spread_table(report: Report) -> Table:
         row = [_pairs(s.n), number_text(s.std[0]), interval_text(own), number_text(s.std[1])]
         row += [number_text(s.ratio), interval_text(s.ratio_interval), p_text(s.p), p_text(c.spread.p_holm)]
         level = " and ".join(f"{level} %" for level in spread_level(s.n)) if s.n >= MIN_PAIRS else "-"
-        rows.append([*_where(report, c.cell), *row, level, percent_text(c.spread.power), c.spread.verdict])
+        row += [level, percent_text(c.spread.power), c.spread.verdict, _family(c.spread.family, c.primary_spread)]
+        rows.append([*_where(report, c.cell), *row])
     return _table(report, header, rows)
 
 

@@ -73,7 +73,8 @@ CONVENTIONS = """\
   each); better or worse (two-sided test of no difference, 5 %); not better or not worse by delta (one-sided, 5 %);
   undecided. Undecided is no evidence that two norms are equal.
 - Holm's correction is over the primary comparisons alone; everything else is exploratory, each table with a family
-  of its own, whose size is in the CSV files, and averages apart from their parts. Intervals are not corrected.
+  of its own, whose size stands beside it or in effects.csv, and averages apart from their parts. Intervals are not
+  corrected.
 - "Detectable" is the difference that would be detected with 80 % power at this n, standard deviation and corrected
   level; "seeds for delta" is how many detect delta, "seeds for equivalence" how many show it where there is none.
 - If one side failed or diverged more often, what speaks for it holds only if it also holds with failures at chance.
@@ -187,6 +188,7 @@ def effects_csv(report: Report) -> str:
     rows: list[dict[str, object]] = []
     for p in report.pooled:
         row: dict[str, object] = {"table": "One effect over all cells", "contexts": len(p.cells)}
+        row |= {"primary": True} if p.primary else {}
         row |= {"difference_of": f"{p.norm} - {p.reference}"} | _judgement(p.judgement)
         if (r := p.random_effects) is not None:
             row |= {"random_effects_mean": r.mean} | _pair("random_effects", r.interval)

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import signal
 import statistics
 import sys
@@ -33,9 +32,16 @@ from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
-from abn_exp.records import NETWORK, RUN_FILES
 from abn_exp.report.progress import clock, speed_text
-from abn_exp.results import RunResult, read_metrics, read_result, remove_run, write_result
+from abn_exp.results import (
+    RunResult,
+    read_metrics,
+    read_result,
+    remove_run,
+    restore_replaced,
+    set_aside,
+    write_result,
+)
 from abn_exp.trained_network import (
     InputFormat,
     load_predictions,
@@ -64,7 +70,6 @@ from abn_exp.training.setup import (
 from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
 
-REPLACED = ".replaced"  # of a run that `force` trains again: what was there, until something new has been trained
 PATIENCE = 1.0  # seconds for whoever looks at the run's lock just now
 SLOWER = 1.1  # warn where a precision takes this many times as long as fp32
 
@@ -97,9 +102,9 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             raise ConfigError(f"{directory} is being written by another process; wait for it or stop it.")
         remove_temporary_files(directory)
         remove_temporary_files(directory / "checkpoints")
-        _put_back(directory)  # of a process that was killed
+        restore_replaced(directory)  # of a process that was killed
         if config.force:
-            _set_aside(directory)
+            set_aside(directory)
         finished = _check_same_config(plan)
         if source is not None:
             log.info("taken from %s", source)
@@ -122,7 +127,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
         except ConfigError as error:
             if _has_trained(directory):
                 write_text_atomic(directory / "FAILED", f"{error}\n")
-            elif not _put_back(directory):
+            elif not restore_replaced(directory):
                 remove_run(directory)
             raise
         except Exception as error:
@@ -132,13 +137,13 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
             _log_stop(plan, stopped)
-            _put_back(directory)
+            restore_replaced(directory)
             raise stopped from None
         finally:
             with suppress(OSError):
                 (directory / "RUNNING").unlink(missing_ok=True)
         write_result(directory, result)
-        shutil.rmtree(directory / REPLACED, ignore_errors=True)
+        restore_replaced(directory)
         if config.keep == "weights":
             keep_weights(directory)
         show(directory, result)
@@ -359,35 +364,6 @@ def _log_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
-
-
-def _set_aside(directory: Path) -> None:
-    """Move a run into a folder within its own, for as long as nothing was trained in its place."""
-    (directory / "RUNNING").unlink(missing_ok=True)
-    if any((directory / name).exists() for name in ("result.json", "checkpoints", NETWORK)):
-        _move(directory, directory / REPLACED)
-
-
-def _put_back(directory: Path) -> bool:
-    """Undo `_set_aside` where nothing was trained since, else remove what it moved; return whether it was undone."""
-    aside = directory / REPLACED
-    untouched = aside.is_dir() and not _has_trained(directory)
-    if untouched:
-        _move(aside, directory)
-    shutil.rmtree(aside, ignore_errors=True)
-    return untouched
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move a run's files, but for its log, which is open, and remove those that are at the target."""
-    target.mkdir(exist_ok=True)
-    for name in ("checkpoints", *RUN_FILES, NETWORK):
-        if name == "train.log":
-            continue
-        path = target / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if (source / name).exists():
-            os.replace(source / name, path)
 
 
 def _check_same_config(plan: RunPlan) -> RunResult | None:

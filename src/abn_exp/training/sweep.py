@@ -199,7 +199,7 @@ class SweepCallback(Callback):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
-            elif self.errors.get(plan.directory):
+            elif plan.config.force and self.errors.get(plan.directory):
                 lines.append(f"NOT REPLACED {plan.directory}: {error}")
             elif differing_options(plan.config.model_dump(), read_config(run.directory)):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
