@@ -285,7 +285,10 @@ def test_an_undecided_look_shows_each_p_beside_what_it_is_to_be_below(tmp_path: 
     assert j.verdict == "undecided"
     assert j.level_delta < j.uncorrected.not_better < 0.001
     text = sentence(j, "abn - bn")
-    assert f"p = {j.uncorrected.not_better:.2g}, at this look to be below {j.level_delta:.2g}" in text
+    p = j.uncorrected
+    both = f"p = {p.not_better:.2g} and {p.not_worse:.2g}, level {j.level_delta:.2g})"
+    assert f"one-sided against +0.5 points and -0.5 points: {both}" in text
+    assert f"(no difference: p = {p.difference:.2g}, level {j.level:.2g};" in text
     assert "points would be detected at this look, and without looks 0.5 points take" in text
 
 

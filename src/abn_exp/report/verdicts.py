@@ -210,7 +210,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
 
     def tested(name: str, level: float) -> str:
         if j.at_look:
-            return f"p = {getattr(p, name):.2g}, at this look to be below {level:.2g}"
+            return f"p = {getattr(p, name):.2g}, level of this look {level:.2g}"
         holm = f", Holm {p_text(getattr(q, name))} over {j.family}" if j.family > 1 else ""
         return f"{p_equation(getattr(p, name))}{holm}"
 
@@ -221,8 +221,15 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
     elif j.verdict in ("better", "worse"):
         text += f"by the two-sided test of no difference ({tested('difference', j.level)})"
     elif j.verdict == "undecided":
-        text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
-        text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"
+        if j.at_look:
+            text += (
+                f"no test passes the level of this look (no difference: p = {p.difference:.2g}, level {j.level:.2g}; "
+            )
+            text += f"one-sided against +{delta} and -{delta}: p = {p.not_better:.2g} and {p.not_worse:.2g}, level "
+            text += f"{j.level_delta:.2g})"
+        else:
+            text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
+            text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"
         text += f"{', ' + UNCORRECTED if _contradicts(j) else ''}{_needed_sizes(j)}"
     else:
         name = "not_better" if j.verdict == "not better by delta" else "not_worse"
