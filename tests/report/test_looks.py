@@ -308,9 +308,12 @@ def test_entries_are_kept_and_the_report_follows_them(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     look(tmp_path, plan, cells_of(tmp_path), "2026-01-01")
     assert (plan.entries[0]["verdict"], plan.entries[0]["pairs"], plan.decided) == ("undecided", 3, False)
-    assert (
-        build_report(tmp_path).answer()[0].endswith("It is judged at 5 seeds, look 2 of 2.")
-    )  # seeds 3 and 4 are there
+    (entry,) = plan.entries
+    found = f"{entry['difference']:+.2f} points (sequential 95 % interval {entry['interval'][0]:.2f} to "
+    assert build_report(tmp_path).answer() == [  # seeds 3 and 4 are there
+        "Primary comparison: abn against bn. It is judged at 5 seeds, look 2 of 2. Look 1, at 3 seeds: "
+        f"{found}{entry['interval'][1]:.2f}), undecided."
+    ]
     plan = plan_in(tmp_path)
     look(tmp_path, plan, cells_of(tmp_path), "2026-01-02")
     assert plan.decided

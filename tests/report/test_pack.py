@@ -106,7 +106,7 @@ def test_networks_are_packed_and_predict_what_they_did(
     checkpoints = trained[0].directory / "checkpoints"
     shutil.move(checkpoints, tmp_path / "elsewhere")
     done = pack(folder, networks=True)
-    assert done.left_out == [f"The network of {trained[0].directory} is left out: its weights are not here."]
+    assert done.left_out == [f"Without a network, as their weights are not here: {trained[0].directory}."]
     shutil.move(tmp_path / "elsewhere", checkpoints)
     records = (done.folder / RECORDS).read_bytes()
     assert pack(folder, networks=True).left_out == []

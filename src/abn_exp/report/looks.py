@@ -30,6 +30,7 @@ from abn_exp.report.comparisons import (
     pooled_difference,
     started_seeds,
 )
+from abn_exp.report.formatting import interval_text, signed_text
 from abn_exp.report.sequential import Spending, nominal_levels
 from abn_exp.report.stats import ALPHA
 from abn_exp.report.verdicts import Judgement, judge
@@ -175,6 +176,15 @@ def look(folder: Path, plan: Plan, cells: Iterable[Cell], when: str) -> Judgemen
     return found
 
 
+def look_text(entry: Mapping[str, Any]) -> str:
+    """Return what a look found, as it was recorded."""
+    text = f"Look {entry['look']}, at {entry['seeds']} seeds: "
+    if entry["difference"] is not None:
+        low, high = (math.nan if end is None else end for end in entry["interval"])
+        text += f"{signed_text(entry['difference'])} points (sequential 95 % interval {interval_text((low, high))}), "
+    return f"{text}{entry['verdict']}."
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
@@ -243,8 +253,8 @@ def judge_planned(cells: Sequence[Cell], plan: Plan) -> Primary:
     pairs, done = plan.pairs(cells), len(plan.entries)
     under_way = {seed for cell in (c for pair in pairs for c in pair) for seed in cell.scores["test_acc"]}
     if not done or (not plan.decided and under_way - set(plan.seeds_at(done - 1))):
-        n = plan.looks[done]
-        return Primary(question, pairs, withheld=f"It is judged at {n} seeds, look {done + 1} of {len(plan.looks)}.")
+        next_look = f"It is judged at {plan.looks[done]} seeds, look {done + 1} of {len(plan.looks)}."
+        return Primary(question, pairs, withheld=" ".join([next_look, *map(look_text, plan.entries[-1:])]))
     look = f"look {done} of {len(plan.looks)}, at {plan.looks[done - 1]} seeds"
     if outside := sorted(under_way - set(plan.seeds_at(done - 1))):
         look += f"; seeds that no look asked for are left out: {', '.join(map(str, outside))}"

@@ -52,6 +52,7 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     there = archive.is_file() and (target / NETWORKS).is_file()  # networks without records may be of other runs
     trained = dict(read_records(target / NETWORKS)) if there else {}
     added, present, left_out = 0, 0, []
+    without: list[Path] = []
     for run in find_runs(folder):
         name = run.directory.relative_to(folder).as_posix()
         if name.count("/") != 4:
@@ -65,7 +66,7 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
             try:
                 trained[f"{name}/{NETWORK}"] = pack_network(run)
             except FileNotFoundError:
-                left_out.append(f"The network of {run.directory} is left out: its weights are not here.")
+                without.append(run.directory)
         contents = {file: data for file in RUN_FILES if (data := read_run_file(run.directory, file)) is not None}
         if name not in packed:
             files |= {f"{name}/{file}": data for file, data in contents.items()}
@@ -79,6 +80,9 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
                 "under another name, or remove the archive to replace all of it."
             )
         present += 1
+    if without:
+        networks_of = f"{without[0]}" + (f" and {len(without) - 1} more" if len(without) > 1 else "")
+        left_out.append(f"Without a network, as their weights are not here: {networks_of}.")
     if not added + present:
         raise ValueError(f"There are no finished runs below {folder}; give a folder that train.py wrote.")
     commands = dict.fromkeys((read_command(target) + read_command(folder)).splitlines())
