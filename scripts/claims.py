@@ -169,8 +169,11 @@ CLAIMS = (
         (
             _measure("ablation", "cam", "deletion gain", "deletion gain"),
             _measure("ablation", "cam", "insertion gain", "insertion gain"),
+            _measure("trained", "cam", "two pairs of `study=trained`: deletion gain", "deletion gain"),
+            _measure("trained", "cam", "two pairs of `study=trained`: insertion gain", "insertion gain"),
         ),
-        "[maps](results/quoted/ablation/analysis/cam/summary.md)",
+        "[maps](results/quoted/ablation/analysis/cam/summary.md), "
+        "[trained](results/quoted/trained/analysis/cam/summary.md)",
     ),
     Claim(
         "**C5** its activations are more imbalanced, and it has additional activation functions",
@@ -181,8 +184,10 @@ CLAIMS = (
             _measure("ablation", "activations", "imbalance", "channel imbalance"),
             _share("share of channels with two thresholds", "share of channels", ".3f"),
             _share("share of inputs that the second decides", "share of inputs", ".0e"),
+            _measure("trained", "pairs", "two pairs of `study=trained`: imbalance", "channel imbalance"),
         ),
-        "[activations](results/quoted/ablation/analysis/activations/summary.md)",
+        "[activations](results/quoted/ablation/analysis/activations/summary.md), "
+        "[trained](results/quoted/trained/analysis/pairs/summary.md)",
         "BN cannot have a second threshold: both shares are 0 with it by construction, and nothing is tested.",
     ),
     Claim(
