@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from abn_exp import records
 from abn_exp.errors import DamagedFile
 from abn_exp.records import RECORDS, archived_runs, read_command, read_records, read_run_file, write_records
 
@@ -84,7 +85,7 @@ def test_a_link_is_damage_and_a_bomb_is_not_unpacked(archive: Path, monkeypatch:
         tar.addfile(link)
     with pytest.raises(DamagedFile, match="has a member"):
         read_records(archive)
-    monkeypatch.setattr("abn_exp.records.MAX_BYTES", 2**20)
+    monkeypatch.setitem(records.MAX_BYTES, archive.name, 2**20)
     archive.write_bytes(lzma.compress(bytes(2**21)))
     with pytest.raises(DamagedFile, match="its end is missing"):
         read_records(archive)

@@ -45,6 +45,7 @@ def test_a_gain_that_could_not_be_measured_is_none(
     make_plan: Make, monkeypatch: pytest.MonkeyPatch, rates: dict[int, float]
 ) -> None:
     monkeypatch.setattr("abn_exp.training.parallel.measure", lambda *_: rates)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(100.0, 1000.0))
     lines = list(dry_run([make_plan("seeds_at_once=2", f"seed={seed}") for seed in (0, 1)]))
     assert any("2 at a time, which is 1.00 times as fast as one" in line for line in lines)
 

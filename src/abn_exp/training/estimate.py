@@ -125,8 +125,8 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
                 pending.append((plan, 0 if plan.config.force else done))
             yield f"  {plan.directory.name:<9} {state:<10} {rest}".rstrip()
         if pending:
+            counts = image_counts(pending[0][0].config)  # first: images that are not there are told at once
             speed = measure_speed(pending[0][0], SECONDS)
-            counts = image_counts(pending[0][0].config)
             times = [seconds_left(plan, counts, speed, done) for plan, done in pending]
             yield f"  {len(pending)} to do, {clock(max(times))} for one, {speed_text(speed.train)}"
             to_do += [plan for plan, _ in pending]
