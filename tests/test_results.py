@@ -126,9 +126,9 @@ def test_a_run_is_set_aside_and_put_back_whenever_that_is_interrupted(
                 return False
         return True
 
-    def train_something(directory: Path) -> None:
+    def train_something(directory: Path, epochs: int) -> None:
         (directory / "config.yaml").write_text("of the new one")
-        (directory / "metrics.jsonl").write_text("")
+        (directory / "metrics.jsonl").write_text('{"epoch": 1}\n' * epochs)
 
     for number in range(50):
         directory = made(f"aside-{number}")
@@ -139,25 +139,15 @@ def test_a_run_is_set_aside_and_put_back_whenever_that_is_interrupted(
         if whole:
             break
     assert 3 < number < 40
-    for number in range(50):
-        directory = made(f"back-{number}")
-        set_aside(directory)
-        train_something(directory)
-        whole = killed(number, lambda: restore_replaced(directory))  # noqa: B023
-        assert restore_replaced(directory) is not whole
-        assert files(directory) == before
-        if whole:
-            break
-    assert 8 < number < 40
-    for number in range(50):
-        directory = made(f"trained-{number}")
-        set_aside(directory)
-        train_something(directory)
-        (directory / "metrics.jsonl").write_text('{"epoch": 1}\n')
-        now = {"config.yaml", "metrics.jsonl"}
-        whole = killed(number, lambda: restore_replaced(directory))  # noqa: B023
-        assert not restore_replaced(directory)
-        assert files(directory).keys() == now
-        if whole:
-            break
-    assert 3 < number < 40
+    for epochs in (0, 1):
+        for number in range(50):
+            directory = made(f"back-{epochs}-{number}")
+            set_aside(directory)
+            train_something(directory, epochs)
+            whole = killed(number, lambda: restore_replaced(directory))  # noqa: B023
+            assert restore_replaced(directory) is (epochs == 0 and not whole)
+            left = files(directory)
+            assert left == before if epochs == 0 else left.keys() == {"config.yaml", "metrics.jsonl"}
+            if whole:
+                break
+        assert 3 < number < 40

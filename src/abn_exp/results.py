@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 2  # 1: epochs counted from 0 in metrics.jsonl
 REPLACED = ".replaced"
-MOVED = (*(name for name in RUN_FILES if name != "train.log"), NETWORK, "checkpoints")  # the log is open
+# What moves when a run is set aside: all but its log, which is open, and its configuration last.
+MOVED = (*(n for n in RUN_FILES if n not in ("train.log", "config.yaml")), NETWORK, "checkpoints", "config.yaml")
 CHECKED = ("config.yaml", "input.json", "metrics.jsonl", "predictions.npz", "result.json")  # files in SHA256SUMS
 
 Status = Literal["finished", "failed", "diverged", "unfinished", "damaged"]
@@ -246,7 +247,7 @@ def set_aside(directory: Path) -> None:
     """
     (directory / "RUNNING").unlink(missing_ok=True)
     (directory / REPLACED).mkdir(exist_ok=True)
-    for name in (*(name for name in MOVED if name != "config.yaml"), "config.yaml"):
+    for name in MOVED:
         if (directory / name).exists():
             os.replace(directory / name, directory / REPLACED / name)
 

@@ -109,13 +109,12 @@ def _read_checkpoint(file: IO[bytes], path: Path) -> dict[str, Any]:
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {broken} is wrong")
         file.seek(0)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError("it holds no weights")
     except Exception as error:  # decoding unknown bytes may raise anything
         raise DamagedFile(path, f"it is not a whole checkpoint of weights ({_brief(error)})") from error
-    checked: dict[str, Any] = checkpoint
-    return checked
+    return checkpoint
 
 
 def _brief(error: Exception) -> str:

@@ -26,7 +26,7 @@ from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import Normalization
 from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
 from abn_exp.deploy.verify import Mismatch, verify
-from abn_exp.errors import ConfigError
+from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
 from abn_exp.results import find_runs, read_result
@@ -280,6 +280,11 @@ def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Pa
     images = before.images(found)
     expected = inputs.normalize(images.data.test.images)
     torch.testing.assert_close(images.normalized, expected)
+    text = (plan.directory / "input.json").read_text()
+    (plan.directory / "input.json").write_text("{}")
+    with pytest.raises(DamagedFile, match=r"input\.json is damaged"):  # and not measured again in silence
+        open_run(plan.directory, "last", None)
+    (plan.directory / "input.json").write_text(text)
     write_folder(tmp_path / "images", ["ant"])
     with pytest.raises(ConfigError, match="has other classes now than when"):
         open_run(plan.directory, "last", None)

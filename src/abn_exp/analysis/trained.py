@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from abn_exp.config import Config, parse
+from abn_exp.config import parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
@@ -26,7 +26,7 @@ from abn_exp.machine import available_memory, cpu_count, end_with_parent
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
 from abn_exp.trained_network import load_input_format, load_trained_network, read_config, weights_file
-from abn_exp.training.setup import normalization
+from abn_exp.training.setup import trained_normalization
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
 MEMORY = 2**30  # bytes that one process is assumed to need
@@ -90,24 +90,13 @@ class Opener:
         if (key := self.key(run)) != self._key or self._images is None:
             config = parse(read_config(run.directory))
             data = load(**config.dataset.source | ({} if self.root is None else {"root": self.root}))
-            mean, std, classes = self._input_format(run, config, data)
-            if classes not in (None, tuple(data.classes)):
-                raise ValueError(f"{data.name} has other classes now than when {run.directory} was trained.")
+            mean, std = trained_normalization(run.directory, config, data)
             chosen = first_of_each_class(data.test.labels, self.count)
             batches = BatchLoader(data.test, chosen, 500, mean=mean, std=std, device="cpu")
             normalized = torch.cat([images for images, _ in batches])
             self._key = key
             self._images = TestImages(data, chosen, normalized.to(self.device), data.test.labels[chosen])
         return self._images
-
-    @staticmethod
-    def _input_format(run: Run, config: Config, data: ImageDataset) -> tuple[Any, Any, tuple[str, ...] | None]:
-        """Return mean, std and class names of the training; of an older run, as its images are now."""
-        try:
-            inputs = load_input_format(run)
-        except ValueError:
-            return *normalization(config, data), None
-        return inputs.mean, inputs.std, inputs.classes
 
     def key(self, run: Run) -> str:
         """Return a key that runs share if they are tested on the same images, normalised in the same way."""

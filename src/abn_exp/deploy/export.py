@@ -24,8 +24,8 @@ from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
-from abn_exp.trained_network import load_input_format, load_trained_network, read_config
-from abn_exp.training.setup import normalization
+from abn_exp.trained_network import load_trained_network, read_config
+from abn_exp.training.setup import trained_normalization
 
 EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
 FILES = ("network.onnx", "network.qonnx.onnx", "network.xml", "network.bin", "summary.json", "summary.md")
@@ -64,14 +64,7 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
         data = load(**source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
-    try:
-        inputs = load_input_format(directory)
-    except ValueError:  # an older run has not kept it
-        mean, std = normalization(config, data)
-    else:
-        mean, std = inputs.mean, inputs.std
-        if inputs.classes not in (None, tuple(data.classes)):
-            raise ConfigError(f"{config.dataset.name} has other classes now than when {directory} was trained.")
+    mean, std = trained_normalization(directory, config, data)
     return TrainedRun(directory, weights, config, network, data, Normalization.of(mean, std))
 
 

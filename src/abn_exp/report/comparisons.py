@@ -337,17 +337,17 @@ def pool(
     primary = {} if primary is None else primary
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
     found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
-    found = {
-        n: pairs for n, pairs in found.items() if len(pairs) > 1 and primary.get(keys_of(pairs), pairs) is not None
-    }
-    before = {norm: primary.get(keys_of(pairs)) for norm, pairs in found.items()}
-    others = [norm for norm in found if before[norm] is None]
-    judged = dict(zip(others, judge([pooled_difference(found[norm]) for norm in others], delta), strict=True))
-    pooled = []
-    for norm, pairs in found.items():
-        j, of_norm = before[norm], tuple(cell for cell, _ in pairs)
-        pooled.append(Pooled(norm, reference, of_norm, j or judged[norm], cells_effect(pairs), j is not None))
-    return pooled
+    found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
+    before = {norm: primary[keys] for norm, pairs in found.items() if (keys := keys_of(pairs)) in primary}
+    others = [norm for norm in found if norm not in before]
+    judged = before | dict(
+        zip(others, judge([pooled_difference(found[norm]) for norm in others], delta), strict=True)
+    )
+    return [
+        Pooled(norm, reference, tuple(cell for cell, _ in pairs), j, cells_effect(pairs), norm in before)
+        for norm, pairs in found.items()
+        if (j := judged[norm]) is not None
+    ]
 
 
 def keys_of(pairs: Iterable[tuple[Cell, Cell]]) -> frozenset[frozenset[Key]]:

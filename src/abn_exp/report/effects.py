@@ -108,13 +108,13 @@ def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collecti
         by_norm = {cell.norm: cell for cell in group}
         head = (group[0].dataset, group[0].model, *_levels(group[0], factors))
         for what, norm, without in CONTRASTS:
-            if norm in by_norm and without in by_norm:
-                pair = [by_norm[norm]], [by_norm[without]]
-                if frozenset((by_norm[norm].key, by_norm[without].key)) in judged:
-                    continue
+            if norm not in by_norm or without not in by_norm:
+                continue
+            cell, base = by_norm[norm], by_norm[without]
+            if frozenset((cell.key, base.key)) not in judged:
                 difference = f"{norm} - {without}"
                 text = f"On {describe_group(group[0], factors)}, {what} ({difference})"
-                rows.append(((*head, what, difference), text, compare(*pair, started_seeds(cells)), 1))
+                rows.append(((*head, what, difference), text, compare([cell], [base], started_seeds(cells)), 1))
     header = ("dataset", "model", *(f.name for f in factors), "part", "difference")
     return "What each part of the norm does", header, rows
 

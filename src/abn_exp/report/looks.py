@@ -233,10 +233,8 @@ def judge_primary(cells: Sequence[Cell], question: PrimaryConfig, delta: float, 
         return Primary(question, pairs, withheld="It is judged when all runs of the sweep have come to their end.")
     if left := sum(run.status == "unfinished" for pair in pairs for cell in pair for run in cell.runs):
         have = "one of its runs has" if left == 1 else f"{left} of its runs have"
-        withheld = (
-            f"It is not judged yet: {have} not come to an end. Give the command again, or remove the folders of "
-        )
-        return Primary(question, pairs, withheld=f"{withheld}runs that are not to be trained.")
+        then = "Give the command again, or remove the folders of runs that are not to be trained."
+        return Primary(question, pairs, withheld=f"It is not judged yet: {have} not come to an end. {then}")
     if question.statistic == "spread":
         spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
         return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})

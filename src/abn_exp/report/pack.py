@@ -50,7 +50,8 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     files = dict(read_records(archive)) if archive.is_file() else {}
     packed = {name.rpartition("/")[0] for name in files if name.endswith("/config.yaml")}
     there = archive.is_file() and (target / NETWORKS).is_file()  # networks without records may be of other runs
-    trained = dict(read_records(target / NETWORKS)) if there else {}
+    trained_before = read_records(target / NETWORKS) if there else {}
+    trained = dict(trained_before)
     added, present, left_out = 0, 0, []
     without: list[Path] = []
     for run in find_runs(folder):
@@ -95,7 +96,7 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
         (target / NETWORKS).unlink(missing_ok=True)
     if not archive.is_file() or read_records(archive) != files:
         write_records(archive, files)
-    if networks and trained and not ((target / NETWORKS).is_file() and read_records(target / NETWORKS) == trained):
+    if trained != trained_before:
         write_records(target / NETWORKS, trained)
     _copy_analyses(folder / "analysis", target / "analysis")
     write_report(target)

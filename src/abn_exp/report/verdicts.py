@@ -222,11 +222,9 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
         text += f"by the two-sided test of no difference ({tested('difference', j.level)})"
     elif j.verdict == "undecided":
         if j.at_look:
-            text += (
-                f"no test passes the level of this look (no difference: p = {p.difference:.2g}, level {j.level:.2g}; "
-            )
-            text += f"one-sided against +{delta} and -{delta}: p = {p.not_better:.2g} and {p.not_worse:.2g}, level "
-            text += f"{j.level_delta:.2g})"
+            text += f"no test passes the level of this look (no difference: p = {p.difference:.2g}, level "
+            text += f"{j.level:.2g}; one-sided against +{delta} and -{delta}: p = {p.not_better:.2g} and "
+            text += f"{p.not_worse:.2g}, level {j.level_delta:.2g})"
         else:
             text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
             text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"

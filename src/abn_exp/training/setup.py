@@ -19,9 +19,10 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
-from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.models.build import build_network, initialize_
+from abn_exp.trained_network import load_input_format
 from abn_exp.warm_start import load_initial_weights_
 
 if TYPE_CHECKING:
@@ -118,6 +119,22 @@ def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], 
             "give dataset.mean=[...] and dataset.std=[...]."
         )
     return mean, std
+
+
+def trained_normalization(
+    directory: Path, config: Config, data: ImageDataset
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and standard deviation that a run was trained with; of an older run, which has not kept them,
+    those of its images as they are now. Raises ConfigError where the data set has other classes than then."""
+    try:
+        inputs = load_input_format(directory)
+    except DamagedFile:
+        raise
+    except ValueError:
+        return normalization(config, data)
+    if inputs.classes not in (None, tuple(data.classes)):
+        raise ConfigError(f"{data.name} has other classes now than when {directory} was trained.")
+    return inputs.mean, inputs.std
 
 
 def make_loaders(
