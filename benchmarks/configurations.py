@@ -82,6 +82,16 @@ GPU = Effort(
     growth_batch=256,
     seeds=8,
 )
+QUICK_GPU = replace(
+    GPU,
+    repetitions=3,
+    steps=10,
+    all_rows=("resnet18_paper",),
+    images=(5_000, 10_000),
+    widths=(1.0, 5.0),
+    batches=(256, 1024),
+    seeds=0,
+)
 
 
 def configuration(model: str, width: float, batch_size: int, overrides: tuple[str, ...]) -> Config:

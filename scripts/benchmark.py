@@ -19,13 +19,13 @@ from abn_exp import provenance
 from abn_exp.commandline import positive_int
 from abn_exp.machine import cpu_count
 from benchmarks import inference, report, time_to_accuracy
-from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK
+from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK, QUICK_GPU
 from benchmarks.run import Benchmark
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    main.add_argument("--quick", action="store_true", help="small batches, few repetitions: minutes on two CPU cores")
+    main.add_argument("--quick", action="store_true", help="fewer sizes and repetitions: minutes on two CPU cores")
     main.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     main.add_argument("--repetitions", type=positive_int, help="of everything timed (default: 3 quick, 7 GPU, 9 CPU)")
     main.add_argument("--threads", type=positive_int, default=cpu_count(), help="CPU threads (default: all)")
@@ -62,9 +62,8 @@ def main() -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products; read at the first one
     device = torch.device("cuda", 0) if cuda and arguments.device != "cpu" else torch.device("cpu")
     torch.set_num_threads(arguments.threads)
-    effort = GPU if device.type == "cuda" else QUICK if arguments.quick else CPU
-    if device.type == "cuda" and arguments.quick:
-        effort = replace(effort, repetitions=3, steps=10)
+    whole, quick = (GPU, QUICK_GPU) if device.type == "cuda" else (CPU, QUICK)
+    effort = quick if arguments.quick else whole
     if arguments.repetitions is not None:
         effort = replace(effort, repetitions=arguments.repetitions)
     name = provenance.device_name(device, arguments.threads)
