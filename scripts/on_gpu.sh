@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in slices of less than ten minutes; each call goes on with what an earlier one began.
 #
-#   scripts/on_gpu.sh tests                        the tests that need CUDA
-#   scripts/on_gpu.sh benchmark                    the speed of training beside a conventional loop
-#   scripts/on_gpu.sh study [SECONDS] [KEY=VALUE]  runs of study=accuracy at the paper's full width, as many as the
-#                                                  time allows (540 seconds by default); then the records are packed
-#   scripts/on_gpu.sh all                          the three, one after another
+#   scripts/on_gpu.sh tests                          the tests that need CUDA
+#   scripts/on_gpu.sh benchmark                      the speed of training beside a conventional loop
+#   scripts/on_gpu.sh planned [SECONDS] [KEY=VALUE]  the studies of docs/plan.md that are for a GPU, in their order: as
+#                                                    many runs as the time allows (540 seconds by default)
+#   scripts/on_gpu.sh study [SECONDS] [KEY=VALUE]    the same of one study, study=accuracy at the paper's full width by
+#                                                    default
+#   scripts/on_gpu.sh all                            tests, benchmark, planned
 #
-# PYTHON (default .venv/bin/python) is the interpreter, DATA_DIR (default ./data) where the data sets lie.
-# Tried without a GPU: scripts/on_gpu.sh study 60 device=cpu dataset=digits model=binarynet model.width=0.0625 \
-#     recipe.epochs=2 recipe.batch_size=64 seed=0 name=accuracy-small
+# The records of a study are packed after each call, of planned ones the networks, too. PYTHON (default .venv/bin/python)
+# is the interpreter, DATA_DIR (default ./data) where the data sets lie.
+# Tried without a GPU: scripts/on_gpu.sh planned 60 device=cpu dataset=digits model=binarynet model.width=0.0625 \
+#     recipe.epochs=2 recipe.batch_size=64
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -19,23 +22,53 @@ tests() { timeout 590 "$PYTHON" -m pytest -q -m gpu; }
 
 benchmark() { timeout 590 "$PYTHON" scripts/benchmark.py --quick; }
 
+# SECONDS, what `runs.py --pack` is to add, KEY=VALUE...
 study() {
-    local seconds=540 name=accuracy status=0
-    if [[ ${1:-} =~ ^[0-9]+$ ]]; then seconds=$1; shift; fi
-    for override in "$@"; do [[ $override == name=* ]] && name=${override#name=}; done
+    local seconds=$1 pack=$2 name="" status=0
+    shift 2
+    for override in "$@"; do
+        [[ $override == study=* && -z $name ]] && name=${override#study=}
+        [[ $override == name=* ]] && name=${override#name=}
+    done
     # SIGTERM ends a sweep in order: what is unfinished goes on from its last whole epoch at the next call.
-    timeout --signal=TERM --kill-after=30 "$seconds" "$PYTHON" train.py study=accuracy "$@" || status=$?
+    timeout --signal=TERM --kill-after=30 "$seconds" "$PYTHON" train.py seeds_at_once=auto "$@" || status=$?
     if [[ $status != 0 && $status != 124 && $status != 143 ]]; then
         echo "error: the study ended with code $status; its runs so far are packed all the same." >&2
     fi
-    "$PYTHON" scripts/runs.py --pack "results/$name"
+    [[ -n $(find "results/$name" -name result.json -print -quit) ]] || return "$status"  # nothing to pack yet
+    "$PYTHON" scripts/runs.py --pack "results/$name" $pack
     "$PYTHON" scripts/runs.py "results/$name"
     [[ $status == 124 || $status == 143 ]] || return "$status"
 }
 
-case ${1:-all} in
-    tests | benchmark) "$1" ;;
-    study) shift; study "$@" ;;
-    all) tests; benchmark; study ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+# SECONDS, KEY=VALUE...: the second study begins when the first has ended, with the time that is left.
+planned() {
+    local end=$((SECONDS + $1)) left planned
+    shift
+    local trained=(dataset=cifar10 model=binarynet model.width=0.25 recipe.epochs=20 recipe.batch_size=128
+        recipe.optimizer.lr=5e-3 norm=bn,bn_noscale,abn,abn_forward,abn_backward,abn_noshift)
+    for planned in trained schedules ablation; do
+        left=$((end - SECONDS))
+        ((left > 30)) || break
+        case $planned in
+            trained) study "$left" --networks study=trained name=trained-gpu seeds=one "seed=range(20,40)" "$@" ;;
+            schedules) study "$left" "" study=schedules name=schedules-gpu "$@" ;;
+            ablation) study "$left" --networks study=ablation name=ablation-gpu "seed=range(40,50)" "${trained[@]}" "$@" ;;
+        esac
+    done
+}
+
+verb=${1:-all}
+shift || true
+seconds=540
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then seconds=$1; shift; fi
+case $verb in
+    tests | benchmark) "$verb" ;;
+    planned) planned "$seconds" "$@" ;;
+    study)
+        [[ " $*" == *" study="* ]] || set -- study=accuracy "$@"
+        study "$seconds" "" "$@"
+        ;;
+    all) tests; benchmark; planned "$seconds" "$@" ;;
+    *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
