@@ -112,6 +112,12 @@ def test_runs_that_differ_in_something_else_are_refused(tmp_path: Path) -> None:
         read(folder)
 
 
+def test_a_norm_without_a_conventional_loop_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {("constant", 2): (0.7, 0.7), ("cosine", 2): (0.7, 0.7)}, "norm=bn")
+    with pytest.raises(ValueError, match=r"norm=bn is not abn; there is no conventional loop for it\."):
+        measure_budgets(folder, torch.device("cpu"), 1, 1)
+
+
 def test_the_script_says_so_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

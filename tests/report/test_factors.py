@@ -42,5 +42,10 @@ def test_fp32_is_what_other_precisions_are_compared_with() -> None:
     assert factors_of(*rows, *most)["precision"] == ("fp32", "bf16")
 
 
+def test_fixed_is_what_other_recipes_are_compared_with() -> None:
+    rows = [(norm, recipe, {"recipe": recipe}) for norm in ("bn", "abn") for recipe in ("paper", "fixed")]
+    assert factors_of(*rows, ("iebn", "paper", {"recipe": "paper"}))["recipe"] == ("fixed", "paper")
+
+
 def test_variants_that_no_key_tells_apart_go_by_their_names() -> None:
     assert factors_of(("bn", "one", {}), ("bn", "other", {})) == {"variant": ("one", "other")}

@@ -31,7 +31,6 @@ from abn_exp.report.checks import conditional_on, provenance_differences
 from abn_exp.report.comparisons import (
     Cell,
     Key,
-    SpreadJudgement,
     collect_cells,
     compare_cells,
     group_cells,
@@ -44,6 +43,7 @@ from abn_exp.report.factors import find_factors, varying_options
 from abn_exp.report.html import html_page
 from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
 from abn_exp.report.per_image import image_evidence
+from abn_exp.report.spread import SpreadJudgement
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
 from abn_exp.report.verdicts import Judgement
 from abn_exp.report.writers import cells_csv, effects_csv, latex, markdown, runs_csv

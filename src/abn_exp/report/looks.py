@@ -22,16 +22,15 @@ from abn_exp.report.comparisons import (
     Comparison,
     Group,
     Key,
-    SpreadJudgement,
     compare,
     compare_spread,
-    judge_spreads,
     pairs_of,
     pooled_difference,
     started_seeds,
 )
 from abn_exp.report.formatting import interval_text, signed_text
 from abn_exp.report.sequential import Spending, nominal_levels
+from abn_exp.report.spread import SpreadJudgement, judge_spreads
 from abn_exp.report.stats import ALPHA
 from abn_exp.report.verdicts import Judgement, judge
 

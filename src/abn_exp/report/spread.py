@@ -8,7 +8,7 @@ of the ratio holds all ratios that the same test at 5 % does not reject.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from abn_exp.report.stats import ALPHA, NAN, Array, Interval, has_spread
+from abn_exp.report.formatting import interval_text, number_text, p_equation, p_text, percent_text
+from abn_exp.report.stats import ALPHA, NAN, Array, Interval, has_spread, holm
+from abn_exp.report.verdicts import Verdict, failures_text
 
 MIN_PAIRS = 10
 EXACT_SWAPS = 14  # 2^13 swaps that differ in the statistic; above this, swaps are drawn at random
@@ -34,6 +36,55 @@ class SpreadComparison:
     ratio: float
     ratio_interval: Interval  # from MIN_PAIRS on
     p: float  # from MIN_PAIRS on
+
+
+@dataclass(frozen=True)
+class SpreadTested:
+    """A ratio of stds before its family is known: ``at_chance`` is the same with failures scored at chance, where one
+    side has more of them."""
+
+    found: SpreadComparison
+    failed: tuple[int, int] = (0, 0)  # runs of the candidate and of the reference without a score
+    at_chance: SpreadComparison | None = None
+
+    @property
+    def p(self) -> float:
+        """The p value; where what it shows speaks for the side that failed more often, the larger of the two."""
+        smaller = self.found.ratio < 1
+        if self.at_chance is None or math.isnan(self.found.p) or smaller != (self.failed[0] > self.failed[1]):
+            return self.found.p
+        holds = (self.at_chance.ratio < 1) == smaller and not math.isnan(self.at_chance.p)
+        return max(self.found.p, self.at_chance.p) if holds else 1.0
+
+
+@dataclass(frozen=True)
+class SpreadJudgement:
+    """A ratio of stds between seeds, its p value after Holm's correction over the family, and the verdict."""
+
+    found: SpreadComparison
+    p_holm: float  # failures are counted in
+    family: int
+    failed: tuple[int, int]
+    p_holm_without_failures: float  # what it would be if failures did not count
+
+    @property
+    def verdict(self) -> Verdict:
+        """Better is the smaller spread."""
+        return self._verdict(self.p_holm)
+
+    @property
+    def without_failures(self) -> Verdict:
+        return self._verdict(self.p_holm_without_failures)
+
+    def _verdict(self, p: float) -> Verdict:
+        if p < ALPHA:
+            return "better" if self.found.ratio < 1 else "worse"
+        return "undecided"
+
+    @property
+    def power(self) -> float:
+        """How often the test, at the level that Holm's correction begins with, notices a true ratio of 2."""
+        return rejection_rate(self.found.n, 2.0, ALPHA / self.family)
 
 
 def compare_spreads(candidate: ArrayLike, reference: ArrayLike, rng: np.random.Generator) -> SpreadComparison:
@@ -143,3 +194,48 @@ def pairs_needed(level: float = ALPHA, ratio: float = 2.0) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if rejection_rate(middle, ratio, level) >= 0.8 else (middle, high)
     return high
+
+
+def judge_spreads(family: Sequence[SpreadTested]) -> list[SpreadJudgement]:
+    adjusted, plain = holm([t.p for t in family]), holm([t.found.p for t in family])
+    tested = sum(not math.isnan(p) for p in adjusted)
+    size = tested or max(1, sum(not math.isnan(t.found.ratio) for t in family))  # of those that more seeds would test
+    return [SpreadJudgement(t.found, p, size, t.failed, q) for t, p, q in zip(family, adjusted, plain, strict=True)]
+
+
+def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) -> str:
+    """Return the verdict on a ratio of stds; ``what`` is where, in words."""
+    s, n = j.found, f"n = {j.found.n} paired seeds"
+    if math.isnan(s.ratio):
+        why = "that takes two seeds of each, with different scores"
+        return f"{what}, {norm}'s spread cannot be compared with {reference}'s ({n}): undecided, {why}."
+    text = (
+        f"{what}, {norm} has {s.ratio:.2f} times the std of {reference} between seeds ({s.std[0]:.2f} against "
+        f"{s.std[1]:.2f} points"
+    )
+    needed = pairs_needed(ALPHA / j.family)
+    takes = f"80 % takes {needed} pairs" if needed is not None else "80 % takes more than 200 pairs"
+    if s.n < MIN_PAIRS:
+        return f"{text}, {n}): undecided, the test needs {MIN_PAIRS} pairs; to notice a ratio of 2 in {takes}."
+    holm = f", Holm {p_text(j.p_holm)} over {j.family}" if j.family > 1 else ""
+    text += f", 95 % interval of the ratio {interval_text(s.ratio_interval)}, {n}, swaps within seeds "
+    normal, t3 = spread_level(s.n)
+    text += (
+        f"{p_equation(s.p)}{holm}; at 5 % this test errs in {normal} % of cases with normal scores, in {t3} % with "
+    )
+    text += f"t (3 df)): {j.verdict}"
+    failures = failures_text(j.failed, j.verdict, j.without_failures, (norm, reference))
+    if j.verdict != "undecided":
+        return f"{text}, {'less' if s.ratio < 1 else 'more'} spread{failures}."
+    if j.without_failures != "undecided":
+        return f"{text}{failures}."
+    if s.p < ALPHA:
+        text += ", the interval leaves out 1, but is not corrected"
+    only = "only " if j.power < 0.8 else ""
+    return f"{text}, the test would notice a ratio of 2 in {only}{percent_text(j.power)} of cases ({takes})."
+
+
+def spread_level(n: int) -> tuple[str, str]:
+    """Return in percent how often the spread test at 5 % errs, with normal scores and with t scores (3 df)."""
+    normal, t3 = (100 * rejection_rate(n, 1.0, shape=shape, draws=8_000) for shape in SHAPES)
+    return number_text(normal, 1), number_text(t3, 1)

@@ -14,10 +14,7 @@ from abn_exp.report.comparisons import (
     Group,
     Key,
     Pooled,
-    SpreadJudgement,
     group_cells,
-    spread_level,
-    spread_sentence,
     started_seeds,
 )
 from abn_exp.report.effects import EffectTable
@@ -25,7 +22,7 @@ from abn_exp.report.factors import Factor, describe_group
 from abn_exp.report.formatting import Table, interval_text, number_text, p_text, percent_text, signed_text
 from abn_exp.report.looks import Fixed, Plan, Primary
 from abn_exp.report.per_image import ImageEvidence
-from abn_exp.report.spread import MIN_PAIRS
+from abn_exp.report.spread import MIN_PAIRS, SpreadJudgement, spread_level, spread_sentence
 from abn_exp.report.verdicts import Judgement, sentence
 from abn_exp.results import RunResult
 
