@@ -256,7 +256,7 @@ def sections(draws: int, seed: int) -> Iterator[str]:
     yield markdown_table((["scores; failures", "design", *EACH], verdicts), 2)
     unguarded = (f"at {name} {100 * rate:.1f} %" for name, rate in unguarded_looks(draws, rng))
     yield f"Looks without a plan, each at 5 %, find a difference that is not there: {', '.join(unguarded)} of cases."
-    yield "The spread test, in percent (correlation 0.5 in a pair):"
+    yield "The spread test, in percent (correlation 0.5 in a pair; levels of 20,000 samples, power of 2,000):"
     rows = []
     for n in (10, 15, 20, 30):
         level = [rejection_rate(n, 1.0, shape=shape, draws=20_000) for shape in ("normal", "t3")]

@@ -183,7 +183,7 @@ CLAIMS = (
         (
             _measure("ablation", "activations", "imbalance", "channel imbalance"),
             _share("share of channels with two thresholds", "share of channels", ".3f"),
-            _share("share of inputs that the second decides", "share of inputs", ".0e"),
+            _share("share of standard normal inputs whose sign takes the second", "share of inputs", ".0e"),
             _measure("trained", "pairs", "two pairs of `study=trained`: imbalance", "channel imbalance"),
         ),
         "[activations](results/quoted/ablation/analysis/activations/summary.md), "
@@ -224,7 +224,7 @@ CLAIMS = (
             for batch in (1, 64)
         ),
         f"[benchmark](results/{INFERENCE}/inference.md)",
-        "18 % of channels with two thresholds, as in the trained networks of C5; n counts repetitions.",
+        "18 % of channels with two thresholds, as after the six epochs of C5; n counts repetitions.",
     ),
 )
 

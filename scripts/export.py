@@ -1,8 +1,9 @@
 """Export a trained network for other engines: python scripts/export.py RUN
 
 RUN is a run's folder (.../seed-0). network.onnx holds a bit for each binary weight, and integer thresholds in place
-of the norms that can be folded. Nothing is written that does not decide the whole test set (QONNX: 500 of its images)
-as torch does.
+of the norms that can be folded. Nothing is written unless every folded bit is torch's on the whole test set (QONNX:
+on 500 of its images); signs of real values, and predictions that follow from them, may differ within rounding and
+are counted.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from abn_exp.commandline import print_error
 from abn_exp.files import write_text_atomic
 from abn_exp.options import all_options
 from abn_exp.report.formatting import Table, interval_text, markdown_table, number_text, replace_between
-from abn_exp.report.stats import NAN, summarize
+from abn_exp.report.stats import NAN, Summary, summarize
 from abn_exp.results import Run, find_runs
 from abn_exp.trained_network import read_config
 
@@ -49,14 +49,17 @@ def table(runs: Iterable[Run]) -> Table:
                     str(read_config(ended[0].directory)["recipe"]["epochs"]),
                     norm,
                     str(len(ended)) if len(results) == len(ended) else f"{len(results)}/{len(ended)}",
-                    f"{number_text(found.mean)} ± {number_text(found.std)}",
-                    interval_text(found.mean_interval),
-                    f"{number_text(test.mean)} ± {number_text(test.std)}",
+                    _accuracy(found),
+                    _accuracy(test),
                     number_text(minutes.mean, 0),
                 ]
             )
-    header = ["changed", "epochs", "norm", "n", "validation, mean ± std", "95 % interval", "test", "core-minutes"]
+    header = ["changed", "epochs", "norm", "n", "validation (95 % interval)", "test (95 % interval)", "core-minutes"]
     return header, lines
+
+
+def _accuracy(found: Summary) -> str:
+    return f"{number_text(found.mean)} ± {number_text(found.std)} ({interval_text(found.mean_interval)})"
 
 
 def _accuracies(runs: Iterable[Run]) -> list[float]:

@@ -43,10 +43,12 @@ def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(se
     ]
     for row, (variant, norm) in zip(shown, [("fixed_lr-1", "bn"), ("fixed_lr-1", "abn")], strict=False):
         accuracies = 100 * np.array(VALIDATION[variant, norm])
-        assert row["validation, mean ± std"] == f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}"
-        half = 4.302653 * accuracies.std(ddof=1) / np.sqrt(3)  # t(0.975, 2), from a table
-        assert row["95 % interval"] == f"{accuracies.mean() - half:.2f} to {accuracies.mean() + half:.2f}"
-        assert (row["n"], row["core-minutes"], row["test"]) == ("3", "22", "50.00 ± 0.00")
+        mean, std = accuracies.mean(), accuracies.std(ddof=1)
+        half = 4.302653 * std / np.sqrt(3)  # t(0.975, 2), from a table
+        validation = f"{mean:.2f} ± {std:.2f} ({mean - half:.2f} to {mean + half:.2f})"
+        assert row["validation (95 % interval)"] == validation
+        assert (row["n"], row["core-minutes"]) == ("3", "22")
+        assert row["test (95 % interval)"].startswith("50.00 ± 0.00 (")
 
 
 def test_a_row_in_which_a_run_failed_is_the_last_and_says_so(searched: Path) -> None:
@@ -68,7 +70,8 @@ def test_a_row_in_which_a_run_failed_is_the_last_and_says_so(searched: Path) -> 
             (directory / "result.json").unlink()
             (directory / "FAILED").write_text("diverged")
     line = dict(zip(header, SCHEDULES.table(find_runs(searched))[1][-1], strict=True))
-    assert (line["n"], line["validation, mean ± std"], line["core-minutes"]) == ("0/4", "- ± -", "-")
+    assert (line["n"], line["core-minutes"]) == ("0/4", "-")
+    assert line["validation (95 % interval)"] == "- ± - (-)"
 
 
 def test_a_second_stage_is_named_by_the_command_that_was_typed(searched: Path) -> None:
