@@ -35,7 +35,10 @@ class _Clock(pl.Callback):
 
 
 class OurLoop(StepLoop):
-    """A run's loop under Lightning's trainer; times are in seconds, the device's work included."""
+    """A run's loop under Lightning's trainer; times are in seconds, the device's work included.
+
+    A trainer leaves the network on the CPU, from where each of these takes it back.
+    """
 
     def _trainer(self, **options: Any) -> pl.Trainer:
         common = trainer_options(self.config, self.device)
@@ -49,12 +52,14 @@ class OurLoop(StepLoop):
         trainer = self._trainer(max_epochs=-1, max_steps=(warm + timed) * group, callbacks=[clock])
         with warnings.catch_warnings(action="ignore"):  # nothing is validated, and that is meant
             trainer.fit(self.classifier, BatchGroups(self.loaders["train"], group))
+        self.network.to(self.device)
         return clock.seconds / (timed * group)
 
     def evaluate(self) -> float:
         """Return the time an image takes to evaluate."""
         clock = _Clock(self.device)
         self._trainer(callbacks=[clock]).test(self.classifier, self.loaders["test"], verbose=False)
+        self.network.to(self.device)
         return clock.seconds / len(self.loaders["test"].labels)
 
     def epoch(self) -> float:
@@ -62,4 +67,6 @@ class OurLoop(StepLoop):
         start = time.perf_counter()
         self._trainer(max_epochs=1).fit(self.classifier, BatchGroups(self.loaders["train"], BATCHES_PER_GROUP))
         synchronize(self.device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.network.to(self.device)
+        return seconds

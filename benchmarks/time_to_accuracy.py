@@ -26,6 +26,7 @@ from abn_exp.report.formatting import interval_text, number_text, p_text, signed
 from abn_exp.report.stats import MeanComparison, compare_means, summarize
 from abn_exp.results import find_runs
 from abn_exp.trained_network import read_config
+from abn_exp.training.estimate import image_counts
 from abn_exp.training.parallel import random_data
 from benchmarks import measure
 from benchmarks.conventional import ConventionalLoop, Norm, conventional
@@ -123,9 +124,7 @@ def measure_budgets(folder: Path, device: torch.device, workers: int, repetition
         raise ValueError(f"{model} is not one of {', '.join(NETWORKS)}; there is no conventional loop for it.")
     if norm != NORM:
         raise ValueError(f"norm={norm} is not {NORM}; there is no conventional loop for it.")
-    options, size = config.dataset, config.recipe.batch_size
-    held = CATALOG[dataset].train_count if options.images is None else options.images[0]
-    images = round((options.train_images or held) * (1 - config.recipe.val_fraction))
+    options, size, images = config.dataset, config.recipe.batch_size, image_counts(config)[0]
     data = random_data(12 * size, 500, options.image_size)
     torch.set_num_threads(config.threads)
     blank = config.model_copy(update={"dataset": options.model_copy(update={"train_images": None})})

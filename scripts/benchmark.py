@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from abn_exp import provenance
-from abn_exp.commandline import positive_int
+from abn_exp.commandline import positive_int, print_error
 from abn_exp.machine import cpu_count
 from benchmarks import inference, report, time_to_accuracy
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK, QUICK_GPU
@@ -86,8 +86,7 @@ def main() -> int:
         found = Benchmark(device, effort, arguments.workers).run()
         folder = report.write(found, effort, name, command, arguments.out)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return print_error(error)
     print((folder / "benchmark.md").read_text(encoding="utf-8"))
     row = next(name for name in HEADLINES if ("resnet18_paper", name) in found.ratios)
     print(f"written to {folder}; {row} beside the conventional loop, whole step with data, ResNet:")

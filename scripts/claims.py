@@ -8,6 +8,7 @@ import argparse
 import csv
 import sys
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from abn_exp.commandline import print_error
@@ -21,10 +22,6 @@ TIME = ("time_over_bn", "time_over_bn_low", "time_over_bn_high", "verdict", "n")
 # What the quoted analyses call it, which were made with an earlier version: what an analysis says of it now.
 OF_ANALYSES = {"confirmed": "higher", "refuted": "lower", "not decided": "undecided"}
 MEAN = ("difference", "difference_low", "difference_high", "verdict", "n")
-
-
-def _matches(value: str, pattern: str) -> bool:
-    return value.startswith(pattern[:-1]) if pattern.endswith("*") else value == pattern
 
 
 def _number(text: str, form: str) -> str:
@@ -45,7 +42,7 @@ class Finding:
 
     def text(self) -> str:
         with open(ROOT / "results" / self.file, encoding="utf-8", newline="") as file:
-            rows = [r for r in csv.DictReader(file) if all(_matches(r[k], v) for k, v in self.where.items())]
+            rows = [r for r in csv.DictReader(file) if all(fnmatchcase(r[k], v) for k, v in self.where.items())]
         if len(rows) != 1:
             raise ValueError(f"{self.file} has {len(rows)} rows with {self.where}; one is needed.")
         value, low, high, verdict, n = (rows[0][column] for column in self.columns)

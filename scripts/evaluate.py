@@ -9,7 +9,6 @@ checkpoints, as evaluation/<dataset>-<part>-<weights>.csv.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def main() -> int:
     parser.add_argument("--part", choices=["train", "test"], default="test", help="which images (default: test)")
     parser.add_argument("--out", type=Path, help="where to write (default: evaluation/ in the run's folder)")
     arguments = parser.parse_args()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         dataset = chosen_dataset(arguments.dataset)

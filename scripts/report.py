@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from abn_exp.commandline import print_error
 from abn_exp.errors import end_with_reader
 from abn_exp.report.build import PAGE_SECONDS, build_report, print_report, update_page, write_report
 from abn_exp.report.serve import serve
@@ -74,8 +75,7 @@ def main() -> int:
         print(f"error: {path}: {error.strerror}; --out=FOLDER writes elsewhere.", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return print_error(error)
     end_with_reader()
     print_report(report)
     if all(run.result is None for cell in report.cells for run in cell.runs):

@@ -13,7 +13,6 @@ work. Needs pip install --editable ".[search]".
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -42,7 +41,6 @@ def main() -> int:
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.WARNING)  # a line a trial is printed; what a run says is in its train.log
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         check_groups(arguments.overrides, REPOSITORY / "conf")
         with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):

@@ -20,6 +20,12 @@ from tests.helpers.cli import Cli  # noqa: E402
 from tests.helpers.runs import plan_in  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU, except from `pytest -m gpu`: many tests compare with what a CPU computes."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that no worker is left with one at the end."""

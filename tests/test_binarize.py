@@ -13,7 +13,6 @@ from abn_exp.binarize import (
     clip_latent_weights_,
     conv2d,
     sign,
-    sign0,
     sign_ste,
 )
 
@@ -37,8 +36,8 @@ def test_sign_of_random_integers_is_total() -> None:
     assert torch.equal(sign(x), torch.where(x >= 0, 1.0, -1.0))
 
 
-def test_sign0_has_a_third_value() -> None:
-    assert sign0(torch.tensor([0.0, -0.0, 2.0, -2.0])).tolist() == [0, 0, 1, -1]
+def test_sign_zero_has_a_third_value() -> None:
+    assert sign_ste(torch.tensor([0.0, -0.0, 2.0, -2.0]), sign_zero="zero").tolist() == [0, 0, 1, -1]
 
 
 OVER_T = 1.5 + 2**-20

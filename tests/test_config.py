@@ -89,7 +89,6 @@ def test_a_users_model_keeps_its_size_on_the_embedded_set(
         ("recipe.val_fraction=1", "it should be less than 1"),
         ("recipe.schedule.warmup_epochs=9", "recipe.schedule.warmup_epochs=9 must be less than"),
         ("precision=fp8", "precision=fp8 is not allowed"),
-        ("precision=auto", "kinds of arithmetic: leave it out for fp32, or use precision=exact16"),
         ("dataset.image_size=30", "dataset.image_size=30 is not allowed"),
         ("dataset.padding=32", "dataset.padding=32 must be less than"),
         ("dataset.path=x", "dataset.path is for dataset=folder"),

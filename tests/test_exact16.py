@@ -243,9 +243,7 @@ def test_a_trained_network_evaluates_bit_for_bit_the_same(
     monkeypatch.setattr("abn_exp.training.run.time_against_fp32", lambda *_: 2.4)
     plan = make_plan("precision=exact16", "model=resnet18_paper", "model.width=1", "dataset.train_images=100")
     run(plan, "python train.py")
-    assert (
-        "precision=exact16 is slower than fp32 on this device: a pass of four images takes 2.4 times" in caplog.text
-    )
+    assert "precision=exact16 is slower than fp32 on this device: a pass takes 2.4 times" in caplog.text
     assert "precision-exact16" in plan.variant
     assert read_config(plan.directory)["precision"] == "exact16"
     plain, exact = both(load_network(plan.directory))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,8 @@ def test_a_run_is_set_aside_and_put_back_whenever_that_is_interrupted(
             if whole:
                 break
         assert 3 < number < 40
+
+
+def test_a_damaged_file_is_told_by_another_process_too() -> None:
+    error = DamagedFile(Path("a/b"), ValueError("it is\nempty"))
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a/b is damaged: it is empty"

@@ -25,11 +25,6 @@ def sign(x: Tensor) -> Tensor:
     return torch.sign(x).add_(0.5).sign_()
 
 
-def sign0(x: Tensor) -> Tensor:
-    """Return torch.sign(x), which has a third value, 0 at 0: for repeating results published with it."""
-    return torch.sign(x)
-
-
 def _inside(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     """Return grad * 1[|x| <= bound]; without a mask, which costs a CPU five times the kernel used here."""
     return grad - torch.ops.aten.hardshrink_backward(grad, x, bound)
@@ -56,8 +51,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def ste_gradient(grad: Tensor, x: Tensor, estimator: str, clip_value: float = 1.0) -> Tensor:
-    """Return grad * s(x), the gradient of `sign_ste`. Raises ValueError for an unknown estimator."""
-    _check_choice("estimator", estimator, ESTIMATORS)
+    """Return grad * s(x), the gradient of `sign_ste`."""
     return ESTIMATORS[estimator](grad, x, clip_value)
 
 
@@ -67,7 +61,7 @@ class _SignSTE(torch.autograd.Function):
         ctx.estimator, ctx.clip_value = estimator, clip_value
         # x and not a mask of it: latent weights and Hardtanh's outputs are kept anyway, a mask is extra.
         ctx.save_for_backward(None if estimator == "identity" else x)
-        return sign(x) if sign_zero == "plus" else sign0(x)
+        return sign(x) if sign_zero == "plus" else torch.sign(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -95,7 +89,8 @@ def sign_ste(x: Tensor, estimator: str = "clipped", clip_value: float = 1.0, sig
                   o = 3, t = 1.5, m = 0.1
     ============= ======================================================================== ================
 
-    ``clip_value`` belongs to ``clipped`` alone. ``sign_zero="zero"`` gives sign(0) = 0 (``sign0``). Any shape.
+    ``clip_value`` belongs to ``clipped`` alone. ``sign_zero="zero"`` gives sign(0) = 0, as torch's sign does, with
+    which results were published. Any shape.
 
     Raises ValueError for an estimator or sign_zero that is none of those.
     """

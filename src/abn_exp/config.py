@@ -293,16 +293,6 @@ class Config(Section):
         None, description="names the weights in init_from where each seed has its own; found at the start"
     )
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def auto_is_gone(cls, value: Any) -> Any:
-        if value == "auto":
-            raise ValueError(
-                "precision=auto is gone, since one name stood for two kinds of arithmetic: leave it out for fp32, "
-                "or use precision=exact16, which it was on a GPU with bfloat16"
-            )
-        return value
-
     @field_validator("seeds_at_once", mode="before")
     @classmethod
     def auto_or_a_number(cls, value: Any) -> Any:

@@ -19,8 +19,11 @@ class DamagedFile(ValueError):
     """A file of a run is not what was written."""
 
     def __init__(self, path: Path, what: object) -> None:
-        super().__init__(f"{path} is damaged: {' '.join(str(what).split())}")
-        self.path = path
+        super().__init__(path, str(what))  # with which another process makes it again
+
+    def __str__(self) -> str:
+        path, what = self.args
+        return f"{path} is damaged: {' '.join(what.split())}"
 
 
 class Diverged(RuntimeError):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abn_exp.binarize import BinaryConv2d, BinaryLinear, SignZero, sign0, ste_gradient
+from abn_exp.binarize import BinaryConv2d, BinaryLinear, SignZero, ste_gradient
 
 # Up to here a type holds every integer; up to twice that, every even one.
 EXACT_TO = {torch.bfloat16: 2**8, torch.float16: 2**11}
@@ -18,7 +18,7 @@ BinaryLayer = BinaryConv2d | BinaryLinear
 def _signs(x: Tensor, sign_zero: SignZero, dtype: torch.dtype) -> Tensor:
     """Return the signs of x, in fewer passes than in x's type and then converted."""
     if sign_zero == "zero":
-        return sign0(x).to(dtype)
+        return torch.sign(x).to(dtype)
     negative = x < 0  # -0 and NaN are not, as in `sign`
     if torch.compiler.is_compiling():
         return torch.where(negative, -1.0, 1.0).to(dtype)  # what it makes of 8-bit arithmetic on a CPU is slow
@@ -31,7 +31,7 @@ class _Product(torch.autograd.Function):
     """Input (B, in, ...) and latent weights (out, in, ...) -> sums of products of their signs, in float32.
 
     Forward, `chunk` input channels at a time are multiplied in `dtype`, which holds their sums, and added in
-    float32; or all at once as 8-bit integers, of which a CPU makes twice as many as of bfloat16 (`integers`). Either
+    float32; or all at once as 8-bit integers, which a CPU multiplies twice as fast as bfloat16 (`integers`). Either
     is float32's result, bit for bit. The gradients are products in bfloat16, whose exponents reach as far as
     float32's, accumulated in float32 (`check_exact16` finds where they are not). Compiled, the sums go through
     `kept`, a 16-bit type that holds them, so that they are what is kept for the norm's gradient.
@@ -150,10 +150,8 @@ def use_exact16_(network: nn.Module, dtype: torch.dtype, *, integers: bool = Fal
     chunks that it does; with `integers`, convolutions are made of 8-bit ones, which hold any. (A bias is added last,
     and float32 begins with it; no network here has one.) A layer of which not even one channel is sure stays as it
     is. Backward, the products are bfloat16's. Everything but the products of binary layers stays in float32.
+    On a GPU it takes products that are not rounded before their end (`training.setup.configure_process`).
     """
-    # A matrix product that is split between thread blocks would be rounded in between.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for layer in network.modules():
         if isinstance(layer, BinaryLayer) and (chunk := channels_per_chunk(layer, dtype)):
             whole = integers and isinstance(layer, BinaryConv2d)

@@ -22,7 +22,7 @@ def cpu_count() -> int:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however: nobody else would end it.
+    """End this process as soon as the one that started it has ended, in whatever way: nobody else would end it.
 
     For a process of `multiprocessing`.
     """

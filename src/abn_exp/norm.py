@@ -1,6 +1,7 @@
 """Normalisation of feature maps: Attention-Based Batch Normalisation, its ablations, and a control.
 
-All of them run torch's own batch-norm kernel and keep torch's interface: buffers ``running_mean``,
+All of them run torch's own batch norm (on a GPU cuDNN's kernel where there are weight and bias, as in ``bn``, and
+torch's elsewhere: their last bits differ) and keep torch's interface: buffers ``running_mean``,
 ``running_var``, ``num_batches_tracked``, parameters ``weight`` and ``bias``, and ``momentum`` as the share of the
 new batch in the running statistics.
 """
@@ -52,7 +53,7 @@ def check_statistics(eps: float, momentum: float | None) -> None:
 
 
 class _FeatureMapNorm(nn.BatchNorm2d):
-    """torch's BatchNorm2d, opened between the standardisation and what follows it."""
+    """torch's BatchNorm2d, with the standardisation as a method of its own."""
 
     def __init__(self, num_features: int, eps: float, momentum: float, unbiased: bool = True) -> None:
         check_statistics(eps, momentum)
@@ -240,7 +241,7 @@ def _synchronized_batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
     values = x.float()
-    here = values.new_tensor([x.numel() // x.size(1)])
+    here = values.new_full((1,), x.numel() // x.size(1))
     total = _SumOverProcesses.apply(torch.cat([values.sum(dims), here]))
     mean, count = total[:-1] / total[-1], total[-1].detach()
     centred = values - mean.view(shape)

@@ -12,6 +12,7 @@ A run's directory is ``<results_dir>/<name>/<dataset>/<model>/<norm>/<variant>/s
     result.json         at the end of a finished run, with
     SHA256SUMS          of its other files (`sha256sum --check SHA256SUMS`), or
     FAILED              why the run ended without a result, in words
+    wandb-run-id        where the run was logged to W&B
     network.ckpt        of a run restored from an archive: the network that it ended with
     .replaced/          what `force` replaces, until an epoch has been trained
 
@@ -98,7 +99,7 @@ class RunResult:
     @property
     def device_kind(self) -> str:
         """ "cpu", or the GPU's name: between kinds, results of one configuration are not averaged."""
-        return "cpu" if self.device.lower().startswith("cpu") else self.device.removesuffix(", exact16")
+        return "cpu" if self.device.lower().startswith("cpu") else self.device
 
     @property
     def cell(self) -> tuple[str, str, str, str]:

@@ -59,8 +59,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     dataset = config.get("dataset")
     if isinstance(dataset, dict) and "images" not in dataset:
         dataset["images"] = _images_held(directory)
-    if config.get("precision") == "auto":
-        config["precision"] = _precision_of_auto(directory)
     return config
 
 
@@ -76,17 +74,6 @@ def _images_held(directory: Path) -> list[int] | None:
     printed = (read_run_file(directory, "train.log") or b"").decode(errors="replace")
     found = re.search(r"has (\d+) \+ (\d+) images here; the full set has", printed)
     return [int(found[1]), int(found[2])] if found is not None else None
-
-
-def _precision_of_auto(directory: Path) -> str:
-    """Return what `precision=auto`, which older configurations hold, was: a run's device, as recorded, says so."""
-    record, printed = (read_run_file(directory, name) or b"" for name in ("result.json", "train.log"))
-    try:
-        device = json.loads(record)["device"]
-    except (ValueError, TypeError, KeyError):  # not finished: as it was printed at the run's start
-        found = re.search(r" seed \d+ on (.+)", printed.decode(errors="replace"))
-        device = found[1] if found is not None else ""
-    return "exact16" if str(device).endswith(", exact16") else "fp32"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from omegaconf import DictConfig
 @dataclass
 class StudySweeperConf:
     _target_: str = "hydra_plugins.abn_exp_plugins.StudySweeper"
-    max_batch_size: int | None = None
     params: dict[str, str] = field(default_factory=dict)  # as of Hydra's basic sweeper: all combinations are run
     cases: list[list[str]] | None = None  # lists of overrides, each run with all these combinations
 
@@ -42,10 +41,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="workers", node=Worker
 class StudySweeper(BasicSweeper):
     """Run each case with every combination of ``params``; with the key `looks`, a batch a look until it is enough."""
 
-    def __init__(
-        self, max_batch_size: int | None, params: dict[str, str] | None = None, cases: list[list[str]] | None = None
-    ) -> None:
-        super().__init__(max_batch_size, params)
+    def __init__(self, params: dict[str, str] | None = None, cases: list[list[str]] | None = None) -> None:
+        super().__init__(None, params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
@@ -60,7 +57,7 @@ class StudySweeper(BasicSweeper):
         from abn_exp.training.sweep import split_into_batches
 
         assert self.config is not None
-        return split_into_batches(self.config, overrides, max_batch_size)
+        return split_into_batches(self.config, overrides)
 
     def is_done(self) -> bool:
         """Ask before each batch but the first whether the comparison is decided by what the batches before found."""

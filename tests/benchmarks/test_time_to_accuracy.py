@@ -123,6 +123,6 @@ def test_the_script_says_so_in_a_sentence(
 ) -> None:
     assert run_script(monkeypatch, "benchmark", "--budget", tmp_path, "--out", tmp_path / "out") == 1
     assert capsys.readouterr().err == (
-        f"{tmp_path} has finished runs of 0 cells; name the folder of one data set, model and norm.\n"
+        f"error: {tmp_path} has finished runs of 0 cells; name the folder of one data set, model and norm.\n"
     )
     assert not (tmp_path / "out").exists()

@@ -55,15 +55,6 @@ def test_norms_on_different_kinds_of_device_are_not_compared(tmp_path: Path) -> 
     assert len({report.describe_group(cell.group) for cell in report.cells}) == 2
 
 
-def test_the_precision_in_an_older_device_name_is_no_kind_of_its_own(tmp_path: Path) -> None:
-    study(tmp_path, {"bn": SCORES["bn"]}, device=GPU)
-    study(tmp_path, {"abn": SCORES["abn"]}, device=f"{GPU}, exact16")
-    report = build_report(tmp_path)
-    assert len(report.comparisons) == 1
-    assert report.factors == []
-    assert not any("several kinds of device" in line for line in report.differing)
-
-
 def test_norms_of_a_seed_on_cpus_of_different_capability_are_named(tmp_path: Path) -> None:
     for norm, scores in SCORES.items():
         for seed, score in enumerate(scores):

@@ -81,7 +81,7 @@ def test_a_factor_is_compared_in_matching_cells_and_on_average(crossed: Path) ->
     assert [e.judgement.corrected.difference for e in table.effects] == pytest.approx(
         [2 * p[0], p[1], p[2]], rel=1e-6
     )  # the average is not in the family of its parts
-    assert [e.verdict for e in table.effects] == ["not better by delta", "undecided", "not better by delta"]
+    assert [e.judgement.verdict for e in table.effects] == ["not better by delta", "undecided", "not better by delta"]
 
 
 def test_the_change_of_a_difference_is_a_difference_of_differences(crossed: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_change_of_a_difference_is_a_difference_of_differences(crossed: Path
         p_of(8), rel=1e-6
     )  # (4 / 3) / (0.288675 / sqrt 3) = 8
     assert change.judgement.corrected.difference == change.judgement.uncorrected.difference
-    assert change.verdict == "better"
+    assert change.judgement.verdict == "better"
     half = 4.302653 * 0.2886751 / math.sqrt(3)
     assert change.judgement.mean.interval == pytest.approx((4 / 3 - half, 4 / 3 + half), abs=1e-5)
 
@@ -122,7 +122,7 @@ def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path: Pat
     assert change.judgement.mean.difference == pytest.approx(100 / 359, abs=1e-4)
     assert np.isnan(change.judgement.mean.p)
     assert np.isnan(change.judgement.mean.interval[0])
-    assert change.verdict == "undecided"
+    assert change.judgement.verdict == "undecided"
 
 
 def test_a_norm_of_its_own_at_each_level_is_matched_with_the_other(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_failures_take_back_a_change_of_a_difference(crossed: Path) -> None:
         (crossed / f"digits/binarynet/abn/fixed/seed-{seed}/result.json").unlink()
         (crossed / f"digits/binarynet/abn/fixed/seed-{seed}/FAILED").write_text("diverged")
     (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
-    assert (change.judgement.failed, change.verdict) == ((2, 2), "better")
+    assert (change.judgement.failed, change.judgement.verdict) == ((2, 2), "better")
 
 
 def test_a_cell_that_only_failed_is_not_left_out_of_a_factor_s_average(tmp_path: Path) -> None:
@@ -324,12 +324,12 @@ def test_a_cell_that_only_failed_is_not_left_out_of_a_factor_s_average(tmp_path:
         (table,) = (t for t in build_report(tmp_path).effects if t.title.startswith("Effect of norm.momentum"))
         return table.averages[0]
 
-    assert (average().contexts, average().verdict) == (2, "better")
+    assert (average().contexts, average().judgement.verdict) == (2, "better")
     for seed in range(3):
         (start_run(tmp_path, "abn", seed, variant=FAST, config=yaml.safe_dump(fast)) / "FAILED").write_text(
             "diverged"
         )
-    assert (average().contexts, average().verdict) == (3, "undecided")
+    assert (average().contexts, average().judgement.verdict) == (3, "undecided")
 
 
 def test_failures_take_back_an_interaction_of_the_gate(tmp_path: Path) -> None:
@@ -337,8 +337,8 @@ def test_failures_take_back_an_interaction_of_the_gate(tmp_path: Path) -> None:
     for norm, percents in {"bn_noscale": equal, "abn_forward": equal, "abn_backward": equal, "abn": higher}.items():
         finish(tmp_path, norm, percents)
     title = "The gate's forward pass and its gradient, as a 2 x 2"
-    assert tables_of(tmp_path)[title].effects[-1].verdict == "better"
+    assert tables_of(tmp_path)[title].effects[-1].judgement.verdict == "better"
     fail(tmp_path, "abn", 3)
     interaction = tables_of(tmp_path)[title].effects[-1]
     assert interaction.judgement.failed == (1, 0)
-    assert (interaction.judgement.without_failures, interaction.verdict) == ("better", "undecided")
+    assert (interaction.judgement.without_failures, interaction.judgement.verdict) == ("better", "undecided")

@@ -13,7 +13,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from abn_exp.identity import RunPlan
 from abn_exp.report import build, per_image
 from abn_exp.report.build import print_report, write_report
-from abn_exp.report.images import crossed_mean, split_spread
+from abn_exp.report.image_stats import crossed_mean, split_spread
 from abn_exp.results import Run
 from abn_exp.trained_network import Predictions, load_input_format, load_network
 from abn_exp.training.run import run

@@ -92,6 +92,19 @@ def test_a_process_that_ends_leaves_its_number_out(cli: Cli, make_plan: Callable
     assert "has ended" in said
 
 
+def test_numbers_that_fit_are_measured_before_one_that_does_not(cli: Cli, make_plan: Callable[..., RunPlan]) -> None:
+    """As where a GPU's memory is used up by the second process."""
+    second = """
+import multiprocessing
+from abn_exp.training import parallel
+begin = parallel.begin
+parallel.begin = lambda *a: 1 / 0 if multiprocessing.current_process().name.endswith("-2") else begin(*a)
+"""
+    rates, said = measured(cli, make_plan().config, [1, 2], second)
+    assert list(rates) == ["1"]
+    assert "has ended" in said
+
+
 def test_processes_of_their_own_are_measured(make_plan: Callable[..., RunPlan]) -> None:
     """Started anew, as CUDA needs them."""
     rates = measure(make_plan().config, "abn", [1], CPU, 0.1)

@@ -33,6 +33,7 @@ from abn_exp.trained_network import load_input_format, load_network, load_predic
 from abn_exp.training import checkpoints
 from abn_exp.training import run as run_module
 from abn_exp.training.callbacks import EpochLogger
+from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_loaders
 from tests.helpers.cli import Cli, until
@@ -137,6 +138,34 @@ def test_an_unfinished_run_of_the_old_count_goes_on_in_the_new_one(make_plan: Ma
     run(plan, "python train.py")
     assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
     assert_equal_runs(plan.directory, whole.directory)
+
+
+def test_a_run_does_not_go_on_on_another_kind_of_device(make_plan: Make) -> None:
+    """Its record names one device. A checkpoint of an earlier version, which names none, is gone on with."""
+    plan = make_plan()
+    interrupt_after(plan, epochs=1)
+    last = plan.directory / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint.pop("device") == "cpu"
+    torch.save({**checkpoint, "device": "cuda"}, last)
+    with pytest.raises(ConfigError, match="begun with device=cuda, so that it cannot go on with device=cpu; add"):
+        run(plan, "python train.py")
+    assert len(read_metrics(plan.directory)) == 1
+    torch.save(checkpoint, last)
+    assert run(plan, "python train.py").epochs == 2
+
+
+def test_memory_that_is_used_up_is_told_in_a_sentence(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    plan = make_plan()
+    monkeypatch.setattr(LitClassifier, "training_step", full)
+    with pytest.raises(ConfigError) as caught:
+        run(plan, "python train.py")
+    sentence = "the memory of cpu is used up (CUDA out of memory)"
+    assert str(caught.value) == f"{sentence}; use a smaller recipe.batch_size, or fewer seeds_at_once."
+    assert (plan.directory / "FAILED").read_text() == f"{sentence}\n"
 
 
 def interrupt_after(plan: RunPlan, epochs: int) -> None:

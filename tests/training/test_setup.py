@@ -95,6 +95,25 @@ def test_an_nvidia_device_that_torch_does_not_see_is_told(
     assert (f"torch {torch.__version__} is built" in caplog.text) == told
 
 
+def test_a_driver_that_is_too_old_for_torch_is_told(
+    make_plan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It counts its devices all the same."""
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(setup, "NVIDIA_DRIVER", (tmp_path,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert select_device(make_plan().config) == torch.device("cpu")
+    assert "has an NVIDIA device, but torch sees none" in caplog.text
+    with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+        select_device(make_plan("device=cuda").config)
+
+
 def test_a_device_that_is_not_there_is_refused(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -62,7 +62,6 @@ def cells(found: list[RunPlan]) -> set[tuple[str, ...]]:
 
 def test_every_study_is_listed_here() -> None:
     assert {path.stem for path in (REPOSITORY / "conf/study").glob("*.yaml")} == {
-        "none",
         "budget",
         "schedules",
         "trained",

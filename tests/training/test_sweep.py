@@ -214,6 +214,7 @@ def hydra() -> Iterator[None]:
         ),
         (["seeds_at_once=2", "hydra/launcher=basic"], "error: seeds_at_once is for hydra/launcher=workers"),
         (["seeds=until_decided", "norm=bn,abn", "looks=[2,3]", "seed=7"], "has no run; the looks end at seed 2:"),
+        (["seed=range(3,3)"], "error: This command has no run: choose other seeds."),
         (["dry_run=true", "dataset=folder", "dataset.path=/nowhere"], "error: /nowhere has no folder 'train'"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abn_exp.analysis.trained import trained_network
+from abn_exp.analysis.trained import network_on
 from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import load
@@ -61,7 +61,7 @@ def evaluate(
     whatever order. Raises ConfigError where the images have another size or another number of classes, ValueError or
     OSError where the run's weights cannot be read.
     """
-    network = trained_network(directory, weights, torch.device(device))
+    network = network_on(directory, weights, torch.device(device))
     config, inputs = parse(read_config(directory)), load_input_format(directory)
     options = config.dataset if dataset is None else dataset
     size = inputs.image_size

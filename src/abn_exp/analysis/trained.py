@@ -90,7 +90,7 @@ class Opener:
         if (key := self.key(run)) != self._key or self._images is None:
             config = parse(read_config(run.directory))
             data = load(**config.dataset.source | ({} if self.root is None else {"root": self.root}))
-            mean, std = trained_normalization(run.directory, config, data)
+            mean, std = trained_normalization(run.directory, data)
             chosen = first_of_each_class(data.test.labels, self.count)
             batches = BatchLoader(data.test, chosen, 500, mean=mean, std=std, device="cpu")
             normalized = torch.cat([images for images, _ in batches])
@@ -112,7 +112,7 @@ class Opener:
         return hashlib.sha256(images.data.test.images[images.indices].numpy().tobytes()).hexdigest()
 
     def network(self, run: Run) -> nn.Module:
-        return trained_network(run.directory, "last", self.device)
+        return network_on(run.directory, "last", self.device)
 
     def check(self, runs: Iterable[Run], probe: Callable[[nn.Module, Tensor], object]) -> None:
         """Open every network and data set, and let `probe` see each network with one image.
@@ -210,6 +210,10 @@ def _read(path: Path) -> Measured | None:
     return measured if isinstance(measured, dict) else None
 
 
-def trained_network(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:
-    """Return a run's network on a device, in the memory format of training; errors as in `load_trained_network`."""
+def network_on(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:
+    """Return a run's network on a device, in the memory format of training; errors as in `load_trained_network`.
+
+    It computes in float32, also on a GPU, whose convolutions would have TF32 otherwise.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     return load_trained_network(directory, weights).to(device).to(memory_format=torch.channels_last)

@@ -90,7 +90,7 @@ class BatchLoader:
         self.labels = split.labels[indices].to(self.device)
         # A pixel is one 32-bit number, red + 256 green + 256^2 blue: a crop moves a third of the values that way, and
         # floats hold each colour with its factor, a power of two that the scale takes back, exactly.
-        red, green, blue = split.images[indices].to(self.device).unbind(1)
+        red, green, blue = split.images[indices].unbind(1)
         pixels = blue.int().mul_(256).add_(green).mul_(256).add_(red)
         n, size, _ = pixels.shape
         middle = slice(padding, padding + size)
@@ -100,6 +100,7 @@ class BatchLoader:
             padded[:, 1, middle, middle] = pixels.flip(2)
         # Every crop of every image, (n, 1 or 2, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is one
         # indexing operation.
+        padded = padded.to(self.device)  # only now, so that nothing else takes its memory
         self._crops = padded.unfold(2, size, 1).unfold(3, size, 1)
         colour = torch.tensor([1, 256, 256**2], dtype=torch.int32, device=self.device).view(3, 1, 1)
         std_ = torch.tensor(std, device=self.device).view(3, 1, 1)

@@ -145,18 +145,10 @@ def count_images(name: str, root: str | Path, image_size: int, num_classes: int 
     try:
         file = prepare(name, root, image_size=image_size, num_classes=num_classes, download=False)
         assert file is not None
-        with zipfile.ZipFile(file) as archive:
-            train, test = (_length(archive, f"{split}_labels.npy") for split in ("train", "test"))
+        train, test = (len(_read(file, key)[key]) for key in ("train_labels", "test_labels"))
         return train, test
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile):
+    except (ValueError, OSError):
         return None  # the error is raised where the images are needed
-
-
-def _length(archive: zipfile.ZipFile, member: str) -> int:
-    with archive.open(member) as stream:
-        np.lib.format.read_magic(stream)
-        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
-    return int(shape[0])
 
 
 def _prepare_folder(root: Path, path: str | Path | None, image_size: int | None) -> Path:
@@ -284,9 +276,6 @@ def _read(file: Path, only: str | None = None) -> Arrays:
         return arrays if only is None else {only: arrays[only]}
     except Exception as error:  # decoding unknown bytes may raise anything
         raise ValueError(f"{file} is damaged ({error}): {_REMEDY}") from error
-
-
-# --- Pure functions of images and labels ---
 
 
 def channel_statistics(images: Tensor) -> tuple[Channels, Channels]:

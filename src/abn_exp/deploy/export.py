@@ -64,7 +64,7 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
         data = load(**source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
-    mean, std = trained_normalization(directory, config, data)
+    mean, std = trained_normalization(directory, data)
     return TrainedRun(directory, weights, config, network, data, Normalization.of(mean, std))
 
 

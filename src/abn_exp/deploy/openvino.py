@@ -27,7 +27,7 @@ from abn_exp.deploy.openvino_process import receive, send
 from abn_exp.deploy.verify import Answer, Mismatch
 
 BELOW_ZERO = -1.1754944e-38  # the largest float32 below zero that no engine takes for zero: +1 is what is above it
-# others are alike
+# OpenVINO's names; the others are torch's
 NAMES = {"sub": "subtract", "mul": "multiply", "div": "divide", "silu": "swish", "neg": "negative"}
 CHANNELS = 8  # the plug-in's kernels read whole bytes of bits
 

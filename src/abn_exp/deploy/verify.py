@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from abn_exp.binarize import sign, sign0
 from abn_exp.deploy.graph import Graph, Layer, Node, Normalization
 
 UNIT = 2.0**-24  # the relative error of one rounding in float32
@@ -205,9 +204,8 @@ class _Forced:
     def before(self, layer: Layer, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
         if layer.name not in self.answer.bits:
             return None
-        choose = sign if layer.module.binarization.sign_zero == "plus" else sign0
         bits = torch.from_numpy(self.answer.bits[layer.name]).to(inputs[0].dtype)
-        self.other[layer.name] = choose(inputs[0]) != bits
+        self.other[layer.name] = layer.module.binarization.activations(inputs[0]) != bits
         return bits
 
     def after(self, layer: Layer, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -5,8 +5,7 @@ Each is a `torch.nn.Sequential` of named parts: stem, layer1, layer2, ..., head.
 """
 
 from abn_exp.models.binarynet import binarynet
-from abn_exp.models.blocks import NormLayer
 from abn_exp.models.resnet import resnet18, resnet18_paper
 from abn_exp.models.vgg import vgg_small
 
-__all__ = ["NormLayer", "binarynet", "resnet18", "resnet18_paper", "vgg_small"]
+__all__ = ["binarynet", "resnet18", "resnet18_paper", "vgg_small"]

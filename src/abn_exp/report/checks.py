@@ -55,7 +55,7 @@ def _provenance(result: RunResult) -> dict[str, str | None]:
     how = {
         "code": result.code,
         "git commit": result.git_commit,
-        "device": result.device.removesuffix(", exact16"),
+        "device": result.device,
         "threads": None if result.threads is None else str(result.threads),
     }
     return how | versions

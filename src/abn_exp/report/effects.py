@@ -14,7 +14,7 @@ from abn_exp.report import stats
 from abn_exp.report.comparisons import Cell, Key, compare, group_cells, started_seeds
 from abn_exp.report.factors import Factor, describe_group
 from abn_exp.report.formatting import signed_text
-from abn_exp.report.verdicts import Judgement, Tested, Verdict, judge, sentence
+from abn_exp.report.verdicts import Judgement, Tested, judge, sentence
 
 # (the part of the norm that makes the difference, the norm with it, the norm without it)
 CONTRASTS = (
@@ -37,16 +37,12 @@ PUBLISHED = (("abn", "0.9"), ("bn", "0.1"))
 
 @dataclass(frozen=True)
 class Effect:
-    """One row: what stands at its head, in words, and the difference. ``average`` is over ``contexts`` rows."""
+    """One row: what stands at its head, in words, and the difference. An average has ``contexts`` > 1."""
 
     labels: tuple[str, ...]
     what: str  # the difference in words
     judgement: Judgement
     contexts: int = 1
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.judgement.verdict
 
     @property
     def sentence(self) -> str:
@@ -98,10 +94,10 @@ def _judged(title: str, header: tuple[str, ...], rows: Sequence[Row], delta: flo
     return EffectTable(title, header, tuple(effects))
 
 
-Rows = tuple[str, tuple[str, ...], list[Row]]  # title, header, rows
+Unjudged = tuple[str, tuple[str, ...], list[Row]]  # title, header, rows
 
 
-def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collection[frozenset[Key]] = ()) -> Rows:
+def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collection[frozenset[Key]] = ()) -> Unjudged:
     """Compare the pairs of norms of CONTRASTS, in each group that has both; without pairs that were judged before."""
     rows: list[Row] = []
     for group in group_cells(cells).values():
@@ -119,7 +115,7 @@ def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collecti
     return "What each part of the norm does", header, rows
 
 
-def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
+def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Unjudged:
     """Compute the main effects of the gate's forward shape and of its gradient's shape, and their interaction, from
     the four norms of FACTORIAL: with f and g for the two, (f + fg - 0 - g) / 2, (g + fg - 0 - f) / 2, fg - g - f +
     0."""
@@ -144,7 +140,7 @@ def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Rows:
     return "The gate's forward pass and its gradient, as a 2 x 2", header, rows
 
 
-def published_pairing(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Rows:
+def published_pairing(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Unjudged:
     """Compare the norms of PUBLISHED, each with its own momentum, in cells that are otherwise the same, and on
     average.
 
@@ -174,7 +170,7 @@ def published_pairing(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
     return title, header, rows
 
 
-def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Rows:
+def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor) -> Unjudged:
     """Compare each level of a factor with its reference level in cells that are otherwise the same; and the mean
     over these, each seed's first."""
     others, seeds = _others(factors, factor), started_seeds(cells)
@@ -197,7 +193,7 @@ def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Fac
     return f"Effect of {factor.name}, against {factor.reference}", header, rows
 
 
-def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str) -> Rows:
+def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: Factor, reference: str) -> Unjudged:
     """Compare the difference norm - reference at each level of a factor with that at its reference level: a
     difference of differences, each seed's first.
 

@@ -1,6 +1,6 @@
 """Figures of a report, one message each.
 
-Every function takes ``panels``, one entry a panel: its title -> {norm: data}, draws them in the order given,
+Every function that draws takes ``panels``, one entry a panel: its title -> {norm: data}, in the order to draw them,
 and returns a matplotlib Figure, or None where there is nothing to draw. Accuracies are in percent. The files
 that :func:`save` writes depend on the data alone: no dates, no program versions.
 """

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from abn_exp.report.comparisons import Cell, pairs_of
-from abn_exp.report.images import CrossedMean, McNemar, SpreadSplit, agreement, crossed_mean, mcnemar, split_spread
+from abn_exp.report.image_stats import (
+    CrossedMean,
+    McNemar,
+    SpreadSplit,
+    agreement,
+    crossed_mean,
+    mcnemar,
+    split_spread,
+)
 from abn_exp.results import Run
 from abn_exp.trained_network import Predictions, load_predictions
 
@@ -24,7 +32,6 @@ class CellImages:
 @dataclass(frozen=True)
 class PairImages:
     cell: Cell
-    reference: str
     seeds: tuple[int, ...]  # those of which both runs have predictions
     difference: CrossedMean
     mcnemar: tuple[McNemar, ...]  # one a seed
@@ -65,7 +72,7 @@ def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
         a, b = (np.array([side[seed].last_correct for seed in seeds]) for side in (ours, theirs))
         agreeing = agreement((ours[seed].last, theirs[seed].last) for seed in seeds)
         difference = crossed_mean(a.astype(np.float64) - b)
-        of_pairs.append(PairImages(cell, reference, seeds, difference, tuple(mcnemar(a, b)), agreeing))
+        of_pairs.append(PairImages(cell, seeds, difference, tuple(mcnemar(a, b)), agreeing))
     return ImageEvidence(of_cells, of_pairs, left_out if of_cells else _none(cells))
 
 

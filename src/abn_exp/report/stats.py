@@ -1,8 +1,8 @@
 """Means of scores over seeds, and the difference of two.
 
-Pure functions on a sample (num_seeds,) or on scores (num_seeds, num_cells), where row i of every column is
-the same seed. NaN marks a seed without a score: it is left out, never filled in. What cannot be computed (too few
-seeds, no spread) is NaN. Where chance is used, the generator is an argument.
+Pure functions on samples (num_seeds,); in a comparison entry i of both is the same seed. NaN marks a seed without a
+score: it is left out, never filled in. What cannot be computed (too few seeds, no spread) is NaN. Where chance is
+used, the generator is an argument.
 """
 
 import math

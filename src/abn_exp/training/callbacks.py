@@ -20,7 +20,7 @@ from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.errors import STOPPED, Diverged
 from abn_exp.files import write_text_atomic
 from abn_exp.report.progress import clock, speed_text
-from abn_exp.results import count_from_one, read_metrics
+from abn_exp.results import count_from_one
 from abn_exp.training.classifier import LitClassifier
 from abn_exp.training.wandb_run import Tracker
 
@@ -56,8 +56,6 @@ class EpochLogger(pl.Callback):
             self._write(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if len(self.lines) < trainer.current_epoch:  # a checkpoint of an older version, without lines
-            self.lines = [line for line in read_metrics(self.path.parent) if line["epoch"] <= trainer.current_epoch]
         self._write(trainer)
         self.best = max((line["val/acc"] for line in self.lines if "val/acc" in line), default=None)
         self.started, self.epochs_before = time.monotonic(), trainer.current_epoch
@@ -73,6 +71,8 @@ class EpochLogger(pl.Callback):
         self.epoch_started = time.monotonic()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self.train_seconds = time.monotonic() - self.epoch_started
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
 from abn_exp.data.loader import BatchLoader
+from abn_exp.errors import ConfigError
 from abn_exp.norm import SynchronizedStatistics
 from abn_exp.optimizer import build_optimizer
 from abn_exp.seeding import derive_seed
@@ -72,7 +73,7 @@ class LitClassifier(pl.LightningModule):
         with torch.no_grad():
             likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
             top5 = likeliest == labels[:, None]
-            count = loss.new_tensor(len(labels))
+            count = loss.new_full((), len(labels))  # new_tensor would wait for the device
             sums = torch.stack([loss * count, top5[:, 0].sum(), top5.sum(), count])
             self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
         return loss, likeliest[:, 0]
@@ -153,6 +154,15 @@ class LitClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
+        checkpoint["device"] = next(self.parameters()).device.type
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        begun, here = checkpoint.get("device"), next(self.parameters()).device.type
+        if begun not in (None, here):  # its record would name one of the two
+            raise ConfigError(
+                f"This run was begun with device={begun}, so that it cannot go on with device={here}; add "
+                f"device={begun}, or force=true to begin it again."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.recipe.optimizer.model_dump(), self.parameters())

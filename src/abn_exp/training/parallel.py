@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
@@ -124,10 +124,10 @@ def measure(
     config: Config, norm: str, counts: list[int], device: torch.device, seconds: float = SECONDS
 ) -> dict[int, float]:
     """Return the images a second, in all, of each number of processes that train at once; those that fit."""
-    barrier = _spawn.Barrier(max(counts) + 1)
+    turns = {count: (_spawn.Event(), _spawn.Barrier(count + 1)) for count in counts}
     found: multiprocessing.Queue[tuple[float, float] | None] = _spawn.Queue()
     processes = [
-        _spawn.Process(target=_process, args=(config, norm, index, counts, seconds, barrier, found), daemon=True)
+        _spawn.Process(target=_process, args=(config, norm, index, seconds, turns, found), daemon=True)
         for index in range(max(counts))
     ]
     free = _free_bytes(device)
@@ -137,6 +137,8 @@ def measure(
             with sigint_blocked():
                 process.start()
         for count in counts:
+            asked, barrier = turns[count]
+            asked.set()
             barrier.wait(PATIENCE)
             answers = [found.get(timeout=PATIENCE) for _ in range(count)]
             measured = [answer for answer in answers if answer is not None]
@@ -155,23 +157,29 @@ def measure(
 
 
 def _process(
-    config: Config, norm: str, index: int, counts: list[int], seconds: float, barrier: Barrier, found: Any
+    config: Config, norm: str, index: int, seconds: float, turns: dict[int, tuple[Event, Barrier]], found: Any
 ) -> None:
-    """Train as one of the processes; of each count, the first that many work and the others wait."""
+    """Train as one of the processes: of each count the first that many.
+
+    A process that a count does not need takes no memory before a later one asks for it, so that the numbers that fit
+    are measured before one that does not.
+    """
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:
+        own = [turn for count, turn in turns.items() if index < count]
+        own[0][0].wait(PATIENCE)
         loop, batches = begin(config, norm)
-        for count in counts:
+        for _, barrier in own:
             synchronize(loop.device)
             barrier.wait(PATIENCE)
-            if index < count:
-                rate = images_per_second(loop.step, batches, seconds, loop.device)
-                found.put((rate, _used_bytes(loop.device)))
+            rate = images_per_second(loop.step, batches, seconds, loop.device)
+            found.put((rate, _used_bytes(loop.device)))
     except BrokenBarrierError:
         pass
     except BaseException:
         found.put(None)
-        barrier.abort()
+        for _, barrier in turns.values():
+            barrier.abort()
         raise
 
 

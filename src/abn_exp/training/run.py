@@ -79,6 +79,7 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over processes
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # it is resumed from
 warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")  # torch.compile, of exact16; both are meant
+warnings.filterwarnings("ignore", message="GPU available but not used")  # device=cpu means that
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile on a CPU: "No CUDA runtime"
 
 
@@ -130,6 +131,10 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             elif not restore_replaced(directory):
                 remove_run(directory)
             raise
+        except torch.OutOfMemoryError as error:
+            text = f"the memory of {device} is used up ({in_a_line(error).partition('. ')[0]})"
+            write_text_atomic(directory / "FAILED", f"{text}\n")
+            raise ConfigError(f"{text}; use a smaller recipe.batch_size, or fewer seeds_at_once.") from error
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
@@ -197,7 +202,7 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
     network = make_network(config, plan.choices["norm"], len(data.classes), device)
     if rank == 0 and config.precision != "fp32" and (times := time_against_fp32(config, network, device)) > SLOWER:
         what = f"precision={config.precision} is slower than fp32 on this device"
-        log.warning("%s: a pass of four images takes %.1f times as long", what, times)
+        log.warning("%s: a pass takes %.1f times as long", what, times)
     summary = summarize(network, config.dataset.image_size)
     made_with = {  # read before training, so that an error here cannot end a run after its last epoch
         "versions": provenance.versions(),

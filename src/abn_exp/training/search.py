@@ -103,7 +103,6 @@ class Search:
         chosen = [[f"norm={norm}"] for norm in space.norms] or [[]]  # none: the configuration's own
         first = self.values({key: _first(options) for key, options in space.options.items()})
         plans = [self._plan(self._words([*norm, *first], space.seeds[0])) for norm in chosen]
-        self.norms = [plan.choices["norm"] for plan in plans]
         if any(plan.config.recipe.val_fraction == 0 for plan in plans):
             raise ConfigError("recipe.val_fraction=0, but a search is judged by validation accuracy; use 0.1, say.")
         self.folder = plans[0].study

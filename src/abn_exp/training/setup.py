@@ -19,7 +19,7 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
-from abn_exp.errors import ConfigError, DamagedFile, in_a_line
+from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.models.build import build_network, initialize_
 from abn_exp.trained_network import load_input_format
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # one of them is there where a driver is loaded
+EVALUATED = 500  # images in a batch of validation and test
 BATCHES_PER_GROUP = 20  # steps that share Lightning's overhead of 0.3 ms or more
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,9 @@ def process_rank(config: Config) -> int:
 
 def select_device(config: Config) -> torch.device:
     """Return the device of a run. Raises ConfigError where there are not as many of that kind as are asked for."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
+    works = config.device != "cpu" and _cuda_works()
+    kind = ("cuda" if works else "cpu") if config.device == "auto" else config.device
+    if kind == "cuda" and not works:
         raise ConfigError(
             f"device=cuda, but torch sees no CUDA device ({_cuda_build()}); use device=cpu or device=auto."
         )
@@ -69,15 +69,30 @@ def select_device(config: Config) -> torch.device:
     return torch.device("cuda", turn % count)
 
 
+def _cuda_works() -> bool:
+    """Tell whether torch can use a GPU. With Lightning, `is_available` counts what the driver knows, which may be too
+    old for torch."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.init()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _cuda_build() -> str:
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return f"torch {torch.__version__} is built {built}"
 
 
 def configure_process() -> None:
-    """Turn off work of this process that no result depends on."""
+    """Save time that changes no result, and let no result depend on what ran in this process before."""
     # Deterministic kernels write every value of a result: filling it with NaN first is a pass for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # A product in 16 bits that is split between thread blocks would be rounded in between, which exact16 forbids.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     # A step frees its feature maps and the next one allocates as many. Returning the memory to the system in between,
     # which fills it with zeros, is up to a third of a narrow network's step on a CPU.
     with suppress(OSError, AttributeError):  # another C library than glibc
@@ -121,17 +136,10 @@ def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], 
     return mean, std
 
 
-def trained_normalization(
-    directory: Path, config: Config, data: ImageDataset
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and standard deviation that a run was trained with; of an older run, which has not kept them,
-    those of its images as they are now. Raises ConfigError where the data set has other classes than then."""
-    try:
-        inputs = load_input_format(directory)
-    except DamagedFile:
-        raise
-    except ValueError:
-        return normalization(config, data)
+def trained_normalization(directory: Path, data: ImageDataset) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and standard deviation that a run was trained with. Raises ConfigError where the data set has
+    other classes than then, and what `load_input_format` raises."""
+    inputs = load_input_format(directory)
     if inputs.classes not in (None, tuple(data.classes)):
         raise ConfigError(f"{data.name} has other classes now than when {directory} was trained.")
     return inputs.mean, inputs.std
@@ -171,10 +179,10 @@ def make_loaders(
             flip=options.flip,
             **common,
         ),
-        "test": BatchLoader(data.test, torch.arange(len(data.test.labels)), 500, **common),
+        "test": BatchLoader(data.test, torch.arange(len(data.test.labels)), EVALUATED, **common),
     }
     if len(val):
-        loaders["val"] = BatchLoader(data.train, val, 500, **common)
+        loaders["val"] = BatchLoader(data.train, val, EVALUATED, **common)
     return loaders
 
 
@@ -199,19 +207,24 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
         torch.backends.cudnn.benchmark = not config.deterministic
         dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
         use_exact16_(network, dtype, integers=has_integer_conv2d(device))
+        batch = config.recipe.batch_size // config.devices
         try:
-            check_exact16(network, torch.zeros(config.recipe.batch_size // config.devices, 3, size, size).to(device))
+            for count in (batch,) if device.type == "cpu" else (batch, EVALUATED):  # cuDNN chooses kernels by shape
+                check_exact16(network, torch.zeros(count, 3, size, size).to(device))
         except (ValueError, RuntimeError) as error:  # RuntimeError: the device has no such kernel
             raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
     return network
 
 
 def time_against_fp32(config: Config, network: torch.nn.Module, device: torch.device) -> float:
-    """Return how many times as long as in fp32 a pass of four images takes, forward and back, in the run's precision.
+    """Return how many times as long as in fp32 a pass takes, forward and back, in the run's precision.
 
-    The least of three passes each, in turn, in evaluation mode; the network is left as it was.
+    Of four images on a CPU, of a batch on a GPU, whose time for four is that of starting kernels. The least of three
+    passes each, in turn, in evaluation mode; the network is left as it was.
     """
-    images = torch.zeros(4, 3, *[config.dataset.image_size] * 2, device=device).to(memory_format=torch.channels_last)
+    count = 4 if device.type == "cpu" else config.recipe.batch_size // config.devices
+    images = torch.zeros(count, 3, *[config.dataset.image_size] * 2, device=device)
+    images = images.to(memory_format=torch.channels_last)
     layers = {m: m.product for m in network.modules() if isinstance(m, BinaryConv2d | BinaryLinear)}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     training = {module: module.training for module in network.modules()}

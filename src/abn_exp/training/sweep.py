@@ -32,7 +32,7 @@ from abn_exp.identity import GROUPS, RunPlan, init_by_run, plan_of, quoted, rest
 from abn_exp.machine import cpu_count
 from abn_exp.options import differing_options
 from abn_exp.records import read_run_file, read_study_file
-from abn_exp.results import Run, RunResult, find_runs, has_begun, read_result
+from abn_exp.results import RunResult, find_runs, has_begun, read_result
 from abn_exp.trained_network import read_config, write_config
 from abn_exp.training.workers import Job, train
 
@@ -190,7 +190,8 @@ class SweepCallback(Callback):
 
     def _failed(self) -> list[str]:
         """Return a line for each of this multirun's runs that has no result of its own, with the reason."""
-        found = {run.directory: run for run in self._runs()}
+        folders = {plan.study for plan in self.plans}
+        found = {run.directory: run for folder in folders for run in find_runs(folder)}
         lines = []
         for plan in self.plans:
             run = found.get(plan.directory)
@@ -205,13 +206,7 @@ class SweepCallback(Callback):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
 
-    def _runs(self) -> list[Run]:
-        """Return this multirun's runs as they are on disk, leaving out those that were never begun."""
-        ours = {plan.directory for plan in self.plans}
-        folders = sorted({plan.study for plan in self.plans})
-        return [run for folder in folders for run in find_runs(folder) if run.directory in ours]
-
-    def _log_report(self, report: "Report", folder: Any) -> None:
+    def _log_report(self, report: "Report", folder: Path) -> None:
         from abn_exp.training.wandb_run import Tracker, report_arguments
 
         settings = self.plans[0].config.wandb
@@ -316,7 +311,9 @@ def _number_at_once(jobs: list[Job]) -> int:
         return int(count)
     from abn_exp.training.parallel import measure_best_count
 
-    return measure_best_count(jobs[0].plan, len(jobs))
+    plans = [job.plan for job in jobs]  # what fits of the largest batch fits of all
+    largest = max(plans, key=lambda plan: plan.config.dataset.image_size**2 * plan.config.recipe.batch_size)
+    return measure_best_count(largest, len(jobs))
 
 
 def _label(overrides: list[str]) -> str:
@@ -367,12 +364,10 @@ def jobs(config: DictConfig) -> list[list[str]]:
     """Return the overrides of every run of a multirun, in its order."""
     arguments = [f"{key}={value}" for key, value in sweep_params(config).items()]
     parsed = OverridesParser.create().parse_overrides([*arguments, *typed_overrides(config)])
-    return [job for batch in split_into_batches(config, parsed, None) for job in batch]
+    return [job for batch in split_into_batches(config, parsed) for job in batch]
 
 
-def split_into_batches(
-    config: DictConfig, overrides: Sequence[Override], max_batch_size: int | None
-) -> list[list[list[str]]]:
+def split_into_batches(config: DictConfig, overrides: Sequence[Override]) -> list[list[list[str]]]:
     """Return the overrides of every run in batches: each of `hydra.sweeper.cases` with all combinations of what is
     swept over. Where there are looks, a batch a look, all cells of a seed together: they are of one machine, then."""
     cases = [list(case) for case in config.hydra.sweeper.get("cases") or [[]]]
@@ -382,8 +377,7 @@ def split_into_batches(
         bounds = pairwise([0, *config.looks])
         runs.sort(key=_seed)
         return [[run for run in runs if first <= _seed(run) < end] for first, end in bounds]
-    size = max_batch_size if max_batch_size is not None and max_batch_size > 0 else len(runs)
-    return [runs[i : i + size] for i in range(0, len(runs), size)]
+    return [runs]
 
 
 def _seed(run: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as st
 from statsmodels.stats.contingency_tables import mcnemar
 
-from abn_exp.report import images
+from abn_exp.report import image_stats as images
 
 
 @pytest.fixture
