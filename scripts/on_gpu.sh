@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in slices of less than ten minutes; each call goes on with what an earlier one began.
+# What only a GPU can show, in slices: a call trains for so many seconds, and the next one goes on with what it began.
 #
 #   scripts/on_gpu.sh tests                          the tests that need CUDA
 #   scripts/on_gpu.sh benchmark                      the speed of training beside a conventional loop
@@ -9,7 +9,7 @@
 #                                                    default
 #   scripts/on_gpu.sh all                            tests, benchmark, planned
 #
-# The records of a study are packed after each call, of planned ones the networks, too. PYTHON (default .venv/bin/python)
+# After that time the records of a study are packed, of planned ones the networks, too. PYTHON (default .venv/bin/python)
 # is the interpreter, DATA_DIR (default ./data) where the data sets lie.
 # Tried without a GPU: scripts/on_gpu.sh planned 60 device=cpu dataset=digits model=binarynet model.width=0.0625 \
 #     recipe.epochs=2 recipe.batch_size=64
@@ -70,5 +70,5 @@ case $verb in
         study "$seconds" "" "$@"
         ;;
     all) tests; benchmark; planned "$seconds" "$@" ;;
-    *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
