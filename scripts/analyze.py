@@ -42,13 +42,14 @@ def main() -> int:
 
     from abn_exp.analysis.summary import command_line
     from abn_exp.analysis.trained import Opener, common_folder, find_trained
+    from abn_exp.training.setup import cuda_works
 
     torch.set_num_threads(1)  # until there are processes to share the CPUs
     try:
         runs = find_trained(arguments.runs)
         beside = common_folder(arguments.runs) / "analysis" / arguments.kind
         out = beside if arguments.out is None else arguments.out
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if cuda_works() else "cpu")
         opener = Opener(arguments.root, arguments.images, device)
         options = {
             "images": arguments.images,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of
 from abn_exp import provenance
 from abn_exp.commandline import positive_int, print_error
 from abn_exp.machine import cpu_count
+from abn_exp.training.setup import cuda_works
 from benchmarks import inference, report, time_to_accuracy
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK, QUICK_GPU
 from benchmarks.run import Benchmark
@@ -55,7 +56,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     for name in ("fontTools", "onnx_ir", "onnxscript"):  # what they leave out of a PDF, or of a graph
         logging.getLogger(name).setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available()
+    cuda = cuda_works()
     if arguments.device == "cuda" and not cuda:
         print("--device cuda, but torch sees no CUDA device; use --device cpu.", file=sys.stderr)
         return 1

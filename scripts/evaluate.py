@@ -5,20 +5,21 @@
 
 RUN is a run's folder (.../seed-0). The data set is chosen as for train.py, by default the run's own; it needs images
 of the same size and as many classes. What the network predicts for each image is written beside the run's
-checkpoints, as evaluation/<dataset>-<part>-<weights>.csv.
+checkpoints, as evaluation/<dataset>-<part>-<weights>.csv. All is in float32: of a run whose own test was on a GPU,
+with TF32 convolutions, a few predictions may differ from its record.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
 from hydra import compose, initialize_config_dir
 
 from abn_exp.analysis.evaluate import evaluate
 from abn_exp.commandline import HYDRA_ERRORS, check_groups, print_error
 from abn_exp.config import DatasetConfig, read_dataset
 from abn_exp.errors import ConfigError
+from abn_exp.training.setup import cuda_works
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # norms of one's own lie beside train.py
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--part", choices=["train", "test"], default="test", help="which images (default: test)")
     parser.add_argument("--out", type=Path, help="where to write (default: evaluation/ in the run's folder)")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if cuda_works() else "cpu"
     try:
         dataset = chosen_dataset(arguments.dataset)
         found = evaluate(arguments.run, dataset, arguments.weights, arguments.part, device)

@@ -35,27 +35,34 @@ study() {
     if [[ $status != 0 && $status != 124 && $status != 143 ]]; then
         echo "error: the study ended with code $status; its runs so far are packed all the same." >&2
     fi
+    [[ $status == 124 || $status == 143 ]] && status=0  # the time is up
     [[ -n $(find "results/$name" -name result.json -print -quit) ]] || return "$status"  # nothing to pack yet
     "$PYTHON" scripts/runs.py --pack "results/$name" $pack
     "$PYTHON" scripts/runs.py "results/$name"
-    [[ $status == 124 || $status == 143 ]] || return "$status"
+    return "$status"
 }
 
-# SECONDS, KEY=VALUE...: the second study begins when the first has ended, with the time that is left.
+# SECONDS, KEY=VALUE...: the second study begins when the first has ended, also with runs that failed, with the time that
+# is left. On a CPU, where it is tried, the names end in -tried.
 planned() {
-    local end=$((SECONDS + $1)) left planned
+    local end=$((SECONDS + $1)) left planned worst=0 on=gpu
     shift
+    [[ " $* " == *" device=cpu "* ]] && on=tried
     local trained=(dataset=cifar10 model=binarynet model.width=0.25 recipe.epochs=20 recipe.batch_size=128
         recipe.optimizer.lr=5e-3 norm=bn,bn_noscale,abn,abn_forward,abn_backward,abn_noshift)
     for planned in trained schedules ablation; do
         left=$((end - SECONDS))
         ((left > 30)) || break
         case $planned in
-            trained) study "$left" --networks study=trained name=trained-gpu seeds=one "seed=range(20,40)" "$@" ;;
-            schedules) study "$left" "" study=schedules name=schedules-gpu "$@" ;;
-            ablation) study "$left" --networks study=ablation name=ablation-gpu "seed=range(40,50)" "${trained[@]}" "$@" ;;
+            trained) study "$left" --networks study=trained name=trained-$on seeds=one "seed=range(20,40)" "$@" || worst=$? ;;
+            schedules) study "$left" "" study=schedules name=schedules-$on "$@" || worst=$? ;;
+            ablation)
+                study "$left" --networks study=ablation name=ablation-$on "seed=range(40,50)" "${trained[@]}" "$@" \
+                    || worst=$?
+                ;;
         esac
     done
+    return "$worst"
 }
 
 verb=${1:-all}
@@ -70,5 +77,5 @@ case $verb in
         study "$seconds" "" "$@"
         ;;
     all) tests; benchmark; planned "$seconds" "$@" ;;
-    *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; its text is one sentence a line, meant for the person who typed it."""
 
 
+class OtherDevice(ConfigError):
+    """An unfinished run that was begun on another kind of device."""
+
+
 class DamagedFile(ValueError):
     """A file of a run is not what was written."""
 

@@ -53,6 +53,11 @@ def _cpu_capability() -> str:
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *features, *limits])
 
 
+def device_kind(device: "torch.device") -> str:
+    """Return "cpu", or the GPU's name: between kinds, results of one configuration are not averaged."""
+    return "cpu" if device.type == "cpu" else device_name(device, 1)
+
+
 def device_name(device: "torch.device", threads: int) -> str:
     """Return e.g. "NVIDIA H200" or "CPU (AMD EPYC 7B13, 1 thread)"."""
     if device.type == "cuda":

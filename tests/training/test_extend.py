@@ -16,6 +16,7 @@ from tests.helpers.runs import plan_in
 
 Make = Callable[..., RunPlan]
 CONSTANT = ["recipe.schedule.name=constant", "recipe.schedule.warmup_epochs=1", "recipe.clip_latent_weights=true"]
+CPU = torch.device("cpu")
 TIMES = {"train_seconds", "images_per_second", "seconds"}
 
 
@@ -108,12 +109,26 @@ def test_another_run_s_epochs_are_not_taken(
     for other in (["seed=1"], ["recipe.optimizer.lr=0.01"], ["norm=bn"], ["recipe.epochs=4"]):
         plan = plan_in(tmp_path, *CONSTANT, "recipe.epochs=6", *other)
         with caplog.at_level("INFO"):
-            begin_with_shorter_run(plan)
+            begin_with_shorter_run(plan, CPU)
         assert not plan.directory.exists()
     assert not caplog.messages
     plan = plan_in(tmp_path, *CONSTANT, "recipe.epochs=6")
-    begin_with_shorter_run(plan)
+    begin_with_shorter_run(plan, CPU)
     assert (plan.directory / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_shorter_run_on_another_kind_of_device_is_not_gone_on_from(
+    shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shorter.config.results_dir, tmp_path, dirs_exist_ok=True)
+    plan = plan_in(tmp_path, *CONSTANT, "recipe.epochs=3")
+    last = plan.directory.parents[1] / shorter.variant / "seed-0" / "checkpoints" / "last.ckpt"
+    torch.save({**read_checkpoint(last), "device": "NVIDIA H200"}, last)
+    with caplog.at_level("INFO"):
+        begin_with_shorter_run(plan, CPU)
+    assert "has 2 of these epochs, but was trained on NVIDIA H200" in caplog.text
+    assert "training begins at the start" in caplog.text
+    assert not plan.directory.exists()
 
 
 def test_a_damaged_checkpoint_of_the_shorter_run_is_told(

@@ -46,9 +46,24 @@ def test_one_run_or_one_core_is_not_measured(
     make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(at_once, "measure", None)
-    assert measure_best_count(make_plan(), 1) == 1
+    assert measure_best_count([make_plan()]) == 1
     monkeypatch.setattr(at_once, "cpu_count", lambda: 1)
-    assert measure_best_count(make_plan(), 10) == 1
+    assert measure_best_count([make_plan()] * 10) == 1
+
+
+def test_the_largest_batch_is_measured(make_plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of processes that fits into a GPU's memory with smaller ones might not with it."""
+    asked: list[Config] = []
+
+    def measured(config: Config, *_: object) -> dict[int, float]:
+        asked.append(config)
+        return {1: 100.0, 2: 190.0}
+
+    monkeypatch.setattr(at_once, "measure", measured)
+    monkeypatch.setattr(at_once, "cpu_count", lambda: 2)
+    plans = [make_plan(f"recipe.batch_size={size}") for size in (16, 64, 32)]
+    assert measure_best_count(plans) == 2
+    assert [config.recipe.batch_size for config in asked] == [64]
 
 
 # Measures in forks of a process that has imported what they need; the last word of the command is a configuration.

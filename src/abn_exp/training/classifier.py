@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
 from abn_exp.data.loader import BatchLoader
-from abn_exp.errors import ConfigError
+from abn_exp.errors import OtherDevice
 from abn_exp.norm import SynchronizedStatistics
 from abn_exp.optimizer import build_optimizer
+from abn_exp.provenance import device_kind
 from abn_exp.seeding import derive_seed
 from abn_exp.training.watch import Counter
 
@@ -154,14 +155,14 @@ class LitClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
-        checkpoint["device"] = next(self.parameters()).device.type
+        checkpoint["device"] = device_kind(next(self.parameters()).device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        begun, here = checkpoint.get("device"), next(self.parameters()).device.type
+        begun, here = checkpoint.get("device"), device_kind(next(self.parameters()).device)
         if begun not in (None, here):  # its record would name one of the two
-            raise ConfigError(
-                f"This run was begun with device={begun}, so that it cannot go on with device={here}; add "
-                f"device={begun}, or force=true to begin it again."
+            raise OtherDevice(
+                f"This run was begun on {begun} and cannot go on on {here}; choose the device= that it was begun on, "
+                "or force=true to begin it again."
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

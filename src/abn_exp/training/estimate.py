@@ -150,14 +150,15 @@ def _state(run: Run | None) -> tuple[str, str, int]:
 
 def _at_once(plans: Sequence[RunPlan]) -> tuple[int, float]:
     """Return how many of the runs would be trained at a time, and how many times as fast as one at a time that is."""
-    from abn_exp.training.parallel import candidates, choose, measure
+    from abn_exp.training.parallel import candidates, choose, largest, measure
     from abn_exp.training.setup import select_device
 
-    config = plans[0].config
+    plan = largest(plans)
+    config = plan.config
     device, wanted = select_device(config), config.seeds_at_once
     counts = candidates(len(plans), device, config.threads) if wanted == "auto" else [1, min(int(wanted), len(plans))]
     if max(counts) == 1:
         return 1, 1.0
-    rates = measure(config, plans[0].choices["norm"], sorted(set(counts)), device)
+    rates = measure(config, plan.choices["norm"], sorted(set(counts)), device)
     count = choose(rates) if wanted == "auto" else max(counts)
     return count, rates[count] / rates[1] if {1, count} <= rates.keys() else 1.0

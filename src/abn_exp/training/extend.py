@@ -5,18 +5,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abn_exp.config import Config
 from abn_exp.errors import DamagedFile
 from abn_exp.files import writing
 from abn_exp.identity import RunPlan
 from abn_exp.options import set_options
+from abn_exp.provenance import device_kind
 from abn_exp.results import read_result
 from abn_exp.trained_network import read_checkpoint, read_config
 
 log = logging.getLogger(__name__)
 
 
-def begin_with_shorter_run(plan: RunPlan) -> None:
+def begin_with_shorter_run(plan: RunPlan, device: torch.device) -> None:
     """Copy the checkpoints of the longest finished run with the same first epochs into a run's folder, and log it.
 
     The shorter run's record is not changed. Where there is such a run that cannot be continued, the log says why, and
@@ -33,7 +36,11 @@ def begin_with_shorter_run(plan: RunPlan) -> None:
     for epochs, directory in sorted(shorter, reverse=True):
         source = directory / "checkpoints"
         try:
-            if not read_checkpoint(source / "last.ckpt")["optimizer_states"]:
+            checkpoint = read_checkpoint(source / "last.ckpt")
+            if (kind := checkpoint.get("device")) not in (None, device_kind(device)):
+                log.info("%s has %d of these epochs, but was trained on %s", directory, epochs, kind)
+                continue
+            if not checkpoint["optimizer_states"]:
                 log.info("%s has %d of these epochs, but only its weights (keep=all keeps more)", directory, epochs)
                 continue
             for name in ("best.ckpt", "last.ckpt"):  # last.ckpt last: with it the run has begun

@@ -6,7 +6,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
@@ -87,14 +87,20 @@ def random_data(train: int, test: int, size: int = 32) -> ImageDataset:
     return ImageDataset("random", split(train), split(test), tuple("0123456789"))
 
 
-def measure_best_count(plan: RunPlan, pending: int) -> int:
-    """Return how many runs like the plan's to train at a time, of `pending` ones; log the measurements.
+def largest(plans: Sequence[RunPlan]) -> RunPlan:
+    """Return the run whose speed and memory stand for all: the one whose batch has the most pixels."""
+    return max(plans, key=lambda plan: plan.config.dataset.image_size**2 * plan.config.recipe.batch_size)
+
+
+def measure_best_count(plans: Sequence[RunPlan]) -> int:
+    """Return how many of these runs to train at a time, as measured with the largest; log the measurements.
 
     The number with the most images a second in all, or a smaller one nearly as fast; 1 where more gain little.
     """
+    plan = largest(plans)
     config = plan.config
     device = select_device(config)
-    counts = candidates(pending, device, config.threads)
+    counts = candidates(len(plans), device, config.threads)
     if len(counts) < 2:
         return 1
     log.info("seeds_at_once=auto: measuring %s runs at once", ", ".join(map(str, counts)))
@@ -167,7 +173,8 @@ def _process(
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:
         own = [turn for count, turn in turns.items() if index < count]
-        own[0][0].wait(PATIENCE)
+        if not own[0][0].wait(PATIENCE * len(turns)):
+            return  # nobody has asked
         loop, batches = begin(config, norm)
         for _, barrier in own:
             synchronize(loop.device)

@@ -27,7 +27,7 @@ from torch._dynamo.exc import TorchDynamoException
 from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
-from abn_exp.errors import ConfigError, DamagedFile, Diverged, Stopped, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, Diverged, OtherDevice, Stopped, in_a_line
 from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
@@ -123,18 +123,17 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
         try:
             last = directory / "checkpoints" / "last.ckpt"
             if not (last.exists() or previous(last).exists()):
-                begin_with_shorter_run(plan)
-            result = _train_and_test(plan, device, steps)
+                begin_with_shorter_run(plan, device)
+            with _memory_in_a_sentence(device):
+                result = _train_and_test(plan, device, steps)
+        except OtherDevice:
+            raise  # nothing has failed
         except ConfigError as error:
             if _has_trained(directory):
                 write_text_atomic(directory / "FAILED", f"{error}\n")
             elif not restore_replaced(directory):
                 remove_run(directory)
             raise
-        except torch.OutOfMemoryError as error:
-            text = f"the memory of {device} is used up ({in_a_line(error).partition('. ')[0]})"
-            write_text_atomic(directory / "FAILED", f"{text}\n")
-            raise ConfigError(f"{text}; use a smaller recipe.batch_size, or fewer seeds_at_once.") from error
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
@@ -153,6 +152,17 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             keep_weights(directory)
         show(directory, result)
         return result
+
+
+@contextmanager
+def _memory_in_a_sentence(device: torch.device) -> Iterator[None]:
+    """Raise ConfigError where the memory of a GPU is used up inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = in_a_line(error).partition(". ")[0]
+        what = f"the memory of {device} is used up ({why})"
+        raise ConfigError(f"{what}; use a smaller recipe.batch_size, or fewer seeds_at_once.") from error
 
 
 def _has_trained(directory: Path) -> bool:

@@ -43,7 +43,7 @@ def process_rank(config: Config) -> int:
 
 def select_device(config: Config) -> torch.device:
     """Return the device of a run. Raises ConfigError where there are not as many of that kind as are asked for."""
-    works = config.device != "cpu" and _cuda_works()
+    works = config.device != "cpu" and cuda_works()
     kind = ("cuda" if works else "cpu") if config.device == "auto" else config.device
     if kind == "cuda" and not works:
         raise ConfigError(
@@ -69,14 +69,14 @@ def select_device(config: Config) -> torch.device:
     return torch.device("cuda", turn % count)
 
 
-def _cuda_works() -> bool:
+def cuda_works() -> bool:
     """Tell whether torch can use a GPU. With Lightning, `is_available` counts what the driver knows, which may be too
     old for torch."""
     if not torch.cuda.is_available():
         return False
     try:
         torch.cuda.init()
-    except RuntimeError:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError):
         return False
     return True
 
@@ -211,6 +211,8 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
         try:
             for count in (batch,) if device.type == "cpu" else (batch, EVALUATED):  # cuDNN chooses kernels by shape
                 check_exact16(network, torch.zeros(count, 3, size, size).to(device))
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError) as error:  # RuntimeError: the device has no such kernel
             raise ConfigError(f"precision=exact16, but {in_a_line(error)}; use precision=fp32.") from error
     return network
@@ -220,7 +222,8 @@ def time_against_fp32(config: Config, network: torch.nn.Module, device: torch.de
     """Return how many times as long as in fp32 a pass takes, forward and back, in the run's precision.
 
     Of four images on a CPU, of a batch on a GPU, whose time for four is that of starting kernels. The least of three
-    passes each, in turn, in evaluation mode; the network is left as it was.
+    passes each, in turn, in evaluation mode; the network is left as it was. 1 where a pass in fp32 does not fit into
+    the memory of a GPU, as the run's own may.
     """
     count = 4 if device.type == "cpu" else config.recipe.batch_size // config.devices
     images = torch.zeros(count, 3, *[config.dataset.image_size] * 2, device=device)
@@ -244,7 +247,11 @@ def time_against_fp32(config: Config, network: torch.nn.Module, device: torch.de
     try:
         seconds(False), seconds(True)  # kernels are made at their first use
         fp32, own = (min(times) for times in zip(*((seconds(False), seconds(True)) for _ in range(3)), strict=True))
+    except torch.OutOfMemoryError:
+        return 1.0
     finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         for layer, product in layers.items():
             layer.product = product
         for module, flag in training.items():

@@ -311,9 +311,7 @@ def _number_at_once(jobs: list[Job]) -> int:
         return int(count)
     from abn_exp.training.parallel import measure_best_count
 
-    plans = [job.plan for job in jobs]  # what fits of the largest batch fits of all
-    largest = max(plans, key=lambda plan: plan.config.dataset.image_size**2 * plan.config.recipe.batch_size)
-    return measure_best_count(largest, len(jobs))
+    return measure_best_count([job.plan for job in jobs])
 
 
 def _label(overrides: list[str]) -> str:
