@@ -36,7 +36,7 @@ study() {
         echo "error: the study ended with code $status; its runs so far are packed all the same." >&2
     fi
     [[ $status == 124 || $status == 143 ]] && status=0  # the time is up
-    [[ -n $(find "results/$name" -name result.json -print -quit) ]] || return "$status"  # nothing to pack yet
+    [[ -n $(find "results/$name" -name result.json -print -quit 2>/dev/null) ]] || return "$status"  # nothing to pack yet
     "$PYTHON" scripts/runs.py --pack "results/$name" $pack
     "$PYTHON" scripts/runs.py "results/$name"
     return "$status"
