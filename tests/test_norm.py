@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from scipy import integrate, stats
 from torch import nn
 
+from abn_exp.analysis.activations import SILU_MINIMUM
 from abn_exp.binarize import sign, sign_ste
 from abn_exp.norm import AttentionBatchNorm2d, InstanceEnhancementBatchNorm2d
 from tests.helpers.runs import REPOSITORY
@@ -295,6 +296,7 @@ def test_silu_s_minimum() -> None:
     y = nn.functional.silu(z)
     assert y.min().item() == pytest.approx(-0.2784645, abs=1e-7)
     assert z[y.argmin()].item() == pytest.approx(-1.27846, abs=1e-5)
+    assert y.min().item() == pytest.approx(SILU_MINIMUM, abs=1e-9)
 
 
 def activations_of_all_integers(

@@ -1,7 +1,9 @@
 """What a record says of code, libraries and hardware."""
 
 import importlib.metadata
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,23 @@ import torch
 from abn_exp import provenance
 
 
-def test_commit_is_recorded_with_its_state() -> None:
-    commit = provenance.git_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+def test_commit_is_recorded_with_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "norm.py").write_text("a = 1\n")
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(*words)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    commit = provenance.git_commit.__wrapped__
+    clean = commit()
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "norm.py").write_text("a = 2\n")
+    assert commit() == f"{clean}-dirty"
+    shutil.rmtree(tmp_path / ".git")
+    assert commit() is None
 
 
 def test_the_digest_of_the_code_covers_what_can_change_a_number(

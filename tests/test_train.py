@@ -25,7 +25,7 @@ print(sorted({SLOW_TO_IMPORT!r} & sys.modules.keys()))
 
 
 @pytest.mark.parametrize(
-    "words", [["train.py", "--help"], ["-m", "abn_exp.config"], ["scripts/runs.py", "results/quoted"]]
+    "words", [["train.py", "--help"], ["-m", "abn_exp.config"], ["scripts/runs.py", "results/quoted/variance"]]
 )
 def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     reader, writer = os.pipe()

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields
@@ -253,7 +252,7 @@ def test_whoever_looks_at_the_lock_of_a_run_does_not_refuse_it(make_plan: Make) 
     with pytest.raises(ConfigError, match="is being written by another process"):
         run(plan, "python train.py", patience=0.1)
     threading.Timer(0.3, enough.set).start()
-    assert run(plan, "python train.py").test_acc > 0
+    assert run(plan, "python train.py", patience=30).test_acc > 0
     thread.join()
 
 
@@ -266,6 +265,30 @@ def test_same_command_twice_is_bit_identical(make_plan: Make) -> None:
     different = make_plan("name=other", "seed=1")
     run(different, "python train.py")
     assert record_of(different.directory)[1] != record_of(one.directory)[1]
+
+
+def test_a_bar_changes_nothing(make_plan: Make) -> None:
+    plain, bar = make_plan("name=plain"), make_plan("name=bar", "progress=bar")
+    run(plain, "python train.py")
+    run(bar, "python train.py")
+    assert_equal_runs(plain.directory, bar.directory)
+
+
+def test_steps_in_groups_are_those_one_by_one(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    many, single = make_plan("name=many"), make_plan("name=single")
+    run(many, "python train.py")
+    monkeypatch.setattr(run_module, "BATCHES_PER_GROUP", 1)
+    run(single, "python train.py")
+    assert_equal_runs(many.directory, single.directory)
+
+
+@pytest.mark.parametrize(
+    "words", [["precision=bf16"], ["threads=2", "deterministic=false"], ["recipe=strong", "recipe.epochs=2"]]
+)
+def test_other_options_train(make_plan: Make, words: list[str]) -> None:
+    plan = make_plan(*words, "recipe.schedule.warmup_epochs=1")
+    assert run(plan, "python train.py").epochs == 2
+    assert all(math.isfinite(line["train/loss"]) for line in read_metrics(plan.directory))
 
 
 def test_norms_of_one_seed_start_alike_and_see_the_same_batches(make_plan: Make) -> None:
@@ -370,41 +393,16 @@ def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> Non
         run(plan, "python train.py")
 
 
-def test_two_processes_do_not_share_a_directory(make_plan: Make) -> None:
-    plan = make_plan()
-    plan.directory.mkdir(parents=True)
-    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print(1, flush=True)\n    input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(plan.directory / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    try:
-        with pytest.raises(ConfigError, match="is being written by another process"):
-            run(plan, "python train.py")
-    finally:
-        holder.communicate("\n")
-
-
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["recipe.epochs=0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
-        (["recipe.batch_size=9999"], "error: recipe.batch_size=9999 is larger than the set"),
-        (["dataset=folder", "dataset.path=nowhere"], "nowhere"),
         (["dataset=cifar10", "dataset.root={tmp}", "dataset.download=false"], "cifar-10-python.tar.gz"),
         (["seed=abc"], "error: seed=abc is not allowed: it should be a valid integer"),
-        (["norm=abm"], "error: norm=abm is not allowed: it should be abn, "),
         (["device=cuda"], "error: device=cuda, but torch sees no CUDA device"),
         (["wandb=online"], "error: wandb.mode=online needs a key"),
     ],
 )
 def test_a_mistake_on_the_command_line(cli: Cli, tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    if overrides == ["device=cuda"] and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     arguments = [override.format(tmp=tmp_path) for override in overrides]
     small = [] if "dataset=" in overrides[0] else TINY[:2]
     environment: dict[str, str | None] = {"WANDB_MODE": None, "HOME": str(tmp_path)}

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,14 @@ def test_every_other_network_starts_as_ever(make_plan: Make, model: str) -> None
     assert all(torch.equal(authors[name], torchs[name]) for name in torchs)
 
 
+def test_the_published_protocol_pairs_nothing_and_takes_imagenet_s_colours(make_plan: Make) -> None:
+    bn, abn = (parameters(make_plan("recipe=paper", f"norm={norm}")) for norm in ("bn", "abn"))
+    assert not any(torch.equal(bn[name], abn[name]) for name in bn if bn[name].dim() > 1)
+    mean, std = normalization(make_plan("recipe=paper").config, load("digits", "."))
+    assert list(mean) == [0.485, 0.456, 0.406]
+    assert list(std) == [0.229, 0.224, 0.225]
+
+
 def test_norms_of_one_seed_have_the_published_start_in_common(make_plan: Make) -> None:
     common = ["model=resnet18_paper", "recipe.init=authors", "seed=3"]
     bn, abn = (parameters(make_plan(*common, f"norm={norm}")) for norm in ("bn", "abn"))
@@ -93,6 +102,16 @@ def test_an_nvidia_device_that_torch_does_not_see_is_told(
         assert select_device(make_plan(f"device={device}").config) == torch.device("cpu")
     assert ("has an NVIDIA device, but torch sees none" in caplog.text) == told
     assert (f"torch {torch.__version__} is built" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("process", "gpu"), [("MainProcess", 0), ("worker-1", 0), ("worker-2", 1), ("worker-3", 0)])
+def test_workers_take_the_gpus_in_turn(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, process: str, gpu: int
+) -> None:
+    monkeypatch.setattr(setup, "cuda_works", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(setup, "current_process", lambda: SimpleNamespace(name=process))
+    assert select_device(make_plan("device=cuda").config) == torch.device("cuda", gpu)
 
 
 def test_a_driver_that_is_too_old_for_torch_is_told(

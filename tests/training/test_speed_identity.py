@@ -96,6 +96,10 @@ def test_what_an_option_changes(
     logits, gradients = logits_and_gradients(network)
     other_logits, other_gradients = option(network)
     assert gradients.keys() == other_gradients.keys()
+    if option is bf16:  # which changes signs, so that nothing is promised of gradients
+        assert not torch.equal(logits, other_logits)
+        assert other_logits.isfinite().all()
+        return
     if same_logits:
         assert torch.equal(logits, other_logits)
     if same_gradients:

@@ -1,0 +1,28 @@
+"""scripts/on_gpu.sh, with a stub in place of Python."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from tests.helpers.runs import REPOSITORY
+
+
+def test_planned_studies_follow_each_other_whatever_fails(tmp_path: Path) -> None:
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {calls}\ncase "$*" in *study=schedules*) exit 1;; esac\n')
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "scripts/on_gpu.sh", "planned", "100", "device=cpu"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHON": str(stub)},
+        capture_output=True,
+        text=True,
+    )
+    said = [call for call in calls.read_text().splitlines() if call.startswith("train.py")]
+    assert [re.findall(r" study=(\w+)", call) for call in said] == [["trained"], ["schedules"], ["ablation"]]
+    assert "seed=range(20,40)" in said[0]
+    assert "seed=range(40,50)" in said[2]
+    assert all("name=" in call and "-tried " in call for call in said)  # not the names of what a GPU trains
+    assert done.returncode == 1
+    assert "the study ended with code 1" in done.stderr
