@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
+from abn_exp.commandline import HYDRA_ERRORS, check_groups, hydra_sentence
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan
 from tests.helpers.cli import Cli
@@ -153,6 +154,7 @@ HELPS = re.compile(r"should|must|allowed|use |take|not a key|needs|choose|give|g
 def refusal(make: Make, overrides: list[str]) -> str | None:
     """Return what is wrong with the way in which a wrong configuration is refused, or None."""
     try:
+        check_groups(overrides, REPOSITORY / "conf")  # as train.py does before Hydra begins
         make(*overrides, tiny=False)
     except ConfigError as error:
         text = str(error)
@@ -161,11 +163,13 @@ def refusal(make: Make, overrides: list[str]) -> str | None:
         if len(text) > 500:
             return f"{overrides}: {len(text)} characters"
         return None
-    except (HydraException, OmegaConfBaseException):
-        return None  # Hydra prints these in a line or two, without a trace
+    except HYDRA_ERRORS as error:
+        text = hydra_sentence(error, REPOSITORY / "conf")
+        return None if 0 < len(text) <= 500 and "\n" not in text else f"{overrides}: {text!r}"
+    except ValueError as error:  # of an override that Hydra does not expect: train.py prints it in a line
+        return None if str(error) else f"{overrides}: says nothing"
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        return None if "/hydra/" in where else f"{overrides}: {type(error).__name__}: {error}"
+        return f"{overrides}: {type(error).__name__}: {error}"
     return f"{overrides}: not refused"
 
 
