@@ -94,8 +94,9 @@ def _measure(study: str, kind: str, label: str, measure: str) -> Finding:
     return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, ".3f")
 
 
-def _share(label: str, measure: str, form: str) -> Finding:
-    return replace(_measure("ablation", "activations", label, measure), form=form, judged=False)
+def _share(analysis: str, label: str, measure: str, form: str) -> Finding:
+    study, kind = analysis.split("/analysis/")
+    return replace(_measure(study, kind, label, measure), form=form, judged=False)
 
 
 def _inference(label: str, network: str, batch: int) -> Finding:
@@ -105,6 +106,8 @@ def _inference(label: str, network: str, batch: int) -> Finding:
 
 INFERENCE = "benchmark/cpu-intel-r-xeon-r-processor-1-thread"
 POOLED = "One effect over all cells"
+CHANNELS = "share of channels with two thresholds"
+INPUTS = "share of standard normal inputs whose sign takes the second"
 CLAIMS = (
     Claim(
         "**C1** ABN is more accurate than BN",
@@ -179,9 +182,11 @@ CLAIMS = (
         "the networks of C3, 10,000 images",
         (
             _measure("ablation", "activations", "imbalance", "channel imbalance"),
-            _share("share of channels with two thresholds", "share of channels", ".3f"),
-            _share("share of standard normal inputs whose sign takes the second", "share of inputs", ".0e"),
-            _measure("trained", "pairs", "two pairs of `study=trained`: imbalance", "channel imbalance"),
+            _share("ablation/analysis/activations", CHANNELS, "share of channels", ".3f"),
+            _share("ablation/analysis/activations", INPUTS, "share of inputs", ".0e"),
+            _measure("trained", "pairs", "five pairs of `study=trained`: imbalance", "channel imbalance"),
+            _share("trained/analysis/pairs", f"the same: {CHANNELS}", "share of channels", ".3f"),
+            _share("trained/analysis/pairs", f"the same: {INPUTS}", "share of inputs", ".0e"),
         ),
         "[activations](results/quoted/ablation/analysis/activations/summary.md), "
         "[trained](results/quoted/trained/analysis/pairs/summary.md)",
