@@ -169,8 +169,8 @@ CLAIMS = (
         (
             _measure("ablation", "cam", "deletion gain", "deletion gain"),
             _measure("ablation", "cam", "insertion gain", "insertion gain"),
-            _measure("trained", "cam", "two pairs of `study=trained`: deletion gain", "deletion gain"),
-            _measure("trained", "cam", "two pairs of `study=trained`: insertion gain", "insertion gain"),
+            _measure("trained", "cam", "five pairs of `study=trained`: deletion gain", "deletion gain"),
+            _measure("trained", "cam", "five pairs of `study=trained`: insertion gain", "insertion gain"),
         ),
         "[maps](results/quoted/ablation/analysis/cam/summary.md), "
         "[trained](results/quoted/trained/analysis/cam/summary.md)",
