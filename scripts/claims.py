@@ -94,8 +94,7 @@ def _measure(study: str, kind: str, label: str, measure: str) -> Finding:
     return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, ".3f")
 
 
-def _share(analysis: str, label: str, measure: str, form: str) -> Finding:
-    study, kind = analysis.split("/analysis/")
+def _share(study: str, kind: str, label: str, measure: str, form: str) -> Finding:
     return replace(_measure(study, kind, label, measure), form=form, judged=False)
 
 
@@ -182,11 +181,11 @@ CLAIMS = (
         "the networks of C3, 10,000 images",
         (
             _measure("ablation", "activations", "imbalance", "channel imbalance"),
-            _share("ablation/analysis/activations", CHANNELS, "share of channels", ".3f"),
-            _share("ablation/analysis/activations", INPUTS, "share of inputs", ".0e"),
+            _share("ablation", "activations", CHANNELS, "share of channels", ".3f"),
+            _share("ablation", "activations", INPUTS, "share of inputs", ".0e"),
             _measure("trained", "pairs", "five pairs of `study=trained`: imbalance", "channel imbalance"),
-            _share("trained/analysis/pairs", f"the same: {CHANNELS}", "share of channels", ".3f"),
-            _share("trained/analysis/pairs", f"the same: {INPUTS}", "share of inputs", ".0e"),
+            _share("trained", "pairs", f"the same: {CHANNELS}", "share of channels", ".3f"),
+            _share("trained", "pairs", f"the same: {INPUTS}", "share of inputs", ".0e"),
         ),
         "[activations](results/quoted/ablation/analysis/activations/summary.md), "
         "[trained](results/quoted/trained/analysis/pairs/summary.md)",

@@ -45,15 +45,15 @@ study() {
 # SECONDS, KEY=VALUE...: the second study begins when the first has ended, also with runs that failed, with the time that
 # is left. On a CPU, where it is tried, the names end in -tried.
 planned() {
-    local end=$((SECONDS + $1)) left planned worst=0 on=gpu
+    local end=$((SECONDS + $1)) left each worst=0 on=gpu
     shift
     [[ " $* " == *" device=cpu "* ]] && on=tried
     local trained=(dataset=cifar10 model=binarynet model.width=0.25 recipe.epochs=20 recipe.batch_size=128
         recipe.optimizer.lr=5e-3 norm=bn,bn_noscale,abn,abn_forward,abn_backward,abn_noshift)
-    for planned in trained schedules ablation; do
+    for each in trained schedules ablation; do
         left=$((end - SECONDS))
         ((left > 30)) || break
-        case $planned in
+        case $each in
             trained) study "$left" --networks study=trained name=trained-$on seeds=one "seed=range(20,40)" "$@" || worst=$? ;;
             schedules) study "$left" "" study=schedules name=schedules-$on "$@" || worst=$? ;;
             ablation)

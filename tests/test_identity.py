@@ -84,7 +84,7 @@ def test_every_quoted_run_has_the_same_identity_in_a_later_version(
 @pytest.mark.usefixtures("more_options")
 def test_a_later_version_writes_the_same_reports(quoted_runs: list[Run]) -> None:
     assert len(load_runs(QUOTED)) == len(quoted_runs) >= 368  # later studies add to them
-    for name in ("precision", "protocols"):
+    for name in ("precision", "ablation", "protocols"):
         report = build_report(QUOTED / name)
         assert cells_csv(report) == (QUOTED / name / "report.csv").read_text()
         tables = markdown(report, []).split("## How to read this")[0].split("\n![")[0]

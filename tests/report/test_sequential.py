@@ -42,7 +42,7 @@ def test_all_is_spent_at_the_end_and_a_single_look_is_the_plain_test(spending: S
 )
 def test_t_tests_keep_their_error_at_few_values(spending: Spending, looks: tuple[int, ...], alpha: float) -> None:
     levels = nominal_levels(looks, alpha, spending)
-    rng, draws = np.random.default_rng(3), 100_000
+    rng, draws = np.random.default_rng(3), 400_000
     crossed, spent_so_far = np.zeros(draws, bool), []
     x = rng.standard_normal((draws, looks[-1]))
     for n, level in zip(looks, levels, strict=True):

@@ -117,12 +117,17 @@ def test_another_run_s_epochs_are_not_taken(
     assert (plan.directory / "checkpoints" / "last.ckpt").exists()
 
 
+def longer_run(shorter: RunPlan, folder: Path) -> tuple[RunPlan, Path]:
+    """Return the plan of a longer run, and the last checkpoint of the shorter one's copy beside it."""
+    shutil.copytree(shorter.config.results_dir, folder, dirs_exist_ok=True)
+    plan = plan_in(folder, *CONSTANT, "recipe.epochs=3")
+    return plan, plan.directory.parents[1] / shorter.variant / "seed-0" / "checkpoints" / "last.ckpt"
+
+
 def test_a_shorter_run_on_another_kind_of_device_is_not_gone_on_from(
     shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(shorter.config.results_dir, tmp_path, dirs_exist_ok=True)
-    plan = plan_in(tmp_path, *CONSTANT, "recipe.epochs=3")
-    last = plan.directory.parents[1] / shorter.variant / "seed-0" / "checkpoints" / "last.ckpt"
+    plan, last = longer_run(shorter, tmp_path)
     torch.save({**read_checkpoint(last), "device": "NVIDIA H200"}, last)
     with caplog.at_level("INFO"):
         begin_with_shorter_run(plan, CPU)
@@ -134,9 +139,7 @@ def test_a_shorter_run_on_another_kind_of_device_is_not_gone_on_from(
 def test_a_damaged_checkpoint_of_the_shorter_run_is_told(
     shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(shorter.config.results_dir, tmp_path, dirs_exist_ok=True)
-    plan = plan_in(tmp_path, *CONSTANT, "recipe.epochs=3")
-    last = plan.directory.parents[1] / shorter.variant / "seed-0" / "checkpoints" / "last.ckpt"
+    plan, last = longer_run(shorter, tmp_path)
     last.write_bytes(last.read_bytes()[:-1000])
     with caplog.at_level("INFO"):
         run(plan, "python train.py")

@@ -396,6 +396,10 @@ def test_a_directory_of_another_configuration_is_refused(make_plan: Make) -> Non
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["recipe.epochs=0"], "error: recipe.epochs=0 is not allowed: it should be greater than 0."),
+        (["recipe.batch_size=9999"], "error: recipe.batch_size=9999 is larger than the set"),
+        (["dataset=folder", "dataset.path=nowhere"], "nowhere"),
+        (["norm=abm"], "error: norm=abm is not allowed: it should be abn, "),
         (["dataset=cifar10", "dataset.root={tmp}", "dataset.download=false"], "cifar-10-python.tar.gz"),
         (["seed=abc"], "error: seed=abc is not allowed: it should be a valid integer"),
         (["device=cuda"], "error: device=cuda, but torch sees no CUDA device"),

@@ -98,9 +98,9 @@ class BatchLoader:
         padded[:, 0, middle, middle] = pixels
         if flip:
             padded[:, 1, middle, middle] = pixels.flip(2)
+        padded = padded.to(self.device)  # only now, so that nothing else takes its memory
         # Every crop of every image, (n, 1 or 2, 2 padding + 1, 2 padding + 1, S, S), as a view: a batch is one
         # indexing operation.
-        padded = padded.to(self.device)  # only now, so that nothing else takes its memory
         self._crops = padded.unfold(2, size, 1).unfold(3, size, 1)
         colour = torch.tensor([1, 256, 256**2], dtype=torch.int32, device=self.device).view(3, 1, 1)
         std_ = torch.tensor(std, device=self.device).view(3, 1, 1)

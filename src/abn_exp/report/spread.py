@@ -197,6 +197,7 @@ def pairs_needed(level: float = ALPHA, ratio: float = 2.0) -> int | None:
 
 
 def judge_spreads(family: Sequence[SpreadTested]) -> list[SpreadJudgement]:
+    """Return the judgements of a family of ratios, in its order."""
     adjusted, plain = holm([t.p for t in family]), holm([t.found.p for t in family])
     tested = sum(not math.isnan(p) for p in adjusted)
     size = tested or max(1, sum(not math.isnan(t.found.ratio) for t in family))  # of those that more seeds would test
@@ -217,11 +218,11 @@ def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) ->
     takes = f"80 % takes {needed} pairs" if needed is not None else "80 % takes more than 200 pairs"
     if s.n < MIN_PAIRS:
         return f"{text}, {n}): undecided, the test needs {MIN_PAIRS} pairs; to notice a ratio of 2 in {takes}."
-    holm = f", Holm {p_text(j.p_holm)} over {j.family}" if j.family > 1 else ""
+    after = f", Holm {p_text(j.p_holm)} over {j.family}" if j.family > 1 else ""
     text += f", 95 % interval of the ratio {interval_text(s.ratio_interval)}, {n}, swaps within seeds "
     normal, t3 = spread_level(s.n)
     text += (
-        f"{p_equation(s.p)}{holm}; at 5 % this test errs in {normal} % of cases with normal scores, in {t3} % with "
+        f"{p_equation(s.p)}{after}; at 5 % this test errs in {normal} % of cases with normal scores, in {t3} % with "
     )
     text += f"t (3 df)): {j.verdict}"
     failures = failures_text(j.failed, j.verdict, j.without_failures, (norm, reference))
