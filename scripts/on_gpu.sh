@@ -55,7 +55,7 @@ planned() {
         ((left > 30)) || break
         case $each in
             trained) study "$left" --networks study=trained name=trained-$on seeds=one "seed=range(20,40)" "$@" || worst=$? ;;
-            schedules) study "$left" "" study=schedules name=schedules-$on "$@" || worst=$? ;;
+            schedules) study "$left" "" study=schedules name=schedules-$on precision=fp32 "$@" || worst=$? ;;
             ablation)
                 study "$left" --networks study=ablation name=ablation-$on "seed=range(40,50)" "${trained[@]}" "$@" \
                     || worst=$?
