@@ -125,11 +125,15 @@ def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
     assert run.status == "diverged"
 
 
-def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path, hangs: bool) -> None:
+    """Also while this one waits for another one that hangs."""
     words = ["device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000"]
     started = cli.start(*words, inject=FORKED_RANK)
     assert until(appears(tmp_path, "last.ckpt"), 120)
     (other,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    if hangs:
+        os.kill(int(other), signal.SIGSTOP)
     os.kill(started.pid, signal.SIGTERM)
     done = cli.wait(started)
     assert "goes on from the last whole epoch" in done.err

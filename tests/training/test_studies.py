@@ -105,7 +105,7 @@ def test_the_search_changes_one_thing_at_a_time_and_shares_its_seeds_with_no_stu
     assert len(found) == len({plan.directory for plan in found}) == 15 * 2 * 3
     assert len(cells(found[:6])) == 2  # a row is whole before the next begins
     (base,) = {plan.cell[3] for plan in found[:6]}
-    assert base == "fixed_model.width-0.25_batch_size-128_epochs-10_optimizer.lr-0.005"
+    assert base == "fixed_model.width-0.25_precision-exact16_batch_size-128_epochs-10_optimizer.lr-0.005"
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytorch_lightning as pl
@@ -190,16 +191,27 @@ def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
 class KillAllRanks(pl.Callback):
     """Ends all processes of a run on SIGTERM or SIGINT, as SIGKILL would: what is on disk is complete.
 
-    Lightning's own handlers wait for the other processes, which may be waiting for this one in the middle of a step.
+    Lightning's own handler broadcasts, and so waits for the other processes, which may be waiting for this one in the
+    middle of a step. And no handler runs while the main thread waits for them, so a thread of its own ends them: the
+    signal's number comes to it through a pipe.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def stop(number: int, _: Any) -> None:
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signal.SIGKILL)
-            Path(trainer.default_root_dir, "RUNNING").unlink(missing_ok=True)
-            print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
-            os._exit(128 + number)
-
+        if trainer.is_global_zero:
+            arrived, arrives = os.pipe()
+            os.set_blocking(arrives, False)
+            signal.set_wakeup_fd(arrives)
+            Thread(target=_end, args=(arrived, trainer), name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop if trainer.is_global_zero else signal.SIG_DFL)
+            signal.signal(number, (lambda *_: None) if trainer.is_global_zero else signal.SIG_DFL)
+
+
+def _end(arrived: int, trainer: pl.Trainer) -> None:
+    """End all processes of a run when the number of a signal that ends it has arrived."""
+    while (number := os.read(arrived, 1)[0]) not in (signal.SIGTERM, signal.SIGINT):
+        pass
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGKILL)
+    Path(trainer.default_root_dir, "RUNNING").unlink(missing_ok=True)
+    print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
+    os._exit(128 + number)
