@@ -8,6 +8,7 @@ import torch
 from abn_exp.identity import RunPlan
 from abn_exp.training.parallel import measure, random_data
 from abn_exp.training.run import run
+from abn_exp.training.setup import select_device
 from benchmarks.configurations import configuration
 from benchmarks.ours import OurLoop
 from tests.training.test_run import assert_equal_runs, interrupt_after
@@ -43,7 +44,7 @@ def test_every_precision_trains(make_plan: Make, precision: str, compiled: str) 
 
 def test_the_benchmarked_loop_goes_on_after_each_of_its_parts() -> None:
     config = configuration("binarynet", 0.0625, 32, (f"device={DEVICE}",))
-    loop = OurLoop(config, random_data(640, 100), torch.device(DEVICE))
+    loop = OurLoop(config, random_data(640, 100), select_device(config))
     batch = next(iter(loop.loaders["train"]))
     for part in (lambda: loop.train(1, 2), loop.evaluate, loop.epoch):
         assert part() > 0
@@ -51,5 +52,6 @@ def test_the_benchmarked_loop_goes_on_after_each_of_its_parts() -> None:
 
 
 def test_processes_share_it(make_plan: Make) -> None:
-    rates = measure(make_plan(f"device={DEVICE}").config, "abn", [1, 2], torch.device(DEVICE), 0.5)
+    config = make_plan(f"device={DEVICE}").config
+    rates = measure(config, "abn", [1, 2], select_device(config), 0.5)
     assert rates[1] > 0 < rates[2]
