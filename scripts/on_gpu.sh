@@ -50,12 +50,16 @@ planned() {
     [[ " $* " == *" device=cpu "* ]] && on=tried
     local trained=(dataset=cifar10 model=binarynet model.width=0.25 recipe.epochs=20 recipe.batch_size=128
         recipe.optimizer.lr=5e-3 norm=bn,bn_noscale,abn,abn_forward,abn_backward,abn_noshift)
-    for each in trained schedules ablation; do
+    for each in trained schedules cifar100 ablation; do
         left=$((end - SECONDS))
         ((left > 30)) || break
         case $each in
             trained) study "$left" --networks study=trained name=trained-$on seeds=one "seed=range(20,40)" "$@" || worst=$? ;;
             schedules) study "$left" "" study=schedules name=schedules-$on precision=fp32 "$@" || worst=$? ;;
+            cifar100)
+                study "$left" --networks study=trained name=trained-cifar100-$on seeds=one "seed=range(0,20)" \
+                    dataset=cifar100 "primary.datasets=[cifar100]" "$@" || worst=$?
+                ;;
             ablation)
                 study "$left" --networks study=ablation name=ablation-$on "seed=range(40,50)" "${trained[@]}" "$@" \
                     || worst=$?
