@@ -25,10 +25,10 @@ def watch(folder: Path, reference: str, port: int) -> None:
         nonlocal checked
         if time.monotonic() - checked > PAGE_SECONDS / 4:
             checked = time.monotonic()
-            update_page(folder, reference=reference)
+            update_page(folder, reference=reference, first=0)
 
     server = serve(folder / "report.html", refresh, port)
-    print(f"http://127.0.0.1:{server.server_address[1]} shows {folder}; Ctrl-C ends it.")
+    print(f"http://127.0.0.1:{server.server_address[1]} shows {folder}; Ctrl-C ends it.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

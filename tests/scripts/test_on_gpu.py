@@ -20,7 +20,12 @@ def test_planned_studies_follow_each_other_whatever_fails(tmp_path: Path) -> Non
         text=True,
     )
     said = [call for call in calls.read_text().splitlines() if call.startswith("train.py")]
-    assert [re.findall(r" study=(\w+)", call) for call in said] == [["trained"], ["schedules"], ["trained"], ["ablation"]]
+    assert [re.findall(r" study=(\w+)", call) for call in said] == [
+        ["trained"],
+        ["schedules"],
+        ["trained"],
+        ["ablation"],
+    ]
     assert "seed=range(20,40)" in said[0]
     assert "seed=range(0,20) dataset=cifar100" in said[2]
     assert "seed=range(40,50)" in said[3]

@@ -2,12 +2,17 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.records import BN, CLEARLY_ABOVE, RECORDED, start_run, study
+from tests.helpers.runs import REPOSITORY
 from tests.helpers.scripts import run_script
 
 
@@ -98,3 +103,22 @@ def test_the_script_compares_folders(
     code, said = script(tmp_path / "a", tmp_path / "a")
     assert (code, said.err.count("\n")) == (1, 1)
     assert "hold the same run twice" in said.err
+
+
+def test_a_page_is_written_served_and_says_where_until_ctrl_c(tmp_path: Path) -> None:
+    folder = study(tmp_path / "claims", {"bn": BN[:2], "abn": CLEARLY_ABOVE[:2]})
+    command = [sys.executable, str(REPOSITORY / "scripts/report.py"), str(folder), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        try:
+            assert watching.stdout is not None
+            url, _, rest = watching.stdout.readline().partition(" ")
+            assert rest == f"shows {folder}; Ctrl-C ends it.\n"
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                page = answer.read()
+            assert page.startswith((folder / "report.html").read_bytes().partition(b"</body>")[0])
+            assert f"{100 * sum(BN[:2]) / 2:.2f} ± ".encode() in page
+            watching.send_signal(signal.SIGINT)
+            assert watching.communicate(timeout=60) == ("\n", "")
+            assert watching.returncode == 0
+        finally:
+            watching.kill()

@@ -242,17 +242,18 @@ def write_report(
     return report
 
 
-def update_page(folder: Path, *, reference: str = "bn") -> None:
+def update_page(folder: Path, *, reference: str = "bn", first: float = PAGE_SECONDS) -> None:
     """Write report.html of a folder whose runs are under way: by one process at a time, at most once a minute.
 
-    There is no verdict on the primary comparison, and no interval of it, before its runs are complete. A page that
-    cannot be written is a warning, since it can be written again from the records.
+    The first one is written when the sweep has taken `first` seconds. There is no verdict on the primary comparison,
+    and no interval of it, before its runs are complete. A page that cannot be written is a warning, since it can be
+    written again from the records.
     """
     page = folder / "report.html"
     try:
         with FileLock(folder / ".report.lock", timeout=0):
             earlier = next(path for path in (page, folder / "command.txt", folder) if path.exists())
-            if time.time() - earlier.stat().st_mtime < PAGE_SECONDS:
+            if time.time() - earlier.stat().st_mtime < (PAGE_SECONDS if earlier == page else first):
                 return
             report = build_report(folder, reference=reference, interim=True)
             write_text_atomic(page, html_page(report))
