@@ -253,9 +253,12 @@ def test_end_to_end(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert str(study.parent) not in text
     assert "python scripts/analyze.py activations runs\n" in text
     assert "by at most 0.00 points" in text  # the network that was trained, on the images it was tested on
-    for name in ("imbalance", "channels", "values", "responses", "signs", "flips"):
+    for name in ("imbalance", "channels", "values", "responses", "signs", "outcome", "flips"):
         assert f"({name}_digits_binarynet.png)" in text
         assert (out / f"{name}_digits_binarynet.pdf").stat().st_size > 0
+    outcome = next(csv.DictReader((out / "outcome.csv").read_text().splitlines()))
+    assert (outcome["measure"], outcome["between"], outcome["n"]) == ("channel imbalance", "seeds", "4")
+    assert f"- **{outcome['verdict']}**: On digits with binarynet, from seed to seed of one norm (n = 4 net" in text
     assert len((out / "layers.csv").read_text().splitlines()) == 1 + 4 * 13  # 7 binary inputs, 6 norm outputs
     before = files(out)
     monkeypatch.setattr("abn_exp.report.figures.save", lambda *_: None)  # test_cam draws the same twice

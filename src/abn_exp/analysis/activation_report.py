@@ -18,6 +18,7 @@ from abn_exp.analysis.activations import (
     drawn_part,
     imbalance,
 )
+from abn_exp.analysis.outcome import of_networks, slopes
 from abn_exp.analysis.summary import (
     DIGITS,
     AnalysisWriter,
@@ -63,6 +64,10 @@ NOTES = """\
   signs; with one inside it, beta alone decides. Norms without a gate in the forward pass have one threshold.
 - "Beyond one threshold" is the share of standard normal inputs whose sign no single threshold on the channel's input
   could give: how much the second threshold of a norm is used. 0 where a response is monotone.
+- Accuracy and imbalance: from norm to norm, a least-squares line through the networks of one seed, one a norm, and
+  the mean of these slopes over seeds; from seed to seed, one slope through all networks, each less the mean of its
+  norm. Neither says which of the two is the cause; that from norm to norm holds for these norms, whatever else they
+  differ in, and takes three at least. Holm's correction is over these slopes.
 - Flip ratio: the share of a layer's binary weights whose sign changed during an epoch.
 - Means are over layers, then over seeds, with Student's 95 % interval over seeds; differences are paired by seed. A
   verdict asks for p < 0.05 after Holm's correction over all judged differences. "Undecided" is no evidence that
@@ -112,6 +117,11 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     measures = list(MEASURES.values())
     report.table("means", "Means over layers", means_table(cells, scores, measures))
     report.table("differences", f"Differences to {reference}", contrast_table(contrasts))
+    outcome = slopes(cells, scores, CHANNEL)
+    if outcome:
+        report.sentences += [f"{slope.verdict.capitalize()}. {slope.sentence}" for slope in outcome]
+        lines = [f"**{slope.verdict}**: {slope.sentence}" for slope in outcome]
+        report.parts += ["## Does test accuracy go with the imbalance? (exploratory)", markdown_list(lines)]
     layered: list[Contrast] = []
     for group, members in group_cells(cells).items():
         where, name = group_title(cells, group), group_names(cells)[group]
@@ -129,8 +139,13 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
         }
         layered += contrast(members, by_layer, layers, reference)
         _draw(report, members, by_norm, layers, where, name)
+        points = {n: np.array(list(each.values())) for n, each in of_networks(members, scores, CHANNEL).items()}
+        title = "Test accuracy and imbalance of channels"
+        figure = pictures.scatter({where: points}, title, "|2 P(+1) - 1|, mean over layers", "Test accuracy (%)")
+        report.figure(f"outcome_{name}", figure, f"{title}, {where}")
     report.csv("comparison", contrast_rows(contrasts, judged=True) + contrast_rows(described, judged=False))
     report.csv("comparison_layers", contrast_rows(layered, judged=False))
+    report.csv("outcome", [slope.row() for slope in outcome])
     places = list(_places(cells, found))
     report.csv("layers", [row | {"channels": x.channels} | x.scores() for row, x in places])
     channels = ((row, enumerate(x.p_plus.tolist())) for row, x in places)

@@ -98,6 +98,20 @@ def layer_means(panels: Mapping[str, Mapping[str, Array]], layers: Sequence[str]
     return figure
 
 
+def scatter(panels: Mapping[str, Mapping[str, Array]], title: str, xlabel: str, ylabel: str) -> Figure:
+    """Draw each network as a point; data: (num_seeds, 2), x and y."""
+    styles = norm_styles(norm for norms in panels.values() for norm in norms)
+    with _panels(panels, 2, 2.2, f"{title}:\neach network a point", xlabel, ylabel) as (figure, axes, handles):
+        for ax, norms in zip(axes, panels.values(), strict=True):
+            for norm, points in norms.items():
+                color, marker, _ = styles[norm]
+                drawn = ax.scatter(
+                    points[:, 0], points[:, 1], s=14, color=color, marker=marker, alpha=0.6, linewidths=0
+                )
+                handles.setdefault(norm, drawn)
+    return figure
+
+
 def channel_spread(panels: Mapping[str, Mapping[str, Array]], xlabel: str, title: str) -> Figure:
     """Draw how a number in [0, 1] is distributed over channels, in 20 bins; data: (num_channels,)."""
     edges = np.linspace(0, 1, 21)
