@@ -66,8 +66,9 @@ NOTES = """\
   could give: how much the second threshold of a norm is used. 0 where a response is monotone.
 - Accuracy and imbalance: from norm to norm, a least-squares line through the networks of one seed, one a norm, and
   the mean of these slopes over seeds; from seed to seed, one slope through all networks, each less the mean of its
-  norm. Neither says which of the two is the cause; that from norm to norm holds for these norms, whatever else they
-  differ in, and takes three at least. Holm's correction is over these slopes.
+  norm, which takes all of them as independent, though those of one seed share initial weights and batches. Neither
+  says that one is the other's cause. Norms, of which it takes three at least, differ in other things, too. Holm's
+  correction is over these slopes.
 - Flip ratio: the share of a layer's binary weights whose sign changed during an epoch.
 - Means are over layers, then over seeds, with Student's 95 % interval over seeds; differences are paired by seed. A
   verdict asks for p < 0.05 after Holm's correction over all judged differences. "Undecided" is no evidence that

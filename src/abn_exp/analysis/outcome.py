@@ -8,12 +8,12 @@ import numpy as np
 from scipy.stats import linregress, ttest_1samp
 from scipy.stats import t as student
 
-from abn_exp.analysis.summary import Scores, group_title
+from abn_exp.analysis.summary import DIGITS, Scores, group_title
 from abn_exp.report import stats
 from abn_exp.report.comparisons import Cell, Group, group_cells
 from abn_exp.report.formatting import interval_text, number_text, p_equation, p_text, signed_text
 
-STEP = 0.1  # of a measure between 0 and 1, for which a change of accuracy is given
+STEP = 0.01  # of a measure between 0 and 1, for which a change of accuracy is given
 LEAST_NORMS = 3  # two give no more than the difference of their accuracies
 
 
@@ -22,9 +22,9 @@ class Slope:
     """How many points test accuracy changes for STEP more of a measure, with its 95 % interval and p.
 
     `between` norms: a least-squares line through the networks of one seed, one a norm; the mean of the slopes over n
-    seeds, with Student's interval and test. It is of these norms, whatever else they differ in. Between seeds: one
-    slope through n networks, each less the mean of its norm (analysis of covariance), with n - norms - 1 degrees of
-    freedom; it takes the networks as independent.
+    seeds, with Student's interval and test. It is of these norms, which differ in other things, too. Between seeds:
+    one slope through n networks, each less the mean of its norm (analysis of covariance), with n - norms - 1 degrees
+    of freedom; it takes the networks as independent.
     """
 
     where: str
@@ -53,8 +53,8 @@ class Slope:
             else f"from seed to seed of one norm (n = {self.n} networks)"
         )
         return (
-            f"On {self.where}, {compared}, test accuracy changes by {signed_text(self.slope)} points for "
-            f"{number_text(STEP, 1)} more of {self.measure} (95 % interval {interval_text(self.interval)}, "
+            f"On {self.where}, {compared}, test accuracy changes by {signed_text(self.slope, DIGITS)} points for "
+            f"{number_text(STEP)} more of {self.measure} (95 % interval {interval_text(self.interval, DIGITS)}, "
             f"{p_equation(self.p)}, Holm {p_text(self.p_holm)})."
         )
 

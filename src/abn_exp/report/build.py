@@ -260,7 +260,8 @@ def update_page(folder: Path, *, reference: str = "bn", first: float = PAGE_SECO
     except Timeout:
         return
     except (ValueError, OSError) as error:
-        log.warning("%s is not up to date: %s", page, error)
+        if isinstance(error, OSError) or page.exists():  # else no run has ended yet
+            log.warning("%s is not up to date: %s", page, error)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

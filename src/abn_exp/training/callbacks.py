@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -191,9 +192,9 @@ def binary_weights(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
 class KillAllRanks(pl.Callback):
     """Ends all processes of a run on SIGTERM or SIGINT, as SIGKILL would: what is on disk is complete.
 
-    Lightning's own handler broadcasts, and so waits for the other processes, which may be waiting for this one in the
-    middle of a step. And no handler runs while the main thread waits for them, so a thread of its own ends them: the
-    signal's number comes to it through a pipe.
+    No handler runs while the main thread waits for another process in the middle of a step, so a thread ends them:
+    the signal's number comes to it through a pipe. The handler keeps the main thread from taking the end of the
+    others for an error. Lightning's, which is registered between the two hooks, would broadcast, and so wait, too.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,16 +203,25 @@ class KillAllRanks(pl.Callback):
             os.set_blocking(arrives, False)
             signal.set_wakeup_fd(arrives)
             Thread(target=_end, args=(arrived, trainer), name="signals", daemon=True).start()
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, (lambda *_: None) if trainer.is_global_zero else signal.SIG_DFL)
+            signal.signal(number, _wait_for_the_end if trainer.is_global_zero else signal.SIG_DFL)
+
+
+def _wait_for_the_end(*_: Any) -> None:
+    while True:
+        time.sleep(60)
 
 
 def _end(arrived: int, trainer: pl.Trainer) -> None:
     """End all processes of a run when the number of a signal that ends it has arrived."""
     while (number := os.read(arrived, 1)[0]) not in (signal.SIGTERM, signal.SIGINT):
         pass
+    with suppress(OSError, ValueError):  # a full disk, a closed stderr
+        Path(trainer.default_root_dir, "RUNNING").unlink(missing_ok=True)
+        print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signal.SIGKILL)
-    Path(trainer.default_root_dir, "RUNNING").unlink(missing_ok=True)
-    print(STOPPED.format(signal.Signals(number).name), file=sys.stderr, flush=True)
     os._exit(128 + number)
