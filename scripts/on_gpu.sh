@@ -11,7 +11,7 @@
 #
 # After that time the records of a study are packed, of planned ones the networks, too. PYTHON (default .venv/bin/python)
 # is the interpreter, DATA_DIR (default ./data) where the data sets lie.
-# With NVIDIA's MPS running (nvidia-cuda-mps-control -d), an H200 trains twice as many narrow networks at once.
+# With NVIDIA's MPS running (nvidia-cuda-mps-control -d), an H200 trains fourteen narrow networks at once twice as fast.
 # Tried without a GPU: scripts/on_gpu.sh planned 60 device=cpu dataset=digits model=binarynet model.width=0.0625 \
 #     recipe.epochs=2 recipe.batch_size=64
 set -euo pipefail
