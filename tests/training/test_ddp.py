@@ -125,19 +125,19 @@ def test_divergence_is_told_by_one_process(cli: Cli, tmp_path: Path) -> None:
     assert run.status == "diverged"
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_sigterm_ends_all_processes_at_once(cli: Cli, tmp_path: Path, hangs: bool) -> None:
-    """Also while this one waits for another one that hangs."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["to one", "to all", "while the other hangs"])
+def test_a_signal_ends_all_processes_at_once(cli: Cli, tmp_path: Path, number: signal.Signals, how: str) -> None:
     words = ["device=cpu", *TINY, f"results_dir={tmp_path}", "devices=2", "recipe.epochs=5000"]
-    started = cli.start(*words, inject=FORKED_RANK)
+    started = cli.start(*words, inject=FORKED_RANK, new_group=True)
     assert until(appears(tmp_path, "last.ckpt"), 120)
     (other,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    if hangs:
+    if how == "while the other hangs":
         os.kill(int(other), signal.SIGSTOP)
-    os.kill(started.pid, signal.SIGTERM)
+    (os.killpg if how == "to all" else os.kill)(started.pid, number)
     done = cli.wait(started)
     assert "goes on from the last whole epoch" in done.err
-    assert done.code == 143
+    assert done.code == 128 + number
     assert until(lambda: not is_at_work(other))
     (run,) = find_runs(tmp_path)
     assert run.status == "unfinished"
