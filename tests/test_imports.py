@@ -1,4 +1,8 @@
-"""Imports point one way."""
+"""Imports point one way, and the committed results stay few files."""
+
+import subprocess
+
+import pytest
 
 from tests.helpers.imports import imports_of, levels, loaded_by, module_graph, unit_graph
 from tests.helpers.runs import REPOSITORY
@@ -55,3 +59,13 @@ def test_an_analysis_imports_nothing_that_trains() -> None:
         assert {"torch", "abn_exp.analysis.summary"} <= loaded
         assert "pytorch_lightning" not in loaded
     assert "pytorch_lightning" in loaded_by(PACKAGE / "training/run.py", source)
+
+
+def test_the_committed_results_are_fewer_than_150_files() -> None:
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "results"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a checkout of git")
+    assert len(listed.stdout.splitlines()) < 150
