@@ -45,6 +45,6 @@ def vgg_features(channels: list[int], norm_layer: NormLayer, binarization: Binar
         if i % 2:
             unit["pool"] = nn.MaxPool2d(2)
         unit["norm"] = norm_layer(out_channels)
-        unit["act"] = nn.Hardtanh(inplace=True)
+        unit["act"] = nn.Hardtanh()
         features["stem" if i == 0 else f"layer{i}"] = nn.Sequential(unit)
     return nn.Sequential(features)

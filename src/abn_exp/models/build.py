@@ -91,7 +91,7 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
     if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
         raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")
     try:
-        norm_layer = _with_writable_output(instantiate(norm, _convert_="all"))
+        norm_layer = instantiate(norm, _convert_="all")
         network = instantiate(
             model, num_classes=num_classes, image_size=image_size, norm_layer=norm_layer, _convert_="all"
         )
@@ -114,29 +114,6 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
             except ValueError as error:
                 raise ConfigError(f"norm: {error}") from error
     return network
-
-
-def _with_writable_output(norm_layer: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    """Return `norm_layer`, or one that copies its norms' outputs where autograd needs them as they are.
-
-    The networks write over a norm's output, in their Hardtanh, which saves memory. The gradient of a norm that ends
-    in tanh or sigmoid is computed from its output.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
-        try:
-            output = norm_layer(8)(torch.linspace(-1, 1, 64).view(2, 8, 2, 2).requires_grad_())
-        except Exception:  # such a norm needs another input, or is wrong, which is told where it is used
-            return norm_layer
-        try:
-            nn.functional.hardtanh_(output).sum().backward()
-            return norm_layer
-        except RuntimeError:
-            return lambda channels: _copying_output(norm_layer(channels))
-
-
-def _copying_output(norm: nn.Module) -> nn.Module:
-    norm.register_forward_hook(lambda module, inputs, output: output.clone())
-    return norm
 
 
 def initialize_(

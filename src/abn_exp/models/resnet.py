@@ -60,8 +60,8 @@ class PostNormBlock(_Block):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.hardtanh_(self.norm1(self.conv1(x)))
-        return F.hardtanh_(self.norm2(self.conv2(h)) + self.shortcut(x))
+        h = F.hardtanh(self.norm1(self.conv1(x)))
+        return F.hardtanh(self.norm2(self.conv2(h)) + self.shortcut(x))
 
 
 class PreNormBlock(_Block):
@@ -90,9 +90,9 @@ class PreNormBlock(_Block):
         return [BinaryConv2d(inputs, outputs, 1, stride, binarization=binarization)]
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.hardtanh_(self.norm1(self.conv1(x)))
+        h = F.hardtanh(self.norm1(self.conv1(x)))
         h = self.conv2(h) + self.shortcut(x)
-        return h if self.last else F.hardtanh_(self.norm2(h))
+        return h if self.last else F.hardtanh(self.norm2(h))
 
 
 def _stem(channels: int, norm_layer: NormLayer) -> OrderedDict[str, nn.Module]:
@@ -135,7 +135,7 @@ def resnet18(
     channels = [scale_channels(c, width) for c in (64, 128, 256, 512)]
     stem = _stem(channels[0], norm_layer)
     if shortcut == "post_norm":
-        stem["act"] = nn.Hardtanh(inplace=True)
+        stem["act"] = nn.Hardtanh()
     network = OrderedDict[str, nn.Module](stem=nn.Sequential(stem))
     in_channels = channels[0]
     for i, out_channels in enumerate(channels):
@@ -187,7 +187,7 @@ def resnet18_paper(
         )
     channels = [scale_channels(c, width) for c in (16, 32, 64)]
     stem = _stem(channels[0], norm_layer)
-    stem["act"] = nn.Hardtanh(inplace=True)
+    stem["act"] = nn.Hardtanh()
     network = OrderedDict[str, nn.Module](stem=nn.Sequential(stem))
     in_channels = channels[0]
     for i, out_channels in enumerate(channels):
@@ -201,7 +201,7 @@ def resnet18_paper(
         nn.AvgPool2d(pool),
         nn.Flatten(),
         nn.BatchNorm1d(features),
-        nn.Hardtanh(inplace=True),
+        nn.Hardtanh(),
         nn.Linear(features, num_classes, bias=False),
         nn.BatchNorm1d(num_classes),
     )
