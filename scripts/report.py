@@ -23,9 +23,9 @@ def watch(folder: Path, reference: str, port: int) -> None:
 
     def refresh() -> None:
         nonlocal checked
-        if time.monotonic() - checked > PAGE_SECONDS / 4:
+        if not checked or time.monotonic() - checked > PAGE_SECONDS:
             checked = time.monotonic()
-            update_page(folder, reference=reference, first=0)
+            update_page(folder, reference=reference, interim=False, first=0)
 
     server = serve(folder / "report.html", refresh, port)
     print(f"http://127.0.0.1:{server.server_address[1]} shows {folder}; Ctrl-C ends it.", flush=True)

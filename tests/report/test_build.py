@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from abn_exp.report.build import build_report, print_report, write_report
@@ -188,6 +189,18 @@ def test_only_equal_dataset_model_and_variant_are_compared(tmp_path: Path) -> No
     text = (tmp_path / "report.md").read_text()
     assert "No comparison on digits with binarynet (fixed-lr-0.5): the reference norm bn was not run there." in text
     assert {row["variant"] for row in table_rows(section(text, "Test accuracy (%)"))} == {"fixed", "fixed-lr-0.5"}
+
+
+def test_norms_of_other_options_each_are_told_apart(tmp_path: Path, no_figures: None) -> None:
+    """Each norm with a learning rate of its own: no option varies within a norm, and none is compared."""
+    study(tmp_path, {"bn": BN}, variant="fixed_lr-0.001", config=yaml.safe_dump({"recipe": {"lr": 0.001}}))
+    study(tmp_path, {"abn": BN}, variant="fixed_lr-0.003", config=yaml.safe_dump({"recipe": {"lr": 0.003}}))
+    report = write_report(tmp_path)
+    assert report.comparisons == []
+    text = (tmp_path / "report.md").read_text()
+    rows = table_rows(section(text, "Test accuracy (%)"))
+    assert [(row["variant"], row["norm"]) for row in rows] == [("fixed_lr-0.001", "bn"), ("fixed_lr-0.003", "abn")]
+    assert "No comparison on digits with binarynet (fixed_lr-0.003): the reference norm bn was not run there." in text
 
 
 def test_without_the_reference_norm_there_is_no_comparison(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_seeds_that_one_cell_lacks_are_left_out_of_averages_and_changes(crossed:
     assert tables_of(crossed)["Effect of norm.momentum, against 0.1"].effects[-1].judgement.mean.n == (3, 3)
     (change,) = tables_of(crossed)["How the difference to bn changes with norm.momentum"].effects
     assert change.judgement.mean.differences == pytest.approx([1, 1.5, 1.5])
+    assert change.labels[-2:] == ("+0.67", "+2.00")  # of the same seeds as the change, +1.33
 
 
 def test_equal_changes_give_no_interval_though_float32_rounds_them(tmp_path: Path) -> None:
@@ -232,11 +233,12 @@ def test_readings_of_the_epoch_stand_beside_each_other(tmp_path: Path) -> None:
     own, differences = (table_rows("\n".join(part)) for part in split_tables(body))
     # peak - last is 1 and 2: 1.5 +- 12.7062 * 0.7071 / sqrt 2; the best validation epoch is 0.1 above, always
     assert own[0] == {
-        **{"dataset": "digits", "model": "binarynet", "norm": "bn", "last epoch (%)": "71.00"},
+        **{"dataset": "digits", "model": "binarynet", "norm": "bn", "n": "2", "last epoch (%)": "71.00"},
         **{"best val epoch - last": "+0.10", "peak on the test set - last": "+1.50 [-4.85 to 7.85]"},
     }
     assert own[1]["peak on the test set - last"] == "+1.75 [-14.13 to 17.63]"  # 0.5 and 3
     assert [row["norm"] for row in differences] == ["abn"]
+    assert differences[0]["n"] == "2 pairs"
     assert differences[0]["minus bn, last epoch"] == "+0.50 [-5.85 to 6.85]"  # 1 and 0
     assert differences[0]["minus bn, best val epoch"] == "+0.50 [-5.85 to 6.85]"
     assert differences[0]["minus bn, peak on the test set"] == "+0.75 [-2.43 to 3.93]"  # 0.5 and 1
@@ -256,8 +258,8 @@ def test_costs_are_shown_where_norms_differ_in_them(tmp_path: Path) -> None:
         (path.parent / "SHA256SUMS").unlink(missing_ok=True)
     write_report(tmp_path)
     bn, abn = table_rows(section((tmp_path / "report.md").read_text(), "What it costs"))
-    assert (bn["mean accuracy (%)"], bn["parameters"]) == ("71.00", "1,064")
-    assert (abn["mean accuracy (%)"], abn["parameters"]) == ("71.50", "1,000")
+    assert (bn["n"], bn["accuracy (%)"], bn["parameters"]) == ("2", "71.00 ± 1.41", "1,064")
+    assert (abn["n"], abn["accuracy (%)"], abn["parameters"]) == ("2", "71.50 ± 0.71", "1,000")
     assert "bytes packed" not in bn
 
 

@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from abn_exp.report import build
 from abn_exp.report.build import build_report, update_page
 from abn_exp.report.html import html_page
-from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, study
+from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -47,7 +48,7 @@ def test_figures_hold_every_seed_and_the_zone_of_delta(page: str) -> None:
     assert abn["x"] == pytest.approx([100 * score for score in CLEARLY_ABOVE])
     assert abn["customdata"] == [0, 1, 2, 3, 4]
     assert "shaded: less than delta, 0.5 points</h2>" in page
-    assert "mean; band: ±1 standard deviation</h2>" in page
+    assert "the mean of finished ones; band: ±1 standard deviation</h2>" in page
     hover = [trace["hovertemplate"] for trace in curves["data"] if "hovertemplate" in trace]
     assert {f"abn, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>" for seed in range(5)} <= set(hover)
     (pairs,) = slopes["data"]
@@ -68,7 +69,7 @@ def test_every_panel_has_a_title_and_no_place_is_left_empty(tmp_path: Path) -> N
 def test_norms_that_share_a_colour_differ_in_their_lines(tmp_path: Path) -> None:
     norms = ["bn", "abn_gate", "iebn", "abn_paper", "abn_backward"]
     text = html_page(build_report(study(tmp_path, dict.fromkeys(norms, BN))))
-    assert "<h2>Learning curves: every seed, and their mean</h2>" in text  # too many for bands
+    assert "<h2>Learning curves: every seed, and the mean of finished ones</h2>" in text  # too many for bands
     lines = {t["meta"]: t["line"] for t in figures(text)[1]["data"] if t.get("line", {}).get("dash")}
     assert len({(line["color"], line["dash"]) for line in lines.values()}) == len(norms)
 
@@ -116,6 +117,7 @@ def test_the_page_forbids_itself_the_network(page: str) -> None:
 def test_while_runs_go_on_the_page_is_written_at_most_once_a_minute(folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "claims"
     shutil.copytree(folder, own)
+    os.utime(own)
     update_page(own)
     assert not (own / "report.html").exists()  # the study began just now
     os.utime(own, (0, 0))
@@ -129,11 +131,35 @@ def test_while_runs_go_on_the_page_is_written_at_most_once_a_minute(folder: Path
     assert "90.00" in (own / "report.html").read_text(encoding="utf-8")
 
 
-def test_two_processes_do_not_write_it_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_all_runs_have_ended_the_page_has_the_verdict_and_stays_as_it_is(tmp_path: Path) -> None:
+    config = yaml.safe_dump({"delta": 0.5, "primary": {"norm": "abn", "reference": "bn", "statistic": "mean"}})
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=config)
+    update_page(tmp_path, interim=False, first=0)
+    page = tmp_path / "report.html"
+    assert "On digits with binarynet, abn - bn is +0.94 points" in page.read_text(encoding="utf-8")
+    os.utime(page, (0, 0))
+    update_page(tmp_path, interim=False, first=0)
+    assert page.stat().st_mtime == 0  # what shows it would load it again
+    start_run(tmp_path, "abn", 5, config=config)
+    update_page(tmp_path, interim=False, first=0)
+    assert "one of its runs has not come to an end" in page.read_text(encoding="utf-8")
+
+
+def test_the_mean_curve_is_of_finished_runs(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE})
+    (start_run(tmp_path, "abn", 5, epochs=2) / "FAILED").write_text("diverged")
+    _, curves, *_ = figures(html_page(build_report(tmp_path)))
+    lines = {t["hovertemplate"].partition("<br>")[0]: t for t in curves["data"] if "hovertemplate" in t}
+    epochs, until_it_diverged = (lines[f"abn, seed {seed}"]["x"] for seed in (0, 5))
+    assert lines["abn, mean of 5 seeds"]["x"] == epochs != until_it_diverged
+
+
+def test_two_processes_do_not_write_it_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(*_: object, **__: object) -> None:
         raise build.Timeout("")
 
+    own = shutil.copytree(folder, tmp_path / "claims")
     monkeypatch.setattr(build.FileLock, "acquire", locked)
-    os.utime(folder, (0, 0))
-    update_page(folder)
-    assert not (folder / "report.html").exists()
+    os.utime(own, (0, 0))
+    update_page(own)
+    assert not (own / "report.html").exists()

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,31 @@ def test_a_sweep_that_was_stopped_is_not_judged_and_is_no_look(tmp_path: Path) -
     assert list(json.loads((tmp_path / "looks.json").read_text())) == ["digits/binarynet/iebn/fixed"]
     (begun / "FAILED").write_text("diverged")
     assert build_report(tmp_path).answer()[0].startswith("Primary comparison: abn against bn. On digits")
+
+
+def test_it_is_not_judged_by_some_of_its_cells_while_others_have_not_begun(tmp_path: Path) -> None:
+    """A sweep goes from cell to cell, and may be stopped after the first."""
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=fixed("pooled"))
+    for norm, seed in product(("bn", "abn", "iebn"), range(5)):
+        (start_run(tmp_path, norm, seed, "cifar10", config=fixed("pooled")) / "metrics.jsonl").unlink()
+    report = write_report(tmp_path)
+    assert report.answer()[0].startswith(
+        "Primary comparison: abn against bn. It is not judged yet: 10 of its runs have not come to an end."
+    )
+    assert {cell.dataset for cell in report.cells} == {"digits"}
+    assert not (tmp_path / "looks.json").exists()
+
+
+def test_more_seeds_in_another_folder_are_no_second_look_at_a_primary_comparison(tmp_path: Path) -> None:
+    study(tmp_path / "first", {"bn": BN, "abn": BN[::-1]}, config=fixed())
+    for seed in range(5, 10):
+        for norm, scores in (("bn", BN), ("abn", CLEARLY_ABOVE)):
+            finish_run(tmp_path / "more", norm, seed, scores[seed - 5], config=fixed())
+    assert build_report(tmp_path / "first").primary is not None
+    report = build_report(tmp_path / "first", tmp_path / "more")
+    assert report.primary is None
+    assert report.answer()[0].startswith("Exploratory throughout. A primary comparison was fixed for one of these")
+    assert [(c.mean.mean.n, c.primary) for c in report.comparisons] == [((10, 10), False)]
 
 
 def test_what_is_withheld_is_not_in_the_table_of_epochs_either(tmp_path: Path) -> None:
@@ -374,8 +400,8 @@ def test_a_plan_is_that_of_its_own_folder(tmp_path: Path) -> None:
     assert not plan.decided
     report = build_report(tmp_path / "planned", tmp_path / "more")
     assert report.answer() == [
-        "Exploratory throughout. A primary comparison is planned in one of these folders, and its verdict is in the "
-        "report of that folder alone."
+        "Exploratory throughout. A primary comparison was fixed for one of these folders, and its verdict is in the "
+        "report of that folder alone: runs added to it would be another look."
     ]
     assert [c.cell.norm for c in report.comparisons] == ["iebn"]
     plan.entries[0]["verdict"] = "equivalent"

@@ -13,7 +13,7 @@ from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.identity import restore_quoted
 from abn_exp.records import NETWORKS, RECORDS
 from abn_exp.report.build import build_report, write_report
-from abn_exp.report.pack import OWN_TABLES, pack
+from abn_exp.report.pack import pack
 from abn_exp.report.writers import FIGURES, cells_csv, effects_csv, markdown, runs_csv
 from abn_exp.results import find_runs, load_runs, read_metrics
 from abn_exp.trained_network import load_network, read_config
@@ -192,10 +192,3 @@ def test_quoted_reports_are_what_their_records_say(name: str) -> None:
     for file, text in written.items():
         path = QUOTED / name / file
         assert (path.read_text(encoding="utf-8") if path.is_file() else "") == text, f"{name}/{file}"
-
-
-def test_committed_results_are_few_files() -> None:
-    folders = (REPOSITORY / "results" / name for name in ("quoted", "benchmark", "faults"))
-    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    ignored = {*OWN_TABLES, "report.html", "report.tex", ".report.lock"}  # by .gitignore; made when they are wanted
-    assert len([path for path in found if path.suffix != ".pdf" and path.name not in ignored]) < 150

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from abn_exp.files import write_text_atomic
 from abn_exp.options import all_options
-from abn_exp.records import read_command
+from abn_exp.records import RECORDS, read_command
 from abn_exp.report import figures, stats
 from abn_exp.report.checks import conditional_on, provenance_differences
 from abn_exp.report.comparisons import (
@@ -41,7 +41,15 @@ from abn_exp.report.comparisons import (
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors, varying_options
 from abn_exp.report.html import html_page
-from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
+from abn_exp.report.looks import (
+    Primary,
+    earlier_looks,
+    fixed_before,
+    judge_planned,
+    judge_primary,
+    read_plan,
+    record_look,
+)
 from abn_exp.report.per_image import image_evidence
 from abn_exp.report.spread import SpreadJudgement
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
@@ -52,8 +60,10 @@ from abn_exp.trained_network import read_config
 
 log = logging.getLogger(__name__)
 PLANNED_ALONE = (
-    "A primary comparison is planned in one of these folders, and its verdict is in the report of that folder alone."
+    "A primary comparison was fixed for one of these folders, and its verdict is in the report of that folder alone: "
+    "runs added to it would be another look."
 )
+PACKED_FIGURES = ("learning_curves", "differences")  # the page has all
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way
 
 
@@ -67,7 +77,9 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     folder, *more = (Path(path).resolve() for path in (folder, *others))
     found = [run for path in (folder, *more) for run in _runs_below(path)]
     options = _options(found)
-    cells = collect_cells(_unique_variants(found, options) if more else found, reference)
+    # A cell of which no run has begun is no part of the report: a sweep that was stopped may never have been meant.
+    planned = collect_cells(_unique_variants(found, options) if more else found, reference)
+    cells = [cell for cell in planned if cell.begun]
     configs = [read_config(run.directory) for cell in cells for run in cell.runs if run.status != "damaged"]
     devices = {cell.key: cell.device for cell in cells if cell.device is not None}
     settings = {cell.key: _settings(cell, options) for cell in cells}
@@ -75,12 +87,12 @@ def build_report(folder: Path, *others: Path, reference: str = "bn", interim: bo
     cells.sort(key=lambda cell: (cell.dataset, cell.model, *(f.levels.index(f.level(cell)) for f in factors)))
     plans, fixed = [plan for path in (folder, *more) if (plan := read_plan(path)) is not None], fixed_before(configs)
     plan = plans[0] if plans and not more else None
-    if plan is None and plans:
+    if more and (plans or fixed.question is not None):
         fixed = replace(fixed, question=None, note=PLANNED_ALONE)
     delta = fixed.delta if plan is None else plan.delta
     primary = judge_planned(cells, plan) if plan is not None else None
     if plan is None and fixed.question is not None:
-        primary = judge_primary(cells, fixed.question, delta, interim)
+        primary = judge_primary(cells, fixed.question, delta, interim, [c for c in planned if not c.begun])
     shown = _primary_against(primary, reference)
     # Cells that are not to be compared yet, whichever of the two is the reference, nor as a part of anything else.
     withheld = keys_of(primary.pairs) if primary is not None and primary.withheld else frozenset()
@@ -215,16 +227,17 @@ def write_report(
     folder: Path, *others: Path, reference: str = "bn", interim: bool = False, out: Path | None = None
 ) -> Report:
     """Write report.md, report.html, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
-    :func:`build_report`."""
+    :func:`build_report`. Of a packed study, whose report is committed, only PACKED_FIGURES are drawn."""
     folder = Path(folder)
     report = build_report(folder, *others, reference=reference, interim=interim)
     if not interim and report.plan is None and not others:
-        report = replace(report, unplanned=record_look(folder, report.comparisons))
+        report = replace(report, unplanned=earlier_looks(folder, report.comparisons))
+        record_look(folder, report.comparisons)
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)
-    drawn = []
+    drawn, packed = [], not others and (folder / RECORDS).is_file()
     for name, figure in draw(report).items():
-        if figure is not None:
+        if figure is not None and (name in PACKED_FIGURES or not packed):
             figures.save(figure, out / "figures", name)
             drawn.append(name)
         else:
@@ -242,12 +255,12 @@ def write_report(
     return report
 
 
-def update_page(folder: Path, *, reference: str = "bn", first: float = PAGE_SECONDS) -> None:
+def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, first: float = PAGE_SECONDS) -> None:
     """Write report.html of a folder whose runs are under way: by one process at a time, at most once a minute.
 
     The first one is written when the sweep has taken `first` seconds. There is no verdict on the primary comparison,
-    and no interval of it, before its runs are complete. A page that cannot be written is a warning, since it can be
-    written again from the records.
+    and no interval of it, before its runs are complete; `interim` says that they are not. A page that would not
+    change is left as it is. One that cannot be written is a warning, since it can be written again from the records.
     """
     page = folder / "report.html"
     try:
@@ -255,8 +268,12 @@ def update_page(folder: Path, *, reference: str = "bn", first: float = PAGE_SECO
             earlier = next(path for path in (page, folder / "command.txt", folder) if path.exists())
             if time.time() - earlier.stat().st_mtime < (PAGE_SECONDS if earlier == page else first):
                 return
-            report = build_report(folder, reference=reference, interim=True)
-            write_text_atomic(page, html_page(report))
+            report = build_report(folder, reference=reference, interim=interim)
+            if not interim and report.plan is None:
+                report = replace(report, unplanned=earlier_looks(folder, report.comparisons))
+            content = html_page(report)
+            if not page.exists() or page.read_text(encoding="utf-8") != content:
+                write_text_atomic(page, content)
     except Timeout:
         return
     except (ValueError, OSError) as error:

@@ -42,6 +42,10 @@ class Cell:
     device: str | None = None  # "cpu" or the GPU's name, where the report has several kinds
 
     @property
+    def begun(self) -> bool:
+        return any(run.result is not None or has_begun(run.directory) for run in self.runs)
+
+    @property
     def key(self) -> Key:
         return self.dataset, self.model, self.norm, self.variant
 
@@ -110,14 +114,11 @@ class Pooled:
 def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     """Group runs by cell, sorted by dataset, model and variant; within these the reference comes first.
 
-    Runs on different kinds of device are different cells: float32 itself is not the same arithmetic there. A cell of
-    which no run has begun is left out: a sweep that was stopped may never have been meant.
+    Runs on different kinds of device are different cells: float32 itself is not the same arithmetic there.
 
     Raises ValueError where two directories hold the same seed of the same cell.
     """
     runs = list(runs)
-    begun = {run.cell for run in runs if run.result is not None or has_begun(run.directory)}
-    runs = [run for run in runs if run.cell in begun]
     devices = _devices(runs)
     by_cell: dict[tuple[Key, str | None], dict[int, Run]] = {}
     for run in runs:

@@ -228,9 +228,13 @@ def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
 
 
 def _change(head: tuple[str, ...], what: str, rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Row:
+    change = compare_changes(rows, seeds)
     here, base = _two_differences(rows, lambda cell: cell.sample("test_acc", seeds))
+    if change.mean.method == "paired":  # then it is of the seeds that both have
+        common = ~np.isnan(here + base)
+        here, base = here[common], base[common]
     sizes = [signed_text(float(stats.present(d).mean())) if stats.present(d).size else "-" for d in (base, here)]
-    return (*head, *sizes), f"{what.format(*sizes)}; the change", compare_changes(rows, seeds), len(rows)
+    return (*head, *sizes), f"{what.format(*sizes)}; the change", change, len(rows)
 
 
 def compare_changes(rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Tested:

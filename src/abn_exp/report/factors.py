@@ -46,7 +46,8 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key
     A key whose value follows from the recipe is the recipe's; keys that follow from each other are one factor. The
     reference level is the one of REFERENCES, else the one most cells have, else the one with the shortest variant
     name, the fewest overrides.
-    Where this does not tell all cells apart, the variant's name itself is the factor.
+    Where this does not tell all cells apart, or calls alike what norms of other options are not compared in, the
+    variant's name itself is the factor.
     """
     alike, columns = _alike(settings), varying_options(settings)
     groups: list[list[str]] = []
@@ -60,7 +61,11 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key
             groups.append([key])
     factors = [_factor(group, columns) for group in groups]
     factors += [_factor(["device"], {"device": devices})] if devices else []
-    if len({(*cell[:3], *(factor.by_cell[cell] for factor in factors)) for cell in settings}) < len(settings):
+    levels = {cell: tuple(factor.by_cell[cell] for factor in factors) for cell in settings}
+    groups_shown = {(*cell[:2], *levels[cell]) for cell in settings}
+    if len({(*cell[:3], *levels[cell]) for cell in settings}) < len(settings) or len(groups_shown) < len(
+        {(*cell[:2], cell[3]) for cell in settings}
+    ):
         return [_factor(["variant"], {"variant": {cell: cell[3] for cell in settings}})]
     return factors
 

@@ -97,10 +97,11 @@ def _figures(report: Report) -> list[tuple[str, go.Figure | None]]:
     for cell in report.cells:
         found = {seed: 100 * score for seed, score in cell.scores["test_acc"].items()}
         scores.setdefault(titles[cell.group], {})[cell.norm] = found
-    curves = {}
+    curves, finished = {}, {}
     for group, cells in groups.items():
         images, series = comparisons.learning_curves(cells)
         curves[f"{titles[group]}: {images}"] = series
+        finished[f"{titles[group]}: {images}"] = {cell.norm: cell.scores["test_acc"].keys() for cell in cells}
     reference = report.reference
     labels = {c.cell.key: f"{c.cell.norm}, {titles[c.cell.group]}" for c in report.comparisons}
     rows = [_row(labels[c.cell.key], c.cell.norm, c.mean) for c in report.comparisons]
@@ -124,7 +125,7 @@ def _figures(report: Report) -> list[tuple[str, go.Figure | None]]:
     power_at = f"Power to find a difference of {report.delta:g} points, {level}"
     return [
         (differences, forest(rows, report.delta, reference)),
-        (_curves_heading(curves), learning_curves(curves)),
+        (_curves_heading(curves), learning_curves(curves, finished)),
         ("Test accuracy of every seed, mean and its 95 % interval", every_seed(scores)),
         (f"Seeds in pairs: {reference} and each other norm", paired_slopes(scores, reference)),
         (f"Spread between seeds, as a ratio to {reference}'s", spread_ratios(ratios, reference)),
@@ -136,7 +137,8 @@ def _curves_heading(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
     several = [norms for norms in panels.values() if any(len(seeds) > 1 for seeds in norms.values())]
     banded = [norms for norms in several if len(norms) <= MOST_BANDS]
     where = f", in panels of up to {MOST_BANDS} norms" if len(banded) < len(several) else ""
-    return "Learning curves: every seed, and their mean" + (f"; band: ±1 standard deviation{where}" if banded else "")
+    band = f"; band: ±1 standard deviation{where}" if banded else ""
+    return f"Learning curves: every seed, and the mean of finished ones{band}"
 
 
 def _notes(report: Report, more: Sequence[str]) -> list[str]:
@@ -172,7 +174,7 @@ def _tables(report: Report) -> list[tuple[str, Table]]:
         found.append(("One effect over all cells", tables.pooled_table(report)))
     if report.comparisons:
         found.append((f"Spread between seeds, against {reference}", tables.spread_table(report)))
-    found += [(effects.title, tables.effect_table(effects)) for effects in report.effects]
+    found += [(f"{effects.title} (exploratory)", tables.effect_table(effects)) for effects in report.effects]
     if report.images.cells:
         found.append(("Single test images: cells", tables.cell_images_table(report)))
     if report.images.pairs:

@@ -7,7 +7,7 @@ is nothing to draw.
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -99,23 +99,26 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
     return figure
 
 
-def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> go.Figure | None:
-    """Draw each seed's accuracy in percent by epoch, the mean over seeds and, from two seeds on, a band of +-1 std.
+def learning_curves(
+    panels: Mapping[str, Mapping[str, Mapping[int, Array]]], finished: Mapping[str, Mapping[str, Collection[int]]]
+) -> go.Figure | None:
+    """Draw each seed's accuracy in percent by epoch, the mean over finished ones and, from two on, a band of +-1 std.
 
     More than three norms in a panel are drawn without bands, which would hide each other.
 
-    `panels`: title -> norm -> seed -> accuracy of epochs 1, 2, ...
+    `panels`: title -> norm -> seed -> accuracy of epochs 1, 2, ...; `finished`: the seeds whose runs are.
     """
     drawn, names = _with_data(panels)
     if not drawn:
         return None
     figure, cells = _panels(list(drawn))
-    for at, norms in zip(cells, drawn.values(), strict=True):
+    for at, (title, norms) in zip(cells, drawn.items(), strict=True):
         for norm, seeds in norms.items():
             style = colour(norm, names)
-            length = min(len(curve) for curve in seeds.values())
+            whole = [curve for seed, curve in seeds.items() if seed in finished[title][norm]]
+            length = min(map(len, whole), default=0)
             epochs = np.arange(1, length + 1)
-            curves = np.stack([curve[:length] for curve in seeds.values()])
+            curves = np.array([curve[:length] for curve in whole])
             common = {"meta": norm, "showlegend": False, **at}
             if len(curves) > 1 and len(norms) <= MOST_BANDS:
                 mean, std = curves.mean(0), curves.std(0, ddof=1)
@@ -139,14 +142,15 @@ def learning_curves(panels: Mapping[str, Mapping[str, Mapping[int, Array]]]) -> 
                     hovertemplate=f"{norm}, seed {seed}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
                     **common,
                 )
-            figure.add_scatter(
-                x=epochs,
-                y=np.round(curves.mean(0), 3),
-                mode="lines",
-                line={"color": style, "width": 2.5, "dash": dash(norm, names)},
-                hovertemplate=f"{norm}, mean of {len(curves)} seeds<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
-                **common,
-            )
+            if whole:
+                figure.add_scatter(
+                    x=epochs,
+                    y=np.round(curves.mean(0), 3),
+                    mode="lines",
+                    line={"color": style, "width": 2.5, "dash": dash(norm, names)},
+                    hovertemplate=f"{norm}, mean of {len(whole)} seeds<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+                    **common,
+                )
     figure.update_xaxes(title="Epoch")
     figure.update_yaxes(title="Accuracy (%)")
     return figure

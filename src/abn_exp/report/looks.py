@@ -188,21 +188,32 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
-    """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
+def earlier_looks(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
+    """Return at how many seeds earlier reports compared what this one compares with more."""
+    earlier = _looks(folder)
+    return sorted({n for key, now in _ended(comparisons).items() for n in earlier.get(key, []) if n < now})
 
-    It is the number of seeds that came to an end, with a score or with a failure. A quoted study's records do not
-    change, so that nothing is added to them.
+
+def record_look(folder: Path, comparisons: Sequence[Comparison]) -> None:
+    """Add the number of seeds that this report compares to those of earlier reports.
+
+    A quoted study's records do not change, so that nothing is added to them.
     """
-    content = read_study_file(folder, LOOKS)
-    earlier: dict[str, list[int]] = json.loads(content) if content is not None else {}
-    now = {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
-    seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
-    updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
+    earlier = _looks(folder)
+    updated = {key: sorted({*earlier.get(key, []), n}) for key, n in _ended(comparisons).items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
         with suppress(OSError):  # a read-only folder, whose report is written elsewhere
             write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
-    return seen
+
+
+def _looks(folder: Path) -> dict[str, list[int]]:
+    content = read_study_file(folder, LOOKS)
+    return json.loads(content) if content is not None else {}
+
+
+def _ended(comparisons: Sequence[Comparison]) -> dict[str, int]:
+    """Return by cell how many seeds came to an end, with a score or with a failure."""
+    return {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
 
 
 @dataclass(frozen=True)
@@ -218,19 +229,27 @@ class Primary:
     look: str = ""  # which of a plan's looks this is
 
 
-def judge_primary(cells: Sequence[Cell], question: PrimaryConfig, delta: float, interim: bool) -> Primary:
-    """Judge a primary comparison whose number of seeds is fixed; not while its runs are still under way."""
-    pairs = [
-        (cell, base)
-        for cell, base in pairs_of(cells, question.norm, question.reference)
-        if (question.datasets is None or cell.dataset in question.datasets)
-        and (question.models is None or cell.model in question.models)
-    ]
+def judge_primary(
+    cells: Sequence[Cell], question: PrimaryConfig, delta: float, interim: bool, unbegun: Sequence[Cell] = ()
+) -> Primary:
+    """Judge a primary comparison whose number of seeds is fixed; not while its runs are still under way, those of
+    cells of which none has begun (`unbegun`) among them."""
+
+    def asked(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+        return [
+            (cell, base)
+            for cell, base in pairs_of(cells, question.norm, question.reference)
+            if (question.datasets is None or cell.dataset in question.datasets)
+            and (question.models is None or cell.model in question.models)
+        ]
+
+    pairs = asked(cells)
     if not pairs:
         return Primary(question, pairs, withheld="It has no runs in this folder.")
     if interim:
         return Primary(question, pairs, withheld="It is judged when all runs of the sweep have come to their end.")
-    if left := sum(run.status == "unfinished" for pair in pairs for cell in pair for run in cell.runs):
+    all_cells = {cell.key: cell for pair in asked([*cells, *unbegun]) for cell in pair}
+    if left := sum(run.status == "unfinished" for cell in all_cells.values() for run in cell.runs):
         have = "one of its runs has" if left == 1 else f"{left} of its runs have"
         then = "Give the command again, or remove the folders of runs that are not to be trained."
         return Primary(question, pairs, withheld=f"It is not judged yet: {have} not come to an end. {then}")

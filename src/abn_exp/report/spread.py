@@ -238,5 +238,5 @@ def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) ->
 
 def spread_level(n: int) -> tuple[str, str]:
     """Return in percent how often the spread test at 5 % errs, with normal scores and with t scores (3 df)."""
-    normal, t3 = (100 * rejection_rate(n, 1.0, shape=shape, draws=8_000) for shape in SHAPES)
+    normal, t3 = (100 * rejection_rate(n, 1.0, shape=shape, draws=20_000) for shape in SHAPES)
     return number_text(normal, 1), number_text(t3, 1)

@@ -242,10 +242,13 @@ def pair_images_table(report: Report) -> Table:
     header += ["SE of seeds", "SE of images", "images that one alone has right: norm, reference"]
     header += ["McNemar p < 0.05", "agreement"]
     rows = []
+    bases = {cell.group: cell for cell in report.cells if cell.norm == report.reference}
     for p in report.images.pairs:
         d, seeds = p.difference, len(p.seeds)
         half = (d.mean - d.from_seeds * _t(seeds), d.mean + d.from_seeds * _t(seeds))
-        row = [_pairs(seeds), signed_text(d.mean), interval_text(half), interval_text(d.interval)]
+        own = stats.present(p.cell.sample("test_acc", p.seeds) - bases[p.cell.group].sample("test_acc", p.seeds))
+        varies = stats.has_spread(own, 100.0)  # else there is no interval, as in the table of differences
+        row = [_pairs(seeds), signed_text(d.mean), *(interval_text(i) if varies else "-" for i in (half, d.interval))]
         row += [number_text(d.from_seeds), number_text(d.from_images)]
         alone = (sum(getattr(m, side) for m in p.mcnemar) / seeds for side in ("candidate_alone", "reference_alone"))
         row += [", ".join(f"{count:.0f}" for count in alone)]
@@ -269,16 +272,17 @@ def checkpoint_selection_tables(report: Report) -> list[Table]:
         base = next((cell for cell in group if cell.norm == report.reference), None)
         for cell in group:
             last, best, peak = (cell.sample(metric, seeds) for metric in METRICS)
-            gains = [_signed(stats.summarize(other - last)) for other in (best, peak)]
-            own.append([*_where(report, cell), number_text(stats.summarize(last).mean), *gains])
+            gains = [stats.summarize(other - last) for other in (best, peak)]
+            row = [str(gains[1].n), number_text(stats.summarize(last).mean), *map(_signed, gains)]
+            own.append([*_where(report, cell), *row])
             if base is not None and cell.key in compared:
-                pairs = (cell.sample(metric, seeds) - base.sample(metric, seeds) for metric in METRICS)
-                differences.append([*_where(report, cell), *(_signed(stats.summarize(pair)) for pair in pairs)])
-    header = ["last epoch (%)", "best val epoch - last", "peak on the test set - last"]
+                pairs = [stats.summarize(cell.sample(m, seeds) - base.sample(m, seeds)) for m in METRICS]
+                differences.append([*_where(report, cell), _pairs(pairs[0].n), *map(_signed, pairs)])
+    header = ["n", "last epoch (%)", "best val epoch - last", "peak on the test set - last"]
     tables = [_table(report, header, own)]
     if differences:
         minus = f"minus {report.reference}, "
-        header = [minus + "last epoch", minus + "best val epoch", minus + "peak on the test set"]
+        header = ["n", minus + "last epoch", minus + "best val epoch", minus + "peak on the test set"]
         tables.append(_table(report, header, differences))
     return tables
 
@@ -300,10 +304,11 @@ def cost_table(report: Report) -> Table | None:
     rows = []
     for group in groups:
         for cell in group:
-            mean = number_text(stats.summarize(cell.sample("test_acc", started_seeds(group))).mean)
+            scores = stats.summarize(cell.sample("test_acc", started_seeds(group)))
             values = [totals[cell.key].get(k) for k in differing]
-            rows.append([*_where(report, cell), mean, *("-" if v is None else f"{v:,}" for v in values)])
-    return _table(report, ["mean accuracy (%)", *(COSTS[k] for k in differing)], rows)
+            own = [str(scores.n), _plus_minus(scores), *("-" if v is None else f"{v:,}" for v in values)]
+            rows.append([*_where(report, cell), *own])
+    return _table(report, ["n", "accuracy (%)", *(COSTS[k] for k in differing)], rows)
 
 
 def no_comparison(report: Report) -> list[str]:

@@ -235,7 +235,7 @@ def cells_csv(report: Report) -> str:
                 row |= {"std_ratio": s2.ratio} | _pair("std_ratio", s2.ratio_interval)
                 row |= {"spread_pairs": s2.n, "p_spread": s2.p, "p_spread_holm": c.spread.p_holm}
                 row |= {"spread_family": c.spread.family, "power_ratio_2": c.spread.power}
-                row |= {"spread_verdict": c.spread.verdict}
+                row |= {"spread_verdict": c.spread.verdict, "primary_spread": c.primary_spread}
             rows.append(row)
     return csv_text(rows)
 
