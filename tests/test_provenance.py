@@ -17,16 +17,21 @@ def test_commit_is_recorded_with_its_state(tmp_path: Path, monkeypatch: pytest.M
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
 
-    (tmp_path / "norm.py").write_text("a = 1\n")
+    for path in ("norm.py", "conf.yaml"):
+        (tmp_path / path).write_text("a = 1\n")
     for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
         git(*words)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    (tmp_path / "src").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src" / "provenance.py"))
     commit = provenance.git_commit.__wrapped__
     clean = commit()
     assert clean is not None
     assert re.fullmatch("[0-9a-f]{40}", clean)
-    (tmp_path / "norm.py").write_text("a = 2\n")
-    assert commit() == f"{clean}-dirty"
+    for path in ("norm.py", "conf.yaml"):  # beside the package, too
+        (tmp_path / path).write_text("a = 2\n")
+        assert commit() == f"{clean}-dirty"
+        git("checkout", path)
+    assert commit() == clean
     shutil.rmtree(tmp_path / ".git")
     assert commit() is None
 

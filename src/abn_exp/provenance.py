@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # train.py asks for the commit before it has parsed its comma
     import torch
 
 
+CODE = (":(top)*.py", ":(top)*.yaml")  # of the whole repository, for git
 READERS = ("report", "analysis", "deploy")  # folders of the package that train nothing
 
 # Of a CPU, beyond what torch calls its capability: the instructions that decide which kernels oneDNN takes.
@@ -99,7 +100,7 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"], cwd=here, check=False)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE], cwd=here, check=False)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-dirty" if changed.returncode else "")

@@ -197,11 +197,14 @@ class InputFormat:
     classes: tuple[str, ...] | None
 
     def normalize(self, images: "Tensor") -> "Tensor":
-        """Return uint8 images (B, 3, S, S) as the network takes them: (u / 255 - mean) / std, in float32."""
+        """Return uint8 images (B, 3, S, S) as the network takes them: (u / 255 - mean) / std, in float32.
+
+        With the two roundings of training, u (1 / (255 std)) + (-mean / std): a sign may depend on them.
+        """
         import torch
 
         mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
+        return images.float().mul_(1 / (255 * std)).add_(-mean / std)
 
 
 _INPUT = TypeAdapter(InputFormat)

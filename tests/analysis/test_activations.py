@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm as normal
 from torch import nn
 
-from abn_exp.analysis import activations, trained
+from abn_exp.analysis import activation_report, activations
 from abn_exp.analysis.activations import (
     GRID,
     SILU_MINIMUM,
@@ -249,7 +249,10 @@ def test_end_to_end(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert float(row["mean"]) > 0
     assert float(row["reference_mean"]) == 0
     assert row["verdict"] == ""  # BN's is 0 by construction, so that nothing is tested
-    assert re.search(r"two thresholds is \S+ with abn \(.*\)\. With bn it is 0 by construction", text)
+    assert re.search(r"two thresholds is \S+ with abn \(.*\)\. With bn it is 0: each sign", text)
+    assert re.search(
+        r"- measured on CPU \(.+, 1 thread\), torch 2\..+, commit [0-9a-f]{40}(-dirty)?: 4 networks", text
+    )
     assert str(study.parent) not in text
     assert "python scripts/analyze.py activations runs\n" in text
     assert "by at most 0.00 points" in text  # the network that was trained, on the images it was tested on
@@ -287,9 +290,9 @@ def test_mistakes_are_one_sentence(
         == "error: --reference abm is not among the norms of these runs: abn, bn."
     )
     assert not list(study.rglob("*.pt"))  # told before anything is measured
-    other = binarynet(10, 32, nn.InstanceNorm2d, width=0.0625)
-    monkeypatch.setattr(trained, "load_trained_network", lambda *_: other)
-    assert mistake(abn).endswith("the norms of this network are of other classes.")
+    monkeypatch.setattr(activation_report, "get_object_or_explain", lambda *_: nn.InstanceNorm2d)
+    assert "AttentionBatchNorm2d, the norm of " in mistake(abn)
+    assert mistake(abn).endswith("seed-1, is neither.")
     monkeypatch.undo()
     monkeypatch.setattr("abn_exp.report.figures.save", lambda *_: None)
     assert analyze(monkeypatch, "activations", "--images", 20, abn) == 0  # a norm alone is described

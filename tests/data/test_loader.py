@@ -6,7 +6,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.data.prepare import Split
+from abn_exp.deploy.graph import Normalization
 from abn_exp.seeding import generator
+from abn_exp.trained_network import InputFormat
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SIZE = 8
@@ -79,6 +81,14 @@ def test_evaluation_is_plain_and_in_order() -> None:
     labels = torch.cat([labels for _, labels in batches])
     assert labels.dtype == torch.int64
     assert torch.equal(labels, indices)
+
+
+def test_it_normalises_as_a_run_s_input_format_does_to_the_last_bit() -> None:
+    split = split_of(20)
+    ((images, _),) = BatchLoader(split, torch.arange(20), 20, mean=MEAN, std=STD, device="cpu")
+    inputs = InputFormat(split.images.shape[-1], MEAN, STD, None)
+    assert torch.equal(inputs.normalize(split.images), images)
+    assert torch.equal(Normalization.of(MEAN, STD)(split.images), images)  # what an export computes
 
 
 def test_only_the_indices_are_used() -> None:

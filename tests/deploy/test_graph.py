@@ -111,6 +111,10 @@ class Between(nn.Module):
             "a constant in it is not one a channel",
         ),
         (lambda x: F.max_pool2d(x - x.mean(1, keepdim=True), 2), "aten.mean.dim reads more than one place of a map"),
+        (
+            lambda x: F.hardtanh(F.max_pool2d(F.silu(x) + 0.1, 2) - 0.5),
+            "a pool or a reshape stands between two functions of the sums",
+        ),
         (lambda x: F.avg_pool2d(x, 2) - 0.1, "aten.avg_pool2d.default reads more than one place of a map"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from abn_exp.analysis import pictures
 from abn_exp.analysis.activations import (
@@ -33,10 +33,13 @@ from abn_exp.analysis.summary import (
     means_table,
 )
 from abn_exp.analysis.trained import Measured, Opener, TestImages, measure_each
+from abn_exp.config import parse
+from abn_exp.models.build import get_object_or_explain
 from abn_exp.report.comparisons import Cell, collect_cells, group_cells
 from abn_exp.report.formatting import interval_text, markdown_list, number_text
 from abn_exp.report.stats import Array
 from abn_exp.results import Run, read_metrics
+from abn_exp.trained_network import read_config
 
 CHANNEL, LAYER = "channel imbalance", "layer imbalance"
 TWO, BEYOND = "share of channels with two thresholds", "share of inputs beyond one threshold"
@@ -75,12 +78,15 @@ NOTES = """\
   norms are equal."""
 
 
-def _check_norms(network: nn.Module, _: Tensor) -> None:
-    """Refuse a network of which nothing could be said. Raises ValueError."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+def _check_norm(run: Run) -> None:
+    """Refuse a norm of which nothing could be said: one that holds a BatchNorm2d would be taken for it alone. Raises
+    ValueError."""
+    norm = parse(read_config(run.directory)).norm
+    made = get_object_or_explain(norm, "norm")
+    if not (isinstance(made, type) and issubclass(made, nn.BatchNorm2d)):
         raise ValueError(
-            "This analysis is of what BatchNorm2d, or a class derived from it, gives to a binary layer; the norms of "
-            "this network are of other classes."
+            "This analysis is of what BatchNorm2d, or a class derived from it, gives to a binary layer; "
+            f"{norm['_target_']}, the norm of {run.directory}, is neither."
         )
 
 
@@ -89,7 +95,9 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     cells = collect_cells(runs, reference)
     check_pairs(cells, reference)
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
-    opener.check(runs, _check_norms)
+    for run in runs:
+        _check_norm(run)
+    opener.check(runs, lambda network, image: None)
     measured = measure_each(runs, opener, _measure, out / "parts", "activations 2")
     found = {directory: NetworkActivations.from_plain(plain) for directory, plain in measured.items()}
     scores = {
@@ -101,10 +109,10 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
         "Does ABN give a more imbalanced activation distribution, and additional activation-like functions "
         f"(claim C5)? Measured on {len(opener.images(runs[-1]).labels)} test images a network."
     )
-    # A norm whose response is monotone has no second threshold: with it as the reference there is nothing to test.
-    monotone = all(scores[run.directory][TWO] == 0 for cell in cells if cell.norm == reference for run in cell.runs)
-    contrasts = contrast(cells, scores, [CHANNEL, LAYER, *([] if monotone else [TWO, BEYOND])], reference)
-    described = contrast(cells, scores, [TWO, BEYOND], reference) if monotone else []
+    # Where no channel of the reference has a second threshold, as with BN, there is nothing to test.
+    none = all(scores[run.directory][TWO] == 0 for cell in cells if cell.norm == reference for run in cell.runs)
+    contrasts = contrast(cells, scores, [CHANNEL, LAYER, *([] if none else [TWO, BEYOND])], reference)
+    described = contrast(cells, scores, [TWO, BEYOND], reference) if none else []
     imbalances = [c for c in contrasts if c.measure in (CHANNEL, LAYER)]
     report.verdicts(f"Is the imbalance above {reference}'s?", imbalances, cells, reference)
     additional = [c for c in contrasts if c not in imbalances]
@@ -153,7 +161,7 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report.csv("channels", [row | {"channel": i, "p_plus": p} for row, each in channels for i, p in each])
     report.csv("histograms", [row | bin_ for row, x in places for bin_ in _bins(x)])
     report.parts.append("## Is it the trained network?\n\n" + _accuracies(cells, found))
-    report.finish(NOTES)
+    report.finish(NOTES, opener.measured_on)
     report.show("means")
     return report
 
@@ -161,8 +169,8 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
 def _described(c: Contrast) -> str:
     return (
         f"On {c.where}, {c.measure} is {number_text(c.own, DIGITS)} with {c.norm} (95 % interval "
-        f"{interval_text(c.paired.interval, DIGITS)}, n = {c.paired.n[0]} seeds). With {c.reference} it is 0 by "
-        "construction: its response is monotone."
+        f"{interval_text(c.paired.interval, DIGITS)}, n = {c.paired.n[0]} seeds). With {c.reference} it is 0: "
+        "each sign behind it has at most one threshold."
     )
 
 

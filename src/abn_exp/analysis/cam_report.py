@@ -114,7 +114,7 @@ def write(
     report.csv("comparison", contrast_rows(contrasts, judged=True))
     report.csv("comparison_correct_wrong", contrast_rows(parts, judged=False))
     report.csv("images", _rows(cells, found, opener))
-    report.finish(NOTES)
+    report.finish(NOTES, opener.measured_on)
     report.show("scores")
     return report
 

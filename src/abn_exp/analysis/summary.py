@@ -172,7 +172,7 @@ def contrast_rows(contrasts: Iterable[Contrast], judged: bool) -> list[dict[str,
 def command_line(kind: str, folders: Sequence[str | Path], options: Mapping[str, object]) -> str:
     """Return what to type, without this machine's paths: absolute ones begin at the folder they share."""
     above = common_folder(folders).parent
-    names = [str(f.relative_to(above)) if f.is_absolute() else str(f) for f in map(Path, folders)]
+    names = [str(f.resolve().relative_to(above)) if f.is_absolute() else str(f) for f in map(Path, folders)]
     given = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
     return shlex.join(["python", "scripts/analyze.py", kind, *names, *given])
 
@@ -217,10 +217,14 @@ class AnalysisWriter:
             figures.save(figure, self.out, name)
             self.drawn[name] = caption
 
-    def finish(self, notes: str) -> None:
-        """Write summary.md: the figures, how to read it all, and how it was made, after what there is already."""
+    def finish(self, notes: str, measured_on: Mapping[str, int]) -> None:
+        """Write summary.md: the figures, how to read it all, and how it was made, after what there is already.
+
+        `measured_on`: on what how many networks were measured, which need not be what they were trained on.
+        """
         shown = [f"![{caption}]({name}.png)" for name, caption in self.drawn.items()]
-        made = [f"- networks: {len(self.runs)}, trained with", *made_with([r.result for r in self.runs if r.result])]
+        made = [f"- measured on {where}: {count} networks" for where, count in sorted(measured_on.items())]
+        made += [f"- networks: {len(self.runs)}, trained with", *made_with([r.result for r in self.runs if r.result])]
         end = [*shown, "## How to read this", notes, "## How it was made", f"```\n{self.command}\n```"]
         end.append("\n".join(made))
         write_text_atomic(self.out / "summary.md", document(self.title, [*self.parts, *end]))
@@ -240,6 +244,8 @@ class AnalysisWriter:
     def log(self, run: Run, kind: str) -> None:
         """Log the tables and figures as a W&B run of their own, where `run` has W&B on."""
         settings = parse(read_config(run.directory)).wandb
+        if settings.mode == "online":  # where it was trained; here there may be no key
+            settings = settings.model_copy(update={"mode": "auto"})
         study = run.directory.parents[4]
         with Tracker(settings, study, group=study.name, name=self.title, tags=[kind], job_type="analysis") as tracker:
             if tracker.run is None:

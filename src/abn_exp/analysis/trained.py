@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -23,12 +24,14 @@ from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
 from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count, end_with_parent
+from abn_exp.provenance import device_kind, device_name, git_commit
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
 from abn_exp.trained_network import load_input_format, load_trained_network, read_config, weights_file
 from abn_exp.training.setup import trained_normalization
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
+MEASURED_ON = "measured on"  # its key for where that was
 MEMORY = 2**30  # bytes that one process is assumed to need
 
 
@@ -83,6 +86,7 @@ class Opener:
     def __init__(self, root: str | None, count: int | None, device: torch.device) -> None:
         """`root` replaces the runs' own data root; `count` is how many test images, None: all."""
         self.root, self.count, self.device = root, count, device
+        self.measured_on: Counter[str] = Counter()  # by device, version and commit: how many networks
         self._key, self._images = "", None  # type: tuple[str, TestImages | None]
 
     def images(self, run: Run) -> TestImages:
@@ -140,6 +144,7 @@ def measure_each(
     keys = {run.directory: opener.key(run) for run in runs}
     ordered = sorted(runs, key=lambda run: keys[run.directory])
     images = {key: opener.digest(next(group)) for key, group in groupby(ordered, lambda run: keys[run.directory])}
+    what += f" {device_kind(opener.device)}"
     digests = {run.directory: _digest(run, key := keys[run.directory], images[key], what) for run in runs}
     paths = {directory: folder / f"{digest}.pt" for directory, digest in digests.items()}
     found = {directory: kept for directory, path in paths.items() if (kept := _read(path)) is not None}
@@ -154,7 +159,9 @@ def measure_each(
             print(
                 f"{len(runs) - len(todo) + done}/{len(runs)}  {name}  ETA {clock(left)}", file=sys.stderr, flush=True
             )
-    return found | {run.directory: torch.load(paths[run.directory], weights_only=True) for run in todo}
+    found |= {run.directory: torch.load(paths[run.directory], weights_only=True) for run in todo}
+    opener.measured_on = Counter(one.pop(MEASURED_ON) for one in found.values())
+    return found
 
 
 def _measure_all(jobs: Sequence[tuple[Run, Path]], opener: Opener, measure: Measure) -> Iterator[Run]:
@@ -192,8 +199,9 @@ def _measure(run: Run, path: Path) -> Run:
     opener, measure, threads = _job
     torch.set_num_threads(threads)
     measured = measure(opener.network(run), opener.images(run))
+    where = f"{device_name(opener.device, threads)}, torch {torch.__version__}, commit {git_commit()}"
     with writing(path) as file:
-        torch.save(measured, file)
+        torch.save(measured | {MEASURED_ON: where}, file)
     return run
 
 
@@ -207,7 +215,7 @@ def _read(path: Path) -> Measured | None:
         measured = torch.load(path, weights_only=True)
     except Exception:  # not there, or damaged: it is measured again
         return None
-    return measured if isinstance(measured, dict) else None
+    return measured if isinstance(measured, dict) and MEASURED_ON in measured else None
 
 
 def network_on(directory: Path, weights: Literal["last", "best"], device: torch.device) -> nn.Module:

@@ -123,7 +123,7 @@ def export(
     contents["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     contents["summary.md"] = markdown(summary).encode()
     out.mkdir(parents=True, exist_ok=True)
-    for name in set(FILES) - contents.keys():
+    for name in FILES:  # an export that is cut off leaves no file of an earlier one beside its own
         (out / name).unlink(missing_ok=True)
     for name, content in contents.items():
         with writing(out / name) as file:

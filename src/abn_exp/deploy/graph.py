@@ -344,6 +344,11 @@ class _Stage:
         if not _is_binary(origins[0]):
             self.names = [*self.owners(origins), *self.names]
             return f"{self.names[0]} has real weights" if self.names else "it is the image"
+        source = self.base
+        while _is_move(source):
+            source = _call(source)[1][0]
+        if source is not origins[0]:
+            return "a pool or a reshape stands between two functions of the sums"
         for node in self.inner:
             for source in node.all_input_nodes:
                 if source in self.reader.constants and not _is_per_channel(self.reader.constants[source], node):
