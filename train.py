@@ -5,6 +5,7 @@
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(cfg: DictConfig) -> float | None:
     None where there is no validation split, and for a run that failed inside a multirun; never the test accuracy.
     """
     hydra_config = HydraConfig.get()
-    command = " ".join(["python train.py", *hydra_config.overrides.task])
+    command = shlex.join(["python", "train.py", *hydra_config.overrides.task])
     try:
         # Imported where needed: --help should not wait for pydantic, nor a wrong value for torch and Lightning.
         from abn_exp.identity import plan_run

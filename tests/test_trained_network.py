@@ -21,6 +21,7 @@ from abn_exp.trained_network import (
     pack_network,
     read_checkpoint,
     weights_file,
+    write_config,
     write_input_format,
     write_predictions,
 )
@@ -132,6 +133,11 @@ def test_what_is_no_file_of_predictions_is_told(tmp_path: Path) -> None:
         np.savez(file, last=np.array([{}], dtype=object), labels_sha256=np.array("0"))
     with pytest.raises(DamagedFile, match="allow_pickle"):
         load_predictions(directory)
+
+
+def test_a_command_of_several_lines_is_a_comment_of_one(tmp_path: Path) -> None:
+    write_config(tmp_path, {"a": 1}, "python train.py 'question=Does it\nhelp?'")
+    assert (tmp_path / "config.yaml").read_text() == "# python train.py 'question=Does it help?'\na: 1\n"
 
 
 # --- What a network takes ---

@@ -15,8 +15,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; its text is one sentence a line, meant for the person who typed it."""
 
 
-class OtherDevice(ConfigError):
-    """An unfinished run that was begun on another kind of device."""
+class NotContinued(ConfigError):
+    """An unfinished run that was begun elsewhere: on another kind of device, on other images."""
 
 
 class DamagedFile(ValueError):

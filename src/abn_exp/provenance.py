@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "unknown"
-    found["torch"] = torch.__version__
+    found["torch"] = str(torch.__version__)  # a plain string, as a checkpoint takes it
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     if (cudnn := torch.backends.cudnn.version()) is not None:

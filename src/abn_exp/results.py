@@ -94,6 +94,9 @@ class RunResult:
     schema: int = field(default=SCHEMA)
     threads: int | None = None
     code: str | None = None  # digest of the source files that can change a number (`provenance.code_digest`)
+    # Of a run that was continued with other code, libraries or hardware: the fields from versions to code, of its
+    # earlier parts.
+    earlier: list[dict[str, Any]] = field(default_factory=list)
     directory: Path | None = field(default=None, compare=False)  # where it was read from; not in result.json
 
     @property
@@ -159,7 +162,7 @@ def read_result(directory: Path) -> RunResult | None:
         raise DamagedFile(path, error) from error
     if record.get("schema") not in range(1, SCHEMA + 1):
         raise ValueError(f"{path} is not a record of schema 1 to {SCHEMA}, those that this version reads.")
-    needed = {f.name for f in fields(RunResult) if f.default is MISSING}
+    needed = {f.name for f in fields(RunResult) if f.default is MISSING and f.default_factory is MISSING}
     if missing := needed - record.keys():
         raise DamagedFile(path, f"it lacks {', '.join(sorted(missing))}")
     if "threads" not in record and (threads := re.search(r", (\d+) threads?\)", str(record["device"]))):
@@ -292,13 +295,14 @@ def find_runs(folder: Path) -> list[Run]:
     """
     folder = Path(folder)
     own = {path.parent for path in folder.rglob("seed-*/config.yaml") if path.parent.name[5:].isdecimal()}
-    found = []
-    for directory in sorted(own.union(archived_runs(folder))):
-        dataset, model, norm, variant, seed = directory.parts[-5:]
-        status, reason, result = _state(directory)
-        number = int(seed.removeprefix("seed-"))
-        found.append(Run(directory, dataset, model, norm, variant, number, status, reason, result))
-    return sorted(found, key=lambda run: (run.cell, run.seed))
+    return sorted(map(find_run, own.union(archived_runs(folder))), key=lambda run: (run.cell, run.seed))
+
+
+def find_run(directory: Path) -> Run:
+    """Return the run of a directory, in whatever state it is."""
+    dataset, model, norm, variant, seed = directory.parts[-5:]
+    status, reason, result = _state(directory)
+    return Run(directory, dataset, model, norm, variant, int(seed.removeprefix("seed-")), status, reason, result)
 
 
 def _state(directory: Path) -> tuple[Status, str | None, RunResult | None]:

@@ -63,9 +63,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def write_config(directory: Path, config: dict[str, Any], command: str) -> None:
-    """Write a run's resolved configuration, with the command above it."""
+    """Write a run's resolved configuration, with the command above it, in one line."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(directory / "config.yaml", f"# {command}\n" + yaml.safe_dump(config))
+    write_text_atomic(directory / "config.yaml", f"# {' '.join(command.split())}\n" + yaml.safe_dump(config))
 
 
 def _images_held(directory: Path) -> list[int] | None:

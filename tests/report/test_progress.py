@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from abn_exp.report import progress
 from abn_exp.report.build import build_report
 from abn_exp.report.progress import clean, clock, list_runs, speed_text
 from abn_exp.report.tables import accuracy_table, missing
-from abn_exp.results import find_runs, has_begun, set_aside
+from abn_exp.results import find_runs, has_begun, set_aside, write_result
 from abn_exp.trained_network import write_config
-from tests.helpers.records import finish_run, start_run
+from tests.helpers.records import finish_run, result_in, start_run
 from tests.helpers.scripts import run_script
 
 FOUR = "recipe: {epochs: 4}\n"
@@ -67,6 +68,20 @@ def test_what_is_finished_or_running_is_never_removed(runs: Path) -> None:
     assert [line.startswith("would remove") for line in listed] == [True] * 4
     clean(runs, remove=True)  # nobody trains it any more
     assert [run.seed for run in find_runs(runs)] == [0]
+
+
+def test_a_run_that_ends_while_others_are_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found while it is trained, and has finished when its turn comes."""
+    started = start_run(tmp_path, "bn", 0, config=FOUR)
+
+    def finishes(path: Path) -> bool:
+        if not (path / "result.json").exists():
+            write_result(path, result_in(path, 0, 0.7))
+        return False
+
+    monkeypatch.setattr(progress, "is_running", finishes)
+    assert clean(tmp_path, remove=True) == []
+    assert (started / "result.json").is_file()
 
 
 def test_what_force_was_to_replace_is_put_back_and_not_removed(tmp_path: Path) -> None:

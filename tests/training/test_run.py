@@ -22,12 +22,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 import train as train_py
+from abn_exp import provenance
 from abn_exp.data.prepare import load
 from abn_exp.errors import ConfigError, Stopped
 from abn_exp.files import run_lock
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network, initialize_
-from abn_exp.results import REPLACED, RunResult, find_runs, load_runs, read_metrics, set_aside
+from abn_exp.report.checks import provenance_differences
+from abn_exp.report.comparisons import collect_cells
+from abn_exp.results import REPLACED, RunResult, find_runs, load_runs, read_metrics, read_result, set_aside
 from abn_exp.trained_network import load_input_format, load_network, load_predictions, write_config
 from abn_exp.training import checkpoints
 from abn_exp.training import run as run_module
@@ -153,6 +156,39 @@ def test_a_run_does_not_go_on_on_another_kind_of_device(make_plan: Make) -> None
     assert not (plan.directory / "FAILED").exists()
     torch.save(checkpoint, last)
     assert run(plan, "python train.py").epochs == 2
+
+
+def test_a_run_does_not_go_on_with_other_images(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a folder may change while its path does not."""
+    plan = make_plan()
+    interrupt_after(plan, epochs=1)
+    before = (plan.directory / "input.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("abn_exp.training.run.normalization", lambda *_: ((0.5,) * 3, (0.2,) * 3))
+        with pytest.raises(ConfigError, match="was begun on other images"):
+            run(plan, "python train.py")
+    assert (plan.directory / "input.json").read_bytes() == before
+    assert not (plan.directory / "FAILED").exists()
+    assert run(plan, "python train.py").epochs == 2
+
+
+def test_a_run_of_several_parts_records_what_each_was_made_with(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan()
+    interrupt_after(plan, epochs=1)
+    monkeypatch.setattr(provenance, "code_digest", lambda: "of later code")
+    result = run(plan, "python train.py")
+    assert "its epochs so far are of other code, libraries or hardware; the record names both" in caplog.text
+    (earlier,) = result.earlier
+    assert earlier == {"code": earlier["code"]} | {
+        name: getattr(result, name) for name in ("versions", "git_commit", "device", "threads")
+    }
+    assert (result.code, read_result(plan.directory)) == ("of later code", result)
+    whole = make_plan("seed=1")
+    run(whole, "python train.py")
+    (line,) = provenance_differences(collect_cells(find_runs(plan.study)))
+    assert f"code: {earlier['code']}, then of later code (abn 1), of later code (abn 1)" in line
 
 
 def test_memory_that_is_used_up_is_told_in_a_sentence(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:

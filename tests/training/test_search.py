@@ -174,6 +174,16 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, words: list[str], sentence: s
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_for_train_py_alone_is_refused(tmp_path: Path) -> None:
+    for word, sentence in (
+        ("devices=2", "devices=1 is the only choice in a search"),
+        ("dry_run=true", "dry_run=true is"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            Search(read_space([*WORDS, f"results_dir={tmp_path}", word]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_search_in_the_folder_is_refused(searched: Search) -> None:
     for words in (["recipe.label_smoothing=0.1"], ["seed=1000,1001,1002"], ["recipe.batch_size=16,32"]):
         with pytest.raises(ConfigError, match="holds another search"):

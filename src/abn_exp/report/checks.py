@@ -50,13 +50,23 @@ def provenance_differences(cells: Sequence[Cell]) -> list[str]:
 
 
 def _provenance(result: RunResult) -> dict[str, str | None]:
-    """Return what can change a result besides the configuration."""
-    versions = {name: version for name, version in result.versions.items() if name != "abn_exp"}
+    """Return what can change a result besides the configuration; of a run in several parts "one, then another"."""
+    last = {name: getattr(result, name) for name in ("code", "git_commit", "device", "threads", "versions")}
+    parts = [_made_with(part) for part in [*result.earlier, last]]
+    found = {
+        name: dict.fromkeys(part.get(name) for part in parts)
+        for name in dict.fromkeys(n for part in parts for n in part)
+    }
+    return {n: next(iter(v)) if len(v) == 1 else ", then ".join(map(_short, v)) for n, v in found.items()}
+
+
+def _made_with(part: Mapping[str, Any]) -> dict[str, str | None]:
+    versions = {name: version for name, version in part["versions"].items() if name != "abn_exp"}
     how = {
-        "code": result.code,
-        "git commit": result.git_commit,
-        "device": result.device,
-        "threads": None if result.threads is None else str(result.threads),
+        "code": part["code"],
+        "git commit": part["git_commit"],
+        "device": part["device"],
+        "threads": None if part["threads"] is None else str(part["threads"]),
     }
     return how | versions
 

@@ -6,7 +6,16 @@ from itertools import groupby
 from pathlib import Path
 
 from abn_exp.files import run_lock
-from abn_exp.results import Run, find_runs, has_begun, is_set_aside, read_metrics, remove_run, restore_replaced
+from abn_exp.results import (
+    Run,
+    find_run,
+    find_runs,
+    has_begun,
+    is_set_aside,
+    read_metrics,
+    remove_run,
+    restore_replaced,
+)
 from abn_exp.trained_network import read_config
 
 
@@ -97,7 +106,8 @@ def clean(folder: Path, *, remove: bool) -> list[str]:
             continue
         state, _ = describe(run)
         with run_lock(run.directory) as free:
-            if not free:
+            # It may have been found while it was trained, and finished since.
+            if not free or find_run(run.directory).result is not None:
                 continue
             if is_set_aside(run.directory):
                 done = "put back" if remove and restore_replaced(run.directory) else "would put back"

@@ -1,5 +1,6 @@
 """LightningModule: loss, metrics, optimizer and learning-rate schedule. The network is passed in."""
 
+import logging
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from abn_exp.binarize import clip_latent_weights_
 from abn_exp.config import RecipeConfig
 from abn_exp.data.loader import BatchLoader
-from abn_exp.errors import OtherDevice
+from abn_exp.errors import NotContinued
 from abn_exp.norm import SynchronizedStatistics
 from abn_exp.optimizer import build_optimizer
 from abn_exp.provenance import device_kind
@@ -25,6 +26,8 @@ from abn_exp.seeding import derive_seed
 from abn_exp.training.watch import Counter
 
 Stage = Literal["train", "val", "test"]
+
+log = logging.getLogger(__name__)
 
 
 class LitClassifier(pl.LightningModule):
@@ -58,6 +61,7 @@ class LitClassifier(pl.LightningModule):
         self.seed = seed
         self.eval_stages = eval_stages
         self.sync_norm = sync_norm
+        self.made_with: list[dict[str, Any]] = []  # by what its parts are trained, the last of them here
         self.evaluated: dict[str, float] = {}  # what the last evaluation found
         self.predicted: Tensor  # classes of the test images in their order, (N,), as the last test found them
         self.begun: Counter = SimpleNamespace(value=0)  # batches, of every stage
@@ -156,14 +160,19 @@ class LitClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
         checkpoint["device"] = device_kind(next(self.parameters()).device)
+        checkpoint["made_with"] = self.made_with
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         begun, here = checkpoint.get("device"), device_kind(next(self.parameters()).device)
         if begun not in (None, here):  # its record would name one of the two
-            raise OtherDevice(
+            raise NotContinued(
                 f"This run was begun on {begun} and cannot go on on {here}; choose the device= that it was begun on, "
                 "or force=true to begin it again."
             )
+        earlier = [made for made in checkpoint.get("made_with", []) if made not in self.made_with]
+        if earlier:
+            log.warning("its epochs so far are of other code, libraries or hardware; the record names both")
+        self.made_with = [*earlier, *self.made_with]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.recipe.optimizer.model_dump(), self.parameters())

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -97,14 +98,21 @@ def image_counts(config: Config) -> tuple[int, int, int]:
 
 
 def measure_speed(plan: RunPlan, seconds: float) -> Speed:
-    """Train on random images for some seconds, evaluate for as many, and return the speeds."""
-    from abn_exp.training.parallel import begin, images_per_second
+    """Train on random images for some seconds, evaluate for as many, and return the speeds.
 
-    loop, batches = begin(plan.config, plan.choices["norm"])
-    train = images_per_second(loop.step, batches, seconds, loop.device)
-    loop.network.eval()
-    with torch.no_grad():
-        return Speed(train, images_per_second(lambda batch: loop.loss(*batch), batches, seconds, loop.device))
+    Of several devices one is measured, with its share of a batch; they are taken to be as fast, and not to wait.
+    """
+    from abn_exp.training.parallel import begin, images_per_second
+    from abn_exp.training.setup import device_errors_explained, select_device
+
+    with device_errors_explained(select_device(plan.config)):
+        loop, batches = begin(plan.config, plan.choices["norm"])
+        train = images_per_second(loop.step, batches, seconds, loop.device)
+        loop.network.eval()
+        with torch.no_grad():
+            evaluate = partial(loop.loss, stage="val")
+            evaluation = images_per_second(lambda batch: evaluate(*batch), batches, seconds, loop.device)
+    return Speed(plan.config.devices * train, plan.config.devices * evaluation)
 
 
 def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:

@@ -21,8 +21,8 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.data.prepare import ImageDataset, Split
 from abn_exp.identity import RunPlan
 from abn_exp.machine import available_memory, cpu_count
-from abn_exp.training.classifier import LitClassifier
-from abn_exp.training.setup import configure_process, make_loaders, make_network, select_device
+from abn_exp.training.classifier import LitClassifier, Stage
+from abn_exp.training.setup import compile_, configure_process, make_loaders, make_network, select_device
 from abn_exp.training.workers import sigint_blocked
 
 SECONDS = 3.0  # of training, for each number that is tried
@@ -44,16 +44,16 @@ class StepLoop:
         classes = len(data.classes)
         self.network = make_network(config, norm, classes, device)
         if config.compile:
-            self.network.compile()
+            compile_(self.network)
         self.loaders = make_loaders(config, data, device)
         steps = len(self.loaders["train"])
         self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True)
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, labels: Tensor, stage: Stage = "train") -> tuple[Tensor, Tensor]:
         """Return the loss of a batch and the predicted classes."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.classifier._shared_step((images, labels), "train")
+            return self.classifier._shared_step((images, labels), stage)
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """One step of training on one batch."""
@@ -150,7 +150,8 @@ def measure(
             measured = [answer for answer in answers if answer is not None]
             if len(measured) < count:
                 raise BrokenBarrierError
-            if count * (max(size for _, size in measured) + _data_bytes(config)) > free:
+            on_one = -(-count // torch.cuda.device_count()) if device.type == "cuda" else count
+            if on_one * (max(size for _, size in measured) + _data_bytes(config)) > free:
                 log.info("%d at once would not fit into memory", count)
                 break
             rates[count] = sum(rate for rate, _ in measured)
@@ -193,7 +194,8 @@ def _process(
 def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     """Return a loop after its first steps, and an endless iterator of batches."""
     torch.set_num_threads(config.threads)
-    recipe = config.recipe.model_copy(update={"val_fraction": 0.0})
+    batch = config.recipe.batch_size // config.devices  # this device's share
+    recipe = config.recipe.model_copy(update={"val_fraction": 0.0, "batch_size": batch})
     options = config.dataset.model_copy(update={"train_images": None})
     data = random_data(8 * recipe.batch_size, 10, options.image_size)
     config = config.model_copy(update={"recipe": recipe, "dataset": options, "init_from": None})  # ten classes here

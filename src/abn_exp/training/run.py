@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,11 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
-from torch._dynamo.exc import TorchDynamoException
 
 from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
-from abn_exp.errors import ConfigError, DamagedFile, Diverged, OtherDevice, Stopped, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, Diverged, NotContinued, Stopped
 from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
@@ -44,6 +44,7 @@ from abn_exp.results import (
 )
 from abn_exp.trained_network import (
     InputFormat,
+    load_input_format,
     load_predictions,
     read_checkpoint,
     read_config,
@@ -57,7 +58,9 @@ from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.extend import begin_with_shorter_run
 from abn_exp.training.setup import (
     BATCHES_PER_GROUP,
+    compile_,
     configure_process,
+    device_errors_explained,
     load_data,
     make_loaders,
     make_network,
@@ -124,9 +127,9 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             last = directory / "checkpoints" / "last.ckpt"
             if not (last.exists() or previous(last).exists()):
                 begin_with_shorter_run(plan, device)
-            with _memory_in_a_sentence(device):
+            with device_errors_explained(device):
                 result = _train_and_test(plan, device, steps)
-        except OtherDevice:
+        except NotContinued:
             raise  # nothing has failed
         except ConfigError as error:
             if _has_trained(directory):
@@ -152,17 +155,6 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             keep_weights(directory)
         show(directory, result)
         return result
-
-
-@contextmanager
-def _memory_in_a_sentence(device: torch.device) -> Iterator[None]:
-    """Raise ConfigError where the memory of a GPU is used up inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        why = in_a_line(error).partition(". ")[0]
-        what = f"the memory of {device} is used up ({why})"
-        raise ConfigError(f"{what}; use a smaller recipe.batch_size, or fewer seeds_at_once.") from error
 
 
 def _has_trained(directory: Path) -> bool:
@@ -224,17 +216,20 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
     if rank == 0:
         mean, std = normalization(config, data)
         size = config.dataset.image_size
-        write_input_format(directory, InputFormat(size, tuple(mean), tuple(std), tuple(data.classes)))
+        inputs = InputFormat(size, tuple(mean), tuple(std), tuple(data.classes))
+        _check_same_images(directory, inputs)
+        write_input_format(directory, inputs)
     where = f"{' '.join(plan.cell[:3])}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
     log.info("%s\n%s", where, as_text(summary.table()))
 
     evaluated: tuple[Stage, ...] = ("val", "test") if recipe.test_every_epoch else ("val",)
     stages = tuple(stage for stage in evaluated if stage in loaders)
     if config.compile:
-        network.compile()
+        compile_(network)
     classifier = LitClassifier(
         network, recipe, config.seed, len(data.classes), len(loaders["train"]), stages, config.sync_norm
     )
+    classifier.made_with = [made_with]
     if steps is not None:
         classifier.begun = steps
     wandb_config = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
@@ -247,17 +242,29 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
         if last is not None:
             log.info("going on from %s", last.name)
         groups = BatchGroups(loaders["train"], BATCHES_PER_GROUP)
-        try:
-            trainer.fit(classifier, groups, [loaders[stage] for stage in stages] or None, ckpt_path=last)
-        except TorchDynamoException as error:  # no C++ compiler, say
-            why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]
-            raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
+        trainer.fit(classifier, groups, [loaders[stage] for stage in stages] or None, ckpt_path=last)
         result = _test(plan, trainer, classifier, loaders["test"], summary, made_with, tracker.run_id)
         tracker.log_result(result)
         if tracker.run_id is not None:
             predicted = load_predictions(directory).last.astype(np.int64)
             tracker.log_class_accuracies(data.classes, loaders["test"].labels.cpu().numpy(), predicted)
     return result
+
+
+def _check_same_images(directory: Path, inputs: InputFormat) -> None:
+    """Refuse to go on with a run whose images have changed since it was begun: those of a folder may."""
+    last = directory / "checkpoints" / "last.ckpt"
+    if not (last.exists() or previous(last).exists()) or not (directory / "input.json").is_file():
+        return
+    try:
+        begun = load_input_format(directory)
+    except DamagedFile:  # it is written again
+        return
+    if begun not in (inputs, replace(inputs, classes=None)):  # an older run has not kept the classes
+        raise NotContinued(
+            f"{directory} was begun on other images: their mean, standard deviation or classes were others. Take "
+            "back what changed, or choose another name=, or force=true to begin it again."
+        )
 
 
 def _trainer(
@@ -329,6 +336,7 @@ def _test(
         test_acc_peak=max(peaks, default=None),
         parameters=summary.totals,
         **made_with,
+        earlier=[made for made in classifier.made_with if made != made_with],
         wandb_run_id=wandb_run_id,
         directory=directory,
     )
@@ -395,7 +403,7 @@ def _check_same_config(plan: RunPlan) -> RunResult | None:
         except DamagedFile as error:
             log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
         different = differing_options(plan.config.model_dump(), read_config(directory))
-    except DamagedFile as error:
+    except ValueError as error:  # damaged, or of a later version
         raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
     if different:
         raise ConfigError(

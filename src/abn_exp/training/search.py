@@ -103,6 +103,10 @@ class Search:
         chosen = [[f"norm={norm}"] for norm in space.norms] or [[]]  # none: the configuration's own
         first = self.values({key: _first(options) for key, options in space.options.items()})
         plans = [self._plan(self._words([*norm, *first], space.seeds[0])) for norm in chosen]
+        if any(plan.config.devices > 1 for plan in plans):  # Lightning would repeat the command, with another trial
+            raise ConfigError("devices=1 is the only choice in a search; several processes may work on one.")
+        if any(plan.config.dry_run for plan in plans):
+            raise ConfigError("dry_run=true is not for a search: give it to train.py with one of its trials' words.")
         if any(plan.config.recipe.val_fraction == 0 for plan in plans):
             raise ConfigError("recipe.val_fraction=0, but a search is judged by validation accuracy; use 0.1, say.")
         self.folder = plans[0].study

@@ -5,8 +5,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import current_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,34 @@ def configure_process() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             libc.mallopt(option, value)
+
+
+def compile_(network: torch.nn.Module) -> None:
+    """Let torch.compile make the network's training step, in place.
+
+    What a process compiled before would decide which of its graphs is taken, and after eight that none is: so that is
+    forgotten. Each shape of a batch has a graph of its own, in the first epoch and after a run goes on alike.
+    """
+    torch._dynamo.reset()
+    network.compile(dynamic=False)
+
+
+@contextmanager
+def device_errors_explained(device: torch.device) -> Iterator[None]:
+    """Raise ConfigError where the memory of a GPU is used up inside, or where torch.compile cannot compile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = in_a_line(error).partition(". ")[0]
+        what = f"the memory of {device} is used up ({why})"
+        raise ConfigError(f"{what}; use a smaller recipe.batch_size, or fewer seeds_at_once.") from error
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # seconds, for what only trains
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        why = in_a_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0]  # no C++ compiler, say
+        raise ConfigError(f"compile=true, but torch.compile cannot here ({why}); use compile=false.") from error
 
 
 def load_data(config: Config) -> ImageDataset:

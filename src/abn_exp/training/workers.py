@@ -166,8 +166,9 @@ def _record_death(job: Job, how: str) -> str:
     directory = job.plan.directory
     reason = f"{how}, {epoch_reached(job.plan)}"
     if (directory / "config.yaml").is_file():
-        write_text_atomic(directory / "FAILED", reason + "\n")
-        (directory / "RUNNING").unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk, which may be what it died of, ends no other run
+            write_text_atomic(directory / "FAILED", reason + "\n")
+            (directory / "RUNNING").unlink(missing_ok=True)
     return reason
 
 
