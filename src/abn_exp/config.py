@@ -382,10 +382,16 @@ S = TypeVar("S", bound=Section)
 def _checked(cfg: DictConfig, schema: type[S], keys: list[str]) -> tuple[S, Any]:
     """Return some keys of what Hydra composed as the schema has them, and plain."""
     try:
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys), resolve=True, throw_on_missing=True)
+        plain = {key: _plain(cfg[key]) for key in keys}
     except OmegaConfBaseException as error:
         raise ConfigError(f"{str(error).splitlines()[0]}; give every key a value of its own.") from error
     return _validated(plain, schema), plain
+
+
+def _plain(value: Any) -> Any:
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
 
 
 def parse(plain: Any) -> Config:

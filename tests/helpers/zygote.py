@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def run(job: dict[str, Any]) -> int:
     sys.argv = [Path(job["program"]).name, *job["arguments"]]
     from wandb.sdk.data_types._private import MEDIA_TMP
 
-    MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")  # the one that all forks share is gone when the first has ended
+    # The one that all forks share is gone when the first has ended; a killed fork leaves its own.
+    MEDIA_TMP.name = tempfile.mkdtemp("wandb-media", dir=Path(job["out"]).parent)
     code: Any = 0
     try:
         exec(job["inject"], {})
@@ -107,8 +109,10 @@ def main() -> None:
     import abn_exp.training.run
     import abn_exp.training.sweep
     import abn_exp.training.wandb_run  # noqa: F401
+    from abn_exp import provenance
     from abn_exp.identity import plan_run
 
+    provenance.git_commit(), provenance.code_digest()  # once, not in each fork
     sklearn.datasets.load_digits()
     with initialize_config_dir(version_base="1.3", config_dir=str(repository / "conf")):  # Hydra's parser learns
         for dataset, norm in product(["digits", "folder dataset.path=."], ["abn", "bn"]):
@@ -120,6 +124,7 @@ def main() -> None:
     gc.freeze()  # what is here is in each fork: none looks at it again, and copies its pages by that
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print("ready", flush=True)
+    running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
@@ -130,6 +135,7 @@ def main() -> None:
                     code = run(request["start"])
                 finally:
                     os._exit(code)
+            running.add(pid)
             print(json.dumps(pid), flush=True)
         else:
             deadline, done = time.monotonic() + request["timeout"], 0
@@ -137,7 +143,11 @@ def main() -> None:
                 done, status = os.waitpid(request["wait"], os.WNOHANG)
                 if not done:
                     time.sleep(0.005)
+            running.discard(done)
             print(json.dumps(os.waitstatus_to_exitcode(status) if done else None), flush=True)
+    for pid in running:  # of tests that failed before they had waited
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     os._exit(0)  # without the seconds in which torch's extensions count what they leave behind
 
 

@@ -191,6 +191,7 @@ import ctypes, resource
 from abn_exp.training.setup import configure_process
 configure_process()
 libc = ctypes.CDLL("libc.so.6")
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 kB, which are counted
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 for _ in range(3):

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
@@ -239,11 +238,9 @@ def test_a_server_that_never_answers_costs_one_wait(
     with silent, caplog.at_level(logging.WARNING):
         with open_run(tmp_path) as tracker:
             assert tracker.run.offline
-        assert "no connection" in caplog.text
-        started = time.monotonic()
         with open_run(tmp_path) as tracker:
             assert tracker.run.offline
-        assert time.monotonic() - started < 5
+        assert caplog.text.count("no connection") == 1
 
 
 @pytest.mark.usefixtures("own")
