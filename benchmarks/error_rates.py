@@ -9,6 +9,7 @@ arrays; a test compares the two.
 
 import argparse
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,13 +282,18 @@ def sections(draws: int, seed: int) -> Iterator[str]:
     )
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Simulate error rates and power of the report's verdicts.")
     parser.add_argument("--draws", type=int, default=200_000, help="samples a row (default: 200,000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a Markdown file whose marked block is replaced")
     arguments = parser.parse_args()
-    text = "\n\n".join(sections(arguments.draws, arguments.seed))
+    parts = sections(arguments.draws, arguments.seed)
+    text = "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts)
     if arguments.write is None:
         print(text)
         return

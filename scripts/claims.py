@@ -112,7 +112,7 @@ CLAIMS = (
     Claim(
         "**C1** ABN is more accurate than BN",
         "`python train.py study=accuracy`",
-        "worse, or not better by delta",
+        "worse, equivalent, or not better by delta",
         "SMALL",
         (
             _effect("accuracy", "abn - bn over five cells", "abn - bn", POOLED),
@@ -172,7 +172,7 @@ CLAIMS = (
             _measure("ablation", "cam", "deletion gain", "deletion gain"),
             _measure("ablation", "cam", "insertion gain", "insertion gain"),
             _measure("trained-gpu", "cam", f"{ON_GPU}: deletion gain", "deletion gain"),
-            _measure("trained-gpu", "cam", "the same: insertion gain", "insertion gain"),
+            _measure("trained-gpu", "cam", "the same, not planned: insertion gain", "insertion gain"),
         ),
         "[maps](results/quoted/ablation/analysis/cam/summary.md), "
         "[planned](results/quoted/trained-gpu/analysis/cam/summary.md)",

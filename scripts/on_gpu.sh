@@ -3,8 +3,8 @@
 #
 #   scripts/on_gpu.sh tests                          the tests that need CUDA
 #   scripts/on_gpu.sh benchmark                      the speed of training beside a conventional loop
-#   scripts/on_gpu.sh planned [SECONDS] [KEY=VALUE]  the studies of docs/plan.md that are for a GPU, in their order: as
-#                                                    many runs as the time allows (540 seconds by default)
+#   scripts/on_gpu.sh planned [SECONDS] [KEY=VALUE]  the studies 1g to 4g of docs/plan.md, in their order: as many runs
+#                                                    as the time allows (540 seconds by default)
 #   scripts/on_gpu.sh study [SECONDS] [KEY=VALUE]    the same of one study, study=accuracy at the paper's full width by
 #                                                    default
 #   scripts/on_gpu.sh all                            tests, benchmark, planned

@@ -31,7 +31,7 @@ from abn_exp.report.formatting import csv_text
 from abn_exp.seeding import derive_seed
 from abn_exp.training.run import run
 
-FIRST_SEED, SEEDS = 1000, 3  # seeds that no study uses
+FIRST_SEED, SEEDS = 1000, 3  # seeds that only searches use
 
 
 @dataclass(frozen=True)
