@@ -57,4 +57,4 @@ $(VENV)/.installed-uv: | $(BIN)/python
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "abn_exp needs Python 3.11 or later: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # without pip, where a distribution has venv apart
+	$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python*; exit 1; }  # one without pip, where venv is a package apart

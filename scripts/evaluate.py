@@ -30,7 +30,7 @@ def chosen_dataset(words: list[str]) -> DatasetConfig | None:
     if wrong := [word for word in words if not word.lstrip("+").startswith(("dataset=", "dataset."))]:
         raise ConfigError(f"{wrong[0]} is not allowed: only dataset=... and dataset.KEY=... are chosen here.")
     if words and not any(word.startswith("dataset=") for word in words):
-        raise ConfigError(f"{words[0]} has no set: name it, too, dataset=... as for train.py.")
+        raise ConfigError(f"{words[0]} is not enough: choose the data set as well, e.g. dataset=cifar10.")
     check_groups(words, REPOSITORY / "conf")
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "conf")):
         return read_dataset(compose("config", words)) if words else None

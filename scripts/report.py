@@ -24,8 +24,8 @@ def watch(folder: Path, reference: str, port: int) -> None:
     def refresh() -> None:
         nonlocal checked
         if not checked or time.monotonic() - checked > PAGE_SECONDS:
-            checked = time.monotonic()
             update_page(folder, reference=reference, interim=False, first=0)
+            checked = time.monotonic()
 
     server = serve(folder / "report.html", refresh, port)
     print(f"http://127.0.0.1:{server.server_address[1]} shows {folder}; Ctrl-C ends it.", flush=True)

@@ -204,7 +204,7 @@ class InputFormat:
         import torch
 
         mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
-        return images.float().mul_(1 / (255 * std)).add_(-mean / std)
+        return images.float().mul(1 / (255 * std)).add_(-mean / std)
 
 
 _INPUT = TypeAdapter(InputFormat)

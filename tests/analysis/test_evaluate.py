@@ -108,7 +108,7 @@ def test_classes_of_the_same_names_are_the_same_classes(
         (["dataset=folder", "dataset.path={tmp}/two"], "folder has 2 classes, but this network tells 10 apart"),
         (["norm=bn"], "norm=bn is not allowed: only dataset=... and dataset.KEY=... are chosen here"),
         (["dataset=cifra10"], "cifra10"),
-        (["dataset.root={tmp}"], "has no set: name it, too, dataset=... as for train.py"),  # else it were digits
+        (["dataset.root={tmp}"], "is not enough: choose the data set as well"),  # else it were digits
     ],
 )
 def test_a_set_that_does_not_fit_is_refused_in_a_sentence(

@@ -202,6 +202,7 @@ FILES = [
     ("metrics.jsonl", True, True),
     ("SHA256SUMS", True, True),
     ("config.yaml", True, False),
+    ("input.json", True, True),
     ("*.npz", False, False),
 ]
 

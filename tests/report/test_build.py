@@ -199,8 +199,8 @@ def test_norms_of_other_options_each_are_told_apart(tmp_path: Path, no_figures: 
     assert report.comparisons == []
     text = (tmp_path / "report.md").read_text()
     rows = table_rows(section(text, "Test accuracy (%)"))
-    assert [(row["variant"], row["norm"]) for row in rows] == [("fixed_lr-0.001", "bn"), ("fixed_lr-0.003", "abn")]
-    assert "No comparison on digits with binarynet (fixed_lr-0.003): the reference norm bn was not run there." in text
+    assert [(row["lr"], row["norm"]) for row in rows] == [("0.001", "bn"), ("0.003", "abn")]
+    assert "No comparison on digits with binarynet (lr 0.003): the reference norm bn was not run there." in text
 
 
 def test_without_the_reference_norm_there_is_no_comparison(tmp_path: Path) -> None:

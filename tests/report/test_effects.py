@@ -244,6 +244,14 @@ def test_readings_of_the_epoch_stand_beside_each_other(tmp_path: Path) -> None:
     assert differences[0]["minus bn, peak on the test set"] == "+0.75 [-2.43 to 3.93]"  # 0.5 and 1
 
 
+def test_n_is_that_of_the_scores_beside_it_where_some_cells_have_no_peak(tmp_path: Path) -> None:
+    finish(tmp_path, "bn", [70, 72], peaks=[71, 74])
+    finish(tmp_path, "bn", [70, 71, 72], "paper")
+    write_report(tmp_path)
+    body = section((tmp_path / "report.md").read_text(), "Which epoch is read")
+    assert [row["n"] for row in table_rows("\n".join(split_tables(body)[0]))] == ["2", "3"]
+
+
 def split_tables(text: str) -> list[list[str]]:
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]

@@ -12,7 +12,23 @@ def factors_of(*rows: tuple[str, str, dict[str, Any]]) -> dict[str, tuple[str, .
 
 
 def test_what_belongs_to_a_norm_or_to_nothing_is_no_factor() -> None:
-    assert factors_of(("bn", "fixed", {"gate": "none", "lr": 1}), ("abn", "fixed", {"gate": "full", "lr": 1})) == {}
+    bn, abn = {"norm.gate": "none", "lr": 1}, {"norm.gate": "full", "lr": 1}
+    assert factors_of(("bn", "fixed", bn), ("abn", "fixed", abn)) == {}
+
+
+def test_a_rate_of_each_norm_s_own_is_a_factor_beside_others() -> None:
+    """As a search for each norm gives: it varies between norms alone."""
+    rates = {"bn": 1, "abn": 2}
+    rows = [(norm, f"{w}-{lr}", {"lr": lr, "width": w}) for norm, lr in rates.items() for w in (3, 5)]
+    assert factors_of(*rows) == {"lr": ("1", "2"), "width": ("3", "5")}
+    recipes = [(norm, f"fixed-{lr}", {"recipe": "fixed", "lr": lr}) for norm, lr in rates.items()]
+    assert factors_of(*recipes, ("bn", "paper", {"recipe": "paper", "lr": 1}))["lr"] == ("1", "2")
+
+
+def test_groups_of_different_norms_never_share_a_description() -> None:
+    rows = [("bn", "one", {"norm.eps": 1}), ("iebn", "two", {"norm.eps": 1})]
+    gates = [("abn", variant, {"norm.eps": 1, "norm.gate": gate}) for variant, gate in (("two", "a"), ("three", "b"))]
+    assert factors_of(*rows, *gates) == {"variant": ("two", "one", "three")}
 
 
 def test_keys_that_follow_from_the_recipe_are_the_recipe() -> None:

@@ -136,6 +136,18 @@ def test_a_shorter_run_on_another_kind_of_device_is_not_gone_on_from(
     assert not plan.directory.exists()
 
 
+def test_a_shorter_run_on_other_images_is_not_gone_on_from(
+    shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, last = longer_run(shorter, tmp_path)
+    checkpoint = read_checkpoint(last)
+    torch.save({**checkpoint, "inputs": checkpoint["inputs"] | {"mean": (0.5, 0.5, 0.5)}}, last)
+    with caplog.at_level("INFO"):
+        run(plan, "python train.py")
+    assert "which was trained on other images: training begins at the start" in caplog.text
+    assert len([line for line in caplog.messages if line.startswith("epoch ")]) == 3
+
+
 def test_a_damaged_checkpoint_of_the_shorter_run_is_told(
     shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

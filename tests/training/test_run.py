@@ -165,7 +165,7 @@ def test_a_run_does_not_go_on_with_other_images(make_plan: Make, monkeypatch: py
     before = (plan.directory / "input.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("abn_exp.training.run.normalization", lambda *_: ((0.5,) * 3, (0.2,) * 3))
-        with pytest.raises(ConfigError, match="was begun on other images"):
+        with pytest.raises(ConfigError, match="The images have changed since"):
             run(plan, "python train.py")
     assert (plan.directory / "input.json").read_bytes() == before
     assert not (plan.directory / "FAILED").exists()

@@ -4,7 +4,7 @@ import copy
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from abn_exp.identity import RunPlan
 from abn_exp.models.build import initialize_
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training.classifier import LitClassifier
-from abn_exp.training.setup import configure_process
+from abn_exp.training.setup import compile_, configure_process
 from benchmarks.measure import saved_bytes
 from tests.helpers.cli import Cli
 from tests.helpers.exact16 import needs_exact16
@@ -123,12 +123,30 @@ def test_compile_is_for_one_device(make_plan: Callable[..., RunPlan]) -> None:
         make_plan("compile=true", "devices=2")
 
 
+def test_a_compiled_network_depends_on_nothing_that_was_compiled_before() -> None:
+    """Each shape of a batch has one graph, in the tenth network of a process as in the first: torch keeps eight."""
+    graphs: list[list[torch.Size]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append([x.shape for x in inputs if isinstance(x, Tensor) and x.dim() == 2 and x.size(1) == 3])
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "compile", partialmethod(nn.Module.compile, backend=backend))
+        for _ in range(10):
+            network = nn.Linear(3, 2)
+            compile_(network)
+            for size in (4, 3, 2, 4):
+                network(torch.zeros(size, 3))
+    assert len(graphs) == 10 * 3
+
+
 @needs_exact16  # where it is refused, compiled bfloat16 convolutions gave values of 1e28 (AVX2, torch 2.15)
 @pytest.mark.slow
 @pytest.mark.parametrize("integers", [False, *([True] if has_integer_conv2d(torch.device("cpu")) else [])])
 def test_a_compiled_chain_keeps_a_third_of_the_bytes_and_computes_the_same(integers: bool) -> None:
     torch.manual_seed(0)
-    unit = [BinaryConv2d(16, 16, 3, padding=1), AttentionBatchNorm2d(16), nn.Hardtanh(inplace=True)]
+    unit = [BinaryConv2d(16, 16, 3, padding=1), AttentionBatchNorm2d(16), nn.Hardtanh()]
     plain = nn.Sequential(*unit, BinaryConv2d(16, 2, 3))
     x = torch.randn(4, 16, 16, 16)
     results: list[Any] = []

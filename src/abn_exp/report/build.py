@@ -63,7 +63,7 @@ PLANNED_ALONE = (
     "A primary comparison was fixed for one of these folders, and its verdict is in the report of that folder alone: "
     "runs added to it would be another look."
 )
-PACKED_FIGURES = ("learning_curves", "differences")  # the page has all
+PACKED = "learning_curves"  # the figure of each packed report, beside that of what was asked
 PAGE_SECONDS = 60  # between two pages that are written while runs are under way
 
 
@@ -227,7 +227,7 @@ def write_report(
     folder: Path, *others: Path, reference: str = "bn", interim: bool = False, out: Path | None = None
 ) -> Report:
     """Write report.md, report.html, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
-    :func:`build_report`. Of a packed study, whose report is committed, only PACKED_FIGURES are drawn."""
+    :func:`build_report`. Of a packed study, whose report is committed, two figures are drawn; the page has all."""
     folder = Path(folder)
     report = build_report(folder, *others, reference=reference, interim=interim)
     if not interim and report.plan is None and not others:
@@ -235,9 +235,12 @@ def write_report(
         record_look(folder, report.comparisons)
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)
-    drawn, packed = [], not others and (folder / RECORDS).is_file()
-    for name, figure in draw(report).items():
-        if figure is not None and (name in PACKED_FIGURES or not packed):
+    drawn, all_figures = [], draw(report)
+    if out == folder and (folder / RECORDS).is_file():
+        asked = "spreads" if report.primary is not None and report.primary.spreads else "differences"
+        all_figures = {name: figure if name in (PACKED, asked) else None for name, figure in all_figures.items()}
+    for name, figure in all_figures.items():
+        if figure is not None:
             figures.save(figure, out / "figures", name)
             drawn.append(name)
         else:
@@ -271,6 +274,7 @@ def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, fi
             report = build_report(folder, reference=reference, interim=interim)
             if not interim and report.plan is None:
                 report = replace(report, unplanned=earlier_looks(folder, report.comparisons))
+                record_look(folder, report.comparisons)
             content = html_page(report)
             if not page.exists() or page.read_text(encoding="utf-8") != content:
                 write_text_atomic(page, content)

@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def begun(self) -> bool:
-        return any(run.result is not None or has_begun(run.directory) for run in self.runs)
+        return any(map(_has_begun, self.runs))
 
     @property
     def key(self) -> Key:
@@ -124,7 +124,7 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     for run in runs:
         of_cell = by_cell.setdefault((run.cell, devices.get(run.directory)), {})
         other = of_cell.setdefault(run.seed, run)
-        if other is not run:
+        if other is not run and (_has_begun(run) or _has_begun(other)):
             raise ValueError(
                 f"{other.directory} and {run.directory} hold the same run twice; give the folder of one study."
             )
@@ -140,6 +140,10 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
         name = variant if device is None else f"{variant} on {device}"
         cells.append(Cell(dataset, model, norm, name, tuple(ordered.values()), scores, unscored, device))
     return sorted(cells, key=lambda c: (c.group, c.norm != reference, c.norm))
+
+
+def _has_begun(run: Run) -> bool:
+    return run.result is not None or has_begun(run.directory)
 
 
 def _devices(runs: Sequence[Run]) -> dict[Path, str]:

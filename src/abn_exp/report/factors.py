@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +39,22 @@ def describe_group(cell: Cell, factors: Iterable[Factor]) -> str:
 
 
 def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key, str] | None = None) -> list[Factor]:
-    """Return what varies between cells of the same data set, network and norm.
+    """Return what varies between cells of the same data set and network: options of the norms, of the same norm.
 
     ``settings`` gives the flat configuration of each cell, by the cell's key, and under "recipe" the recipe's name.
     ``devices`` gives the kind of device of each cell where there are several; it is a factor of its own.
     A key whose value follows from the recipe is the recipe's; keys that follow from each other are one factor. The
     reference level is the one of REFERENCES, else the one most cells have, else the one with the shortest variant
     name, the fewest overrides.
-    Where this does not tell all cells apart, or calls alike what norms of other options are not compared in, the
-    variant's name itself is the factor.
+    Where this does not tell all cells apart, or gives one description to groups of different norms, the variant's
+    name itself is the factor.
     """
-    alike, columns = _alike(settings), varying_options(settings)
+    columns = varying_options(settings)
     groups: list[list[str]] = []
     for key, column in columns.items():
         for group in groups:
             lead = columns[group[0]]
+            alike = _alike(settings, key, group[0])
             if _follows(column, lead, alike) and (group[0] == "recipe" or _follows(lead, column, alike)):
                 group.append(key)
                 break
@@ -62,36 +63,38 @@ def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key
     factors = [_factor(group, columns) for group in groups]
     factors += [_factor(["device"], {"device": devices})] if devices else []
     levels = {cell: tuple(factor.by_cell[cell] for factor in factors) for cell in settings}
-    groups_shown = {(*cell[:2], *levels[cell]) for cell in settings}
-    if len({(*cell[:3], *levels[cell]) for cell in settings}) < len(settings) or len(groups_shown) < len(
-        {(*cell[:2], cell[3]) for cell in settings}
-    ):
+    described = {(*cell[:2], *levels[cell]) for cell in settings}
+    of_groups = {(*cell[:2], *levels[cell], cell[3]) for cell in settings}
+    apart = len({(*cell[:3], *levels[cell]) for cell in settings}) == len(settings)
+    if not apart or len(described) < len(of_groups):
         return [_factor(["variant"], {"variant": {cell: cell[3] for cell in settings}})]
     return factors
 
 
 def varying_options(settings: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[Key, str]]:
-    """Return the values, by cell, of each option that varies between cells of the same data set, network and norm."""
+    """Return the values, by cell, of each option that varies between cells of the same data set and network; of a
+    norm's own options, between cells of the same norm."""
     columns = {}
     for key in sorted({key for one in settings.values() for key in one}, key=lambda key: (key != "recipe", key)):
         column = {cell: _text(one.get(key, ABSENT)) for cell, one in settings.items()}
-        if any(len({column[cell] for cell in cells}) > 1 for cells in _alike(settings).values()):
+        if any(len({column[cell] for cell in cells}) > 1 for cells in _alike(settings, key)):
             columns[key] = column
     return columns
 
 
-def _alike(settings: Iterable[Key]) -> dict[tuple[str, ...], list[Key]]:
+def _alike(settings: Iterable[Key], *options: str) -> Collection[list[Key]]:
+    """Return the cells within which these options are compared: of one data set, one network and, for a norm's own
+    options, one norm."""
+    parts = 3 if any(option.startswith("norm.") for option in options) else 2
     alike: dict[tuple[str, ...], list[Key]] = {}
     for cell in settings:
-        alike.setdefault(cell[:3], []).append(cell)
-    return alike
+        alike.setdefault(cell[:parts], []).append(cell)
+    return alike.values()
 
 
-def _follows(column: Mapping[Key, str], lead: Mapping[Key, str], alike: Mapping[Any, list[Key]]) -> bool:
-    """Tell whether, within cells of one data set, network and norm, the one value decides the other."""
-    return all(
-        len({lead[c] for c in cells}) == len({(lead[c], column[c]) for c in cells}) for cells in alike.values()
-    )
+def _follows(column: Mapping[Key, str], lead: Mapping[Key, str], alike: Iterable[list[Key]]) -> bool:
+    """Tell whether, within cells that are compared, the one value decides the other."""
+    return all(len({lead[c] for c in cells}) == len({(lead[c], column[c]) for c in cells}) for cells in alike)
 
 
 def _factor(group: Sequence[str], columns: Mapping[str, Mapping[Key, str]]) -> Factor:

@@ -273,8 +273,8 @@ def checkpoint_selection_tables(report: Report) -> list[Table]:
         for cell in group:
             last, best, peak = (cell.sample(metric, seeds) for metric in METRICS)
             gains = [stats.summarize(other - last) for other in (best, peak)]
-            row = [str(gains[1].n), number_text(stats.summarize(last).mean), *map(_signed, gains)]
-            own.append([*_where(report, cell), *row])
+            whole = stats.summarize(last)
+            own.append([*_where(report, cell), str(whole.n), number_text(whole.mean), *map(_signed, gains)])
             if base is not None and cell.key in compared:
                 pairs = [stats.summarize(cell.sample(m, seeds) - base.sample(m, seeds)) for m in METRICS]
                 differences.append([*_where(report, cell), _pairs(pairs[0].n), *map(_signed, pairs)])

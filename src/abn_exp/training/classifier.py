@@ -61,7 +61,8 @@ class LitClassifier(pl.LightningModule):
         self.seed = seed
         self.eval_stages = eval_stages
         self.sync_norm = sync_norm
-        self.made_with: list[dict[str, Any]] = []  # by what its parts are trained, the last of them here
+        self.inputs: dict[str, Any] = {}  # of its images, as input.json has it
+        self.made_with: list[dict[str, Any]] = []  # with what its parts are trained, the last of them here
         self.evaluated: dict[str, float] = {}  # what the last evaluation found
         self.predicted: Tensor  # classes of the test images in their order, (N,), as the last test found them
         self.begun: Counter = SimpleNamespace(value=0)  # batches, of every stage
@@ -160,6 +161,7 @@ class LitClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_classes"] = self.num_classes  # so that the network can be built again from its run alone
         checkpoint["device"] = device_kind(next(self.parameters()).device)
+        checkpoint["inputs"] = self.inputs
         checkpoint["made_with"] = self.made_with
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,7 +171,8 @@ class LitClassifier(pl.LightningModule):
                 f"This run was begun on {begun} and cannot go on on {here}; choose the device= that it was begun on, "
                 "or force=true to begin it again."
             )
-        earlier = [made for made in checkpoint.get("made_with", []) if made not in self.made_with]
+        now = [_what_counts(made) for made in self.made_with]
+        earlier = [made for made in checkpoint.get("made_with", []) if _what_counts(made) not in now]
         if earlier:
             log.warning("its epochs so far are of other code, libraries or hardware; the record names both")
         self.made_with = [*earlier, *self.made_with]
@@ -179,6 +182,11 @@ class LitClassifier(pl.LightningModule):
         warmup = self.recipe.schedule.warmup_epochs * self.steps // self.recipe.epochs
         scheduler = LambdaLR(optimizer, lambda step: rate(step, self.steps, warmup, self.recipe.schedule.name))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def _what_counts(made_with: dict[str, Any]) -> dict[str, Any]:
+    """Return what may change a number: with a digest of the code, not the commit."""
+    return {k: v for k, v in made_with.items() if k != "git_commit" or made_with["code"] is None}
 
 
 def rate(step: int, steps: int, warmup: int, schedule: Literal["constant", "cosine", "linear"]) -> float:

@@ -19,20 +19,21 @@ from abn_exp.trained_network import read_checkpoint, read_config
 log = logging.getLogger(__name__)
 
 
-def begin_with_shorter_run(plan: RunPlan, device: torch.device) -> None:
-    """Copy the checkpoints of the longest finished run with the same first epochs into a run's folder, and log it.
+def begin_with_shorter_run(plan: RunPlan, device: torch.device) -> bool:
+    """Copy the checkpoints of the longest finished run with the same first epochs into a run's folder, and log it;
+    return whether there was one.
 
     The shorter run's record is not changed. Where there is such a run that cannot be continued, the log says why, and
     training begins at the start.
     """
     shorter = _shorter_runs(plan)
     if not shorter:
-        return
+        return False
     epochs, directory = max(shorter)
     start = "training begins at the start"
     if (why := _depends_on_length(plan.config)) is not None:
         log.info("%s has %d of these epochs, but %s: %s", directory, epochs, why, start)
-        return
+        return False
     for epochs, directory in sorted(shorter, reverse=True):
         source = directory / "checkpoints"
         try:
@@ -50,8 +51,9 @@ def begin_with_shorter_run(plan: RunPlan, device: torch.device) -> None:
             log.info("%s has %d of these epochs, but cannot be gone on from: %s", directory, epochs, error)
             continue
         log.info("the first %d epochs are those of %s", epochs, directory)
-        return
+        return True
     log.info(start)
+    return False
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -198,7 +198,8 @@ def begin(config: Config, norm: str) -> tuple[StepLoop, Iterator[Any]]:
     recipe = config.recipe.model_copy(update={"val_fraction": 0.0, "batch_size": batch})
     options = config.dataset.model_copy(update={"train_images": None})
     data = random_data(8 * recipe.batch_size, 10, options.image_size)
-    config = config.model_copy(update={"recipe": recipe, "dataset": options, "init_from": None})  # ten classes here
+    # Ten classes here, and a device alone.
+    config = config.model_copy(update={"recipe": recipe, "dataset": options, "init_from": None, "devices": 1})
     loop = StepLoop(config, data, select_device(config), norm)
     batches = cycle(loop.loaders["train"])
     images_per_second(loop.step, batches, WARM, loop.device)

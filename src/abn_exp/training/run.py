@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import platform
+import shutil
 import signal
 import statistics
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ from abn_exp.results import (
 )
 from abn_exp.trained_network import (
     InputFormat,
-    load_input_format,
     load_predictions,
     read_checkpoint,
     read_config,
@@ -125,10 +125,9 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
         write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
         try:
             last = directory / "checkpoints" / "last.ckpt"
-            if not (last.exists() or previous(last).exists()):
-                begin_with_shorter_run(plan, device)
+            copied = not (last.exists() or previous(last).exists()) and begin_with_shorter_run(plan, device)
             with device_errors_explained(device):
-                result = _train_and_test(plan, device, steps)
+                result = _train_and_test(plan, device, steps, copied)
         except NotContinued:
             raise  # nothing has failed
         except ConfigError as error:
@@ -191,7 +190,8 @@ def _run_worker_rank(plan: RunPlan) -> RunResult:
         raise SystemExit(0) from None  # with any other code, Lightning would kill the first process before it reports
 
 
-def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) -> RunResult:
+def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None, copied: bool = False) -> RunResult:
+    """Train and test. `copied`: the checkpoints that are there are a shorter run's."""
     config, directory = plan.config, plan.directory
     recipe, rank = config.recipe, process_rank(config)
     torch.set_num_threads(config.threads)
@@ -213,11 +213,12 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
         "threads": config.threads,
         "code": provenance.code_digest(),
     }
-    if rank == 0:
-        mean, std = normalization(config, data)
-        size = config.dataset.image_size
-        inputs = InputFormat(size, tuple(mean), tuple(std), tuple(data.classes))
-        _check_same_images(directory, inputs)
+    mean, std = normalization(config, data)
+    inputs = InputFormat(config.dataset.image_size, tuple(mean), tuple(std), tuple(data.classes))
+    if rank > 0:  # the first process has looked at it, before it started this one
+        last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
+    else:
+        last = _checkpoint_to_go_on_from(directory, inputs, copied)
         write_input_format(directory, inputs)
     where = f"{' '.join(plan.cell[:3])}, seed {config.seed}\n{plan.variant}\n{made_with['device']}"
     log.info("%s\n%s", where, as_text(summary.table()))
@@ -229,7 +230,7 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
     classifier = LitClassifier(
         network, recipe, config.seed, len(data.classes), len(loaders["train"]), stages, config.sync_norm
     )
-    classifier.made_with = [made_with]
+    classifier.inputs, classifier.made_with = asdict(inputs), [made_with]
     if steps is not None:
         classifier.begun = steps
     wandb_config = config.wandb if rank == 0 else config.wandb.model_copy(update={"mode": "disabled"})
@@ -238,7 +239,6 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
     with watched, Tracker(wandb_config, **arguments) as tracker:
         tracker.log_network(summary)
         trainer = _trainer(config, device, directory, tracker, stages)
-        last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
         if last is not None:
             log.info("going on from %s", last.name)
         groups = BatchGroups(loaders["train"], BATCHES_PER_GROUP)
@@ -251,20 +251,24 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None) 
     return result
 
 
-def _check_same_images(directory: Path, inputs: InputFormat) -> None:
-    """Refuse to go on with a run whose images have changed since it was begun: those of a folder may."""
-    last = directory / "checkpoints" / "last.ckpt"
-    if not (last.exists() or previous(last).exists()) or not (directory / "input.json").is_file():
-        return
-    try:
-        begun = load_input_format(directory)
-    except DamagedFile:  # it is written again
-        return
-    if begun not in (inputs, replace(inputs, classes=None)):  # an older run has not kept the classes
-        raise NotContinued(
-            f"{directory} was begun on other images: their mean, standard deviation or classes were others. Take "
-            "back what changed, or choose another name=, or force=true to begin it again."
-        )
+def _checkpoint_to_go_on_from(directory: Path, inputs: InputFormat, copied: bool) -> Path | None:
+    """Return the run's last whole checkpoint, None where there is none.
+
+    Those of a folder's images may have changed since: a run does not go on with others, and of a shorter run that was
+    (`copied`) nothing is taken.
+    """
+    last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
+    begun = read_checkpoint(last).get("inputs") if last is not None else None
+    if begun in (None, asdict(inputs)):
+        return last
+    if copied:
+        log.info("which was trained on other images: training begins at the start")
+        shutil.rmtree(directory / "checkpoints")
+        return None
+    raise NotContinued(
+        f"The images have changed since {directory} was begun (their mean, std or class names differ). Restore them, "
+        "or choose another name=, or force=true to begin the run again."
+    )
 
 
 def _trainer(
@@ -336,7 +340,7 @@ def _test(
         test_acc_peak=max(peaks, default=None),
         parameters=summary.totals,
         **made_with,
-        earlier=[made for made in classifier.made_with if made != made_with],
+        earlier=classifier.made_with[:-1],
         wandb_run_id=wandb_run_id,
         directory=directory,
     )

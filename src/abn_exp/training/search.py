@@ -31,7 +31,7 @@ from abn_exp.report.formatting import csv_text
 from abn_exp.seeding import derive_seed
 from abn_exp.training.run import run
 
-FIRST_SEED, SEEDS = 1000, 3  # seeds that only searches use
+FIRST_SEED, SEEDS = 1000, 3  # seeds that only searches and pilots use
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ class Search:
         first = self.values({key: _first(options) for key, options in space.options.items()})
         plans = [self._plan(self._words([*norm, *first], space.seeds[0])) for norm in chosen]
         if any(plan.config.devices > 1 for plan in plans):  # Lightning would repeat the command, with another trial
-            raise ConfigError("devices=1 is the only choice in a search; several processes may work on one.")
+            raise ConfigError(
+                "devices=1 is the only choice in a search; start the command several times to use several GPUs."
+            )
         if any(plan.config.dry_run for plan in plans):
-            raise ConfigError("dry_run=true is not for a search: give it to train.py with one of its trials' words.")
+            raise ConfigError("dry_run=true is not for a search: give it to train.py, with the overrides of a trial.")
         if any(plan.config.recipe.val_fraction == 0 for plan in plans):
             raise ConfigError("recipe.val_fraction=0, but a search is judged by validation accuracy; use 0.1, say.")
         self.folder = plans[0].study
