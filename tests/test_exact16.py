@@ -331,7 +331,11 @@ def test_a_precision_is_timed_against_fp32_and_the_network_left_as_it_was(make_p
     network[0].eval()
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     products = [layer.product for layer in network.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
-    assert parts.time_against_fp32(config, network, torch.device("cpu")) > 0
+    counts: list[int] = []
+    with network[0].register_forward_pre_hook(lambda module, images: counts.append(len(images[0]))):
+        assert parts.time_against_fp32(config, network, torch.device("cpu")) > 0
+    assert counts[:8] == [4] * 8
+    assert 4 < counts[-1] <= config.recipe.batch_size  # four images of such a network take no time
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert products == [
