@@ -140,6 +140,7 @@ def test_when_all_runs_have_ended_the_page_has_the_verdict_and_stays_as_it_is(tm
     os.utime(page, (0, 0))
     update_page(tmp_path, interim=False, first=0)
     assert page.stat().st_mtime == 0  # what shows it would load it again
+    assert "digits/binarynet/abn/fixed" in (tmp_path / "looks.json").read_text()  # who reads a verdict has looked
     start_run(tmp_path, "abn", 5, config=config)
     update_page(tmp_path, interim=False, first=0)
     assert "one of its runs has not come to an end" in page.read_text(encoding="utf-8")

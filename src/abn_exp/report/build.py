@@ -41,15 +41,7 @@ from abn_exp.report.comparisons import (
 from abn_exp.report.effects import effect_tables
 from abn_exp.report.factors import find_factors, varying_options
 from abn_exp.report.html import html_page
-from abn_exp.report.looks import (
-    Primary,
-    earlier_looks,
-    fixed_before,
-    judge_planned,
-    judge_primary,
-    read_plan,
-    record_look,
-)
+from abn_exp.report.looks import Primary, fixed_before, judge_planned, judge_primary, read_plan, record_look
 from abn_exp.report.per_image import image_evidence
 from abn_exp.report.spread import SpreadJudgement
 from abn_exp.report.tables import Report, accuracy_table, missing, no_comparison
@@ -231,8 +223,7 @@ def write_report(
     folder = Path(folder)
     report = build_report(folder, *others, reference=reference, interim=interim)
     if not interim and report.plan is None and not others:
-        report = replace(report, unplanned=earlier_looks(folder, report.comparisons))
-        record_look(folder, report.comparisons)
+        report = replace(report, unplanned=record_look(folder, report.comparisons))
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)
     drawn, all_figures = [], draw(report)
@@ -273,8 +264,7 @@ def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, fi
                 return
             report = build_report(folder, reference=reference, interim=interim)
             if not interim and report.plan is None:
-                report = replace(report, unplanned=earlier_looks(folder, report.comparisons))
-                record_look(folder, report.comparisons)
+                report = replace(report, unplanned=record_look(folder, report.comparisons))
             content = html_page(report)
             if not page.exists() or page.read_text(encoding="utf-8") != content:
                 write_text_atomic(page, content)

@@ -188,32 +188,21 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def earlier_looks(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
-    """Return at how many seeds earlier reports compared what this one compares with more."""
-    earlier = _looks(folder)
-    return sorted({n for key, now in _ended(comparisons).items() for n in earlier.get(key, []) if n < now})
+def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
+    """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
 
-
-def record_look(folder: Path, comparisons: Sequence[Comparison]) -> None:
-    """Add the number of seeds that this report compares to those of earlier reports.
-
-    A quoted study's records do not change, so that nothing is added to them.
+    It is the number of seeds that came to an end, with a score or with a failure. A quoted study's records do not
+    change, so that nothing is added to them.
     """
-    earlier = _looks(folder)
-    updated = {key: sorted({*earlier.get(key, []), n}) for key, n in _ended(comparisons).items() if n}
+    content = read_study_file(folder, LOOKS)
+    earlier: dict[str, list[int]] = json.loads(content) if content is not None else {}
+    now = {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
+    seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
+    updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
         with suppress(OSError):  # a read-only folder, whose report is written elsewhere
             write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
-
-
-def _looks(folder: Path) -> dict[str, list[int]]:
-    content = read_study_file(folder, LOOKS)
-    return json.loads(content) if content is not None else {}
-
-
-def _ended(comparisons: Sequence[Comparison]) -> dict[str, int]:
-    """Return by cell how many seeds came to an end, with a score or with a failure."""
-    return {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
+    return seen
 
 
 @dataclass(frozen=True)
