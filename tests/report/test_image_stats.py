@@ -59,6 +59,17 @@ def test_the_interval_covers_new_seeds_and_a_new_test_set(rng: np.random.Generat
     assert np.mean(by_seeds_alone) < 0.85
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 12])
+@pytest.mark.parametrize("seed_std", [0.05, 1.0])  # less and more than the images' part, 1 / sqrt(30)
+def test_the_interval_covers_at_few_seeds(rng: np.random.Generator, seeds: int, seed_std: float) -> None:
+    covered = []
+    for _ in range(2000):
+        skill, ease = rng.normal(0, seed_std, size=(seeds, 1)), rng.normal(size=30)
+        low, high = images.crossed_mean(skill + ease + rng.normal(size=(seeds, 30))).interval
+        covered.append(low < 0 < high)
+    assert np.mean(covered) > 0.94
+
+
 def test_the_split_is_the_covariance_of_halves_averaged_over_all_of_them(rng: np.random.Generator) -> None:
     correct = draw(rng, 7, 8, 0.8, 1.0)
     found = images.split_spread(correct)

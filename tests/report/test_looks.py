@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,8 +19,9 @@ from abn_exp.report.build import build_report, draw, html_page, write_report
 from abn_exp.report.comparisons import Cell, collect_cells
 from abn_exp.report.looks import Plan, fixed_before, look, read_plan, write_plan
 from abn_exp.report.sequential import nominal_levels
+from abn_exp.report.stats import MeanComparison
 from abn_exp.report.tables import checkpoint_selection_tables, difference_table, pooled_table, spread_table
-from abn_exp.report.verdicts import sentence
+from abn_exp.report.verdicts import sentence, t_tests
 from abn_exp.results import find_runs
 from abn_exp.trained_network import InputFormat, write_input_format
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, section, start_run, study, table_rows
@@ -224,13 +226,30 @@ def test_failures_take_back_a_verdict_and_say_so(tmp_path: Path) -> None:
     assert c.mean.uncorrected.not_worse == pytest.approx(st.ttest_1samp(d, -0.5, alternative="greater").pvalue)
     text = report.mean_sentence(c.cell, c.mean, "bn")
     assert text.endswith(
-        "abn failed in 2 seeds, bn in 0: without them the verdict would be better, which does not hold with them at "
+        "abn failed in 2 runs, bn in 0: without them the verdict would be better, which does not hold with them at "
         "chance."
     )
     for seed in (5, 6):
         (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/result.json").unlink()
         (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/FAILED").write_text("diverged")
     assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
+
+
+def test_failures_at_seeds_that_the_other_norm_has_not_run_count_too(tmp_path: Path) -> None:
+    """No pair of these seeds can count them, so that nothing is said in favour of what failed."""
+    config = yaml.safe_dump({"dataset": {"num_classes": 10}})
+    study(tmp_path, {"bn": BN, "abn": CLEARLY_ABOVE}, config=config)
+    assert build_report(tmp_path).comparisons[0].mean.verdict == "better"
+    for seed in range(5, 10):
+        (start_run(tmp_path, "abn", seed, config=config) / "FAILED").write_text("diverged: the loss is nan")
+    (c,) = build_report(tmp_path).comparisons
+    assert (c.mean.failed, c.mean.without_failures, c.mean.verdict) == ((5, 0), "better", "undecided")
+    assert (c.mean.uncorrected.difference, c.mean.uncorrected.not_worse) == (1, 1)
+    assert c.mean.uncorrected.not_better == t_tests(*_of(c.mean.mean), 0.5).not_better  # what speaks against it stays
+
+
+def _of(mean: MeanComparison) -> tuple[float, float, float]:
+    return mean.difference, mean.standard_error, mean.df
 
 
 def test_failures_take_back_a_smaller_spread(tmp_path: Path) -> None:
@@ -248,8 +267,12 @@ def test_failures_take_back_a_smaller_spread(tmp_path: Path) -> None:
     assert (c.spread.failed, c.spread.without_failures, c.spread.verdict) == ((2, 0), "better", "undecided")
     assert c.spread.found.p < 0.05
     assert c.spread.p_holm == 1
+    for seed in (12, 13):  # or at seeds that bn has not run
+        shutil.rmtree(tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}")
+    (c,) = build_report(tmp_path).comparisons
+    assert (c.spread.without_failures, c.spread.verdict, c.spread.p_holm) == ("better", "undecided", 1)
     assert report.spread_sentence(c.cell, c.spread, "bn").endswith(
-        "undecided; abn failed in 2 seeds, bn in 0: without them the verdict would be better, which does not hold "
+        "undecided; abn failed in 2 runs, bn in 0: without them the verdict would be better, which does not hold "
         "with them at chance."
     )
 
@@ -464,3 +487,20 @@ def test_seeds_added_between_reports_without_a_plan_are_told(tmp_path: Path) -> 
     write_report(tmp_path)
     assert (tmp_path / "report.md").read_bytes() == first[1]
     assert json.loads((tmp_path / "looks.json").read_text()) == {"digits/binarynet/abn/fixed": [3, 4]}
+
+
+def test_seeds_count_where_both_norms_have_them(tmp_path: Path) -> None:
+    study(tmp_path, {"bn": BN[:3], "abn": CLEARLY_ABOVE[:4]})
+    assert write_report(tmp_path).unplanned == []
+    finish_run(tmp_path, "abn", 4, CLEARLY_ABOVE[4])
+    assert write_report(tmp_path).unplanned == []  # no pair more
+    finish_run(tmp_path, "bn", 3, BN[3])
+    assert write_report(tmp_path).unplanned == [3]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"digits/binarynet/abn/fixed": 3}'])
+def test_a_damaged_file_of_looks_is_named(tmp_path: Path, content: str) -> None:
+    study(tmp_path, {"bn": BN[:3], "abn": CLEARLY_ABOVE[:3]})
+    (tmp_path / "looks.json").write_text(content)
+    with pytest.raises(DamagedFile, match=r"looks\.json is damaged"):
+        write_report(tmp_path)

@@ -9,9 +9,9 @@ from filelock import FileLock
 
 from abn_exp.report import progress
 from abn_exp.report.build import build_report
-from abn_exp.report.progress import clean, clock, list_runs, speed_text
+from abn_exp.report.progress import clean, clock, describe, list_runs, speed_text
 from abn_exp.report.tables import accuracy_table, missing
-from abn_exp.results import find_runs, has_begun, set_aside, write_result
+from abn_exp.results import find_run, find_runs, has_begun, set_aside, write_result
 from abn_exp.trained_network import write_config
 from tests.helpers.records import finish_run, result_in, start_run
 from tests.helpers.scripts import run_script
@@ -55,6 +55,14 @@ def test_each_run_is_listed_with_its_state_and_progress(runs: Path) -> None:
     assert lines[-1] == "6 runs: 1 finished, 1 running, 1 stopped, 1 failed, 1 damaged, 1 not begun"
     assert max(map(len, lines)) <= 80
     assert "  seed-1    killed     3/4  0:16:40 to go" in list_runs(runs)
+
+
+def test_a_damaged_line_of_one_run_hides_no_other(runs: Path) -> None:
+    path = directory(runs, 2).with_name("seed-3") / "metrics.jsonl"
+    path.write_text("x" + path.read_text()[1:])
+    assert any("seed-3    damaged" in line for line in list_runs(runs))
+    assert "metrics.jsonl is damaged" in describe(find_run(path.parent))[1]
+    assert "metrics.jsonl is damaged" in str(build_report(runs).cells[0].unscored[3])
 
 
 def test_what_is_finished_or_running_is_never_removed(runs: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as st
 
-from abn_exp.report.sequential import Spending, nominal_levels, spent
+from abn_exp.report.sequential import Spending, _Chain, _r_of, nominal_levels, spent
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,17 @@ def test_t_tests_keep_their_error_at_few_values(spending: Spending, looks: tuple
     expected = [spent(n / looks[-1], alpha, spending) for n in looks]
     errors = 3.5 * np.sqrt(np.array(expected) / draws)
     assert np.all(np.abs(np.array(spent_so_far) - expected) < errors)
+
+
+def test_no_probability_is_lost_where_a_look_adds_one_value() -> None:
+    chain = _Chain.first(2, 1.0)
+    assert chain._above(3, np.array([-1.0]))[:, 0] == pytest.approx(1)
+    mass = chain.mass.sum()
+    for n, z in ((3, 1.5), (4, 5.0), (7, 5.0)):
+        passed = chain.mass @ chain._above(n, _r_of(np.array([z]), n))[:, 0]
+        chain = chain.advance(n, z)
+        assert chain.mass.sum() == pytest.approx(mass - passed, abs=1e-9)
+        mass = chain.mass.sum()
 
 
 @pytest.mark.parametrize("looks", [(), (1, 2), (5, 5), (10, 5)])

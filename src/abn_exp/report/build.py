@@ -223,7 +223,7 @@ def write_report(
     folder = Path(folder)
     report = build_report(folder, *others, reference=reference, interim=interim)
     if not interim and report.plan is None and not others:
-        report = replace(report, unplanned=record_look(folder, report.comparisons))
+        report = replace(report, unplanned=record_look(folder, report.comparisons, report.cells))
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)
     drawn, all_figures = [], draw(report)
@@ -264,7 +264,7 @@ def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, fi
                 return
             report = build_report(folder, reference=reference, interim=interim)
             if not interim and report.plan is None:
-                report = replace(report, unplanned=record_look(folder, report.comparisons))
+                report = replace(report, unplanned=record_look(folder, report.comparisons, report.cells))
             content = html_page(report)
             if not page.exists() or page.read_text(encoding="utf-8") != content:
                 write_text_atomic(page, content)

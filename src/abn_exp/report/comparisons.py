@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from abn_exp.errors import DamagedFile
 from abn_exp.report import stats
 from abn_exp.report.pooled import RandomEffects, random_effects
 from abn_exp.report.spread import SpreadJudgement, SpreadTested, compare_spreads, judge_spreads
@@ -170,7 +172,10 @@ def _why(run: Run) -> str:
     if not has_begun(run.directory):
         return "not begun"
     text = reason if reason.startswith(run.status) else f"{run.status}: {reason}" if reason else run.status
-    return f"{text} ({len(read_metrics(run.directory))} epochs recorded)"
+    try:
+        return f"{text} ({len(read_metrics(run.directory))} epochs recorded)"
+    except DamagedFile as error:
+        return f"{text}; {error}"
 
 
 def group_cells(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
@@ -186,10 +191,7 @@ def learning_curves(cells: Iterable[Cell]) -> tuple[str, dict[str, dict[int, sta
 
     "validation", or "test" where a group has no validation split and was tested after every epoch.
     """
-    lines = {
-        cell.norm: {run.seed: read_metrics(run.directory) for run in cell.runs if run.status != "damaged"}
-        for cell in cells
-    }
+    lines = {cell.norm: {run.seed: _lines(run) for run in cell.runs if run.status != "damaged"} for cell in cells}
 
     def curves(key: str) -> dict[str, dict[int, stats.Array]]:
         every = {
@@ -200,6 +202,14 @@ def learning_curves(cells: Iterable[Cell]) -> tuple[str, dict[str, dict[int, sta
 
     validated = curves("val/acc")
     return ("validation", validated) if any(validated.values()) else ("test", curves("test/acc"))
+
+
+def _lines(run: Run) -> list[dict[str, Any]]:
+    """Return a run's metrics; none where they are damaged, of which `_why` tells."""
+    try:
+        return read_metrics(run.directory)
+    except DamagedFile:
+        return []
 
 
 def started_seeds(cells: Iterable[Cell]) -> list[int]:
@@ -228,8 +238,24 @@ def compare(candidates: Sequence[Cell], references: Sequence[Cell], seeds: Seque
     failed = tuple(sum(len(cell.failed & set(seeds)) for cell in side) for side in sides)
     if failed[0] == failed[1]:
         return Tested(mean, (failed[0], failed[1]))
+    failing, others = sides if failed[0] > failed[1] else sides[::-1]
+    if failed_alone(failing, others, seeds):
+        return Tested(mean, (failed[0], failed[1]), stats.compare_means([], [], np.random.default_rng(0)))
     a, b = (np.mean([cell.sample_at_chance(seeds) for cell in side], axis=0) for side in sides)
     return Tested(mean, (failed[0], failed[1]), stats.compare_means(a, b, np.random.default_rng(0)))
+
+
+def failed_alone(failing: Sequence[Cell], others: Sequence[Cell], seeds: Iterable[int]) -> bool:
+    """Tell whether a seed failed in one of ``failing`` and has not come to an end in another of these cells: no pair
+    of that seed counts the failure, so that nothing can speak for the side that failed."""
+    ended = [cell.scores["test_acc"].keys() | cell.failed for cell in (*failing, *others)]
+    failures = {seed for cell in failing for seed in cell.failed} & set(seeds)
+    return any(seed not in one for seed in failures for one in ended)
+
+
+def one_kind_each(*sides: Iterable[Cell]) -> bool:
+    """Tell whether the cells of each side ran on one kind of device: no average is over several kinds."""
+    return all(len({cell.device for cell in side}) == 1 for side in sides)
 
 
 def compare_cells(
@@ -266,6 +292,9 @@ def compare_spread(cell: Cell, base: Cell) -> SpreadTested:
     found = compare_spreads(*pair, np.random.default_rng(0))
     if failed[0] == failed[1]:
         return SpreadTested(found, failed)
+    failing, other = (cell, base) if failed[0] > failed[1] else (base, cell)
+    if failed_alone([failing], [other], seeds):
+        return SpreadTested(found, failed, compare_spreads([], [], np.random.default_rng(0)))
     pair = cell.sample_at_chance(seeds), base.sample_at_chance(seeds)
     return SpreadTested(found, failed, compare_spreads(*pair, np.random.default_rng(0)))
 
@@ -276,7 +305,8 @@ def pool(
     delta: float,
     primary: Mapping[frozenset[frozenset[Key]], Judgement | None] | None = None,
 ) -> list[Pooled]:
-    """Compare each norm with the reference over all groups that have both, where there are two or more.
+    """Compare each norm with the reference over all groups that have both, where there are two or more, all on the
+    same kind of device.
 
     All of these are one family: none is a part of another. What was judged as primary, by its pairs of cells, is not
     judged again; where it is None, it is left out.
@@ -284,7 +314,9 @@ def pool(
     primary = {} if primary is None else primary
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
     found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
-    found = {norm: pairs for norm, pairs in found.items() if len(pairs) > 1}
+    found = {
+        norm: pairs for norm, pairs in found.items() if len(pairs) > 1 and one_kind_each(*zip(*pairs, strict=True))
+    }
     before = {norm: primary[keys] for norm, pairs in found.items() if (keys := keys_of(pairs)) in primary}
     others = [norm for norm in found if norm not in before]
     judged = before | dict(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from abn_exp.report import stats
-from abn_exp.report.comparisons import Cell, Key, compare, group_cells, started_seeds
+from abn_exp.report.comparisons import Cell, Key, compare, failed_alone, group_cells, one_kind_each, started_seeds
 from abn_exp.report.factors import Factor, describe_group
 from abn_exp.report.formatting import signed_text
 from abn_exp.report.verdicts import Judgement, Tested, judge, sentence
@@ -161,7 +161,7 @@ def published_pairing(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
     what = f"{norm} at momentum {momentum} - {other} at {other_momentum}"
     for context, (cell, base) in matched.items():
         rows.append((context, f"With {', '.join(context)}, {what}", compare([cell], [base], started_seeds(cells)), 1))
-    if len(matched) > 1:
+    if len(matched) > 1 and one_kind_each(*zip(*matched.values(), strict=True)):
         candidates, references = zip(*matched.values(), strict=True)
         mean = compare(candidates, references, started_seeds(cells))
         rows.append(
@@ -185,7 +185,7 @@ def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Fac
         pairs = [(at[level], at[factor.reference]) for at in matched.values()]
         for context, (cell, base) in zip(matched, pairs, strict=True):
             rows.append(((*context, level), f"With {context[2]}, {what}", compare([cell], [base], seeds), 1))
-        if len(pairs) > 1:
+        if len(pairs) > 1 and one_kind_each(*zip(*pairs, strict=True)):
             mean = compare([cell for cell, _ in pairs], [base for _, base in pairs], seeds)
             labels = _average(len(pairs), 3 + len(others), level)
             rows.append((labels, f"{what}, over {len(pairs)} rows,", mean, len(pairs)))
@@ -219,7 +219,7 @@ def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
         last = (" or ".join(f"{name} - {reference}" for name in dict.fromkeys((other, norm))), level)
         for context, four in matched.items():
             rows.append(_change((*context, *last), what, [four], seeds))
-        if len(matched) > 1:
+        if len(matched) > 1 and one_kind_each(*zip(*matched.values(), strict=True)):
             labels = _average(len(matched), 2 + len(others), *last)
             rows.append(_change(labels, what, list(matched.values()), seeds))
     header = ("dataset", "model", *(f.name for f in others), "difference", factor.name)
@@ -248,7 +248,12 @@ def compare_changes(rows: Sequence[Sequence[Cell]], seeds: Sequence[int]) -> Tes
         sum(len(row[i].failed & set(seeds)) for row in rows for i in places) for places in ((0, 3), (1, 2))
     )
     at_chance = None
-    if added != subtracted:
+    failing, others = ([row[i] for row in rows for i in places] for places in ((0, 3), (1, 2)))
+    if added < subtracted:
+        failing, others = others, failing
+    if added != subtracted and failed_alone(failing, others, seeds):
+        at_chance = stats.compare_means([], [], np.random.default_rng(0))
+    elif added != subtracted:
         at_chance = _compare_differences(rows, lambda cell: cell.sample_at_chance(seeds))
     return Tested(mean, (added, subtracted), at_chance)
 

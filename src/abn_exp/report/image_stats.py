@@ -52,8 +52,9 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
 
     With x_si = mean + seed_s + image_i + rest_si, all random, n seeds and m images, Var(mean) = var(seed) / n +
     var(image) / m + var(rest) / (n m). The mean squares of the two-way table estimate it: (MS_seeds + MS_images -
-    MS_rest) / (n m), where a negative part of the images counts as 0. The interval is Student's, with Satterthwaite's
-    degrees of freedom. NaN below two seeds.
+    MS_rest) / (n m), where a negative part of the images counts as 0. Half the interval's width is the root of the
+    sum of the squares of the two parts' own, Student's with n - 1 and with m - 1 degrees of freedom: with
+    Satterthwaite's degrees of freedom for the sum it would cover too little below some ten seeds. NaN below two.
     """
     x = 100 * np.asarray(values, dtype=np.float64)
     n, m = x.shape
@@ -68,9 +69,9 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
     seeds, images = ms_seeds / (n * m), max(0.0, ms_images - ms_rest) / (n * m)
     if seeds + images == 0:
         return CrossedMean(mean, 0.0, (NAN, NAN), 0.0, 0.0)
-    df = (seeds + images) ** 2 / (seeds**2 / (n - 1) + images**2 / (m - 1))
+    by_seeds, by_images = st.t.ppf((1 + CONFIDENCE) / 2, [n - 1, m - 1]) * np.sqrt([seeds, images])
+    half = math.hypot(by_seeds, by_images)
     error = math.sqrt(seeds + images)
-    half = float(st.t.ppf((1 + CONFIDENCE) / 2, df)) * error
     return CrossedMean(mean, error, (mean - half, mean + half), math.sqrt(seeds), math.sqrt(images))
 
 

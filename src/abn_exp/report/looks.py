@@ -24,6 +24,7 @@ from abn_exp.report.comparisons import (
     Key,
     compare,
     compare_spread,
+    one_kind_each,
     pairs_of,
     pooled_difference,
     started_seeds,
@@ -188,15 +189,25 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
+def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable[Cell]) -> list[int]:
     """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
 
-    It is the number of seeds that came to an end, with a score or with a failure. A quoted study's records do not
-    change, so that nothing is added to them.
+    It is the number of seeds that came to an end, with a score or with a failure, of both norms, or where none did of
+    both, of the norm with fewer. A quoted study's records do not change, so that nothing is added to them.
+
+    Raises DamagedFile where what earlier reports left cannot be read.
     """
+    ended = {cell.key: cell.scores["test_acc"].keys() | cell.failed for cell in cells}
+    now = {}
+    for c in comparisons:
+        own, base = ended[c.cell.key], ended[c.cell.dataset, c.cell.model, c.reference, c.cell.variant]
+        now["/".join(c.cell.key)] = len(own & base) or min(len(own), len(base))
     content = read_study_file(folder, LOOKS)
-    earlier: dict[str, list[int]] = json.loads(content) if content is not None else {}
-    now = {"/".join(c.cell.key): len(c.cell.scores["test_acc"].keys() | c.cell.failed) for c in comparisons}
+    try:
+        found = {} if content is None else json.loads(content)
+        earlier: dict[str, list[int]] = {key: [int(n) for n in counts] for key, counts in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedFile(folder / LOOKS, error) from error
     seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
     updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
@@ -245,6 +256,8 @@ def judge_primary(
     if question.statistic == "spread":
         spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
         return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})
+    if question.statistic == "pooled" and not one_kind_each(*zip(*pairs, strict=True)):
+        return Primary(question, pairs, withheld="It was run on several kinds of device, which are not averaged.")
     if question.statistic == "pooled":
         return Primary(question, pairs, pooled=judge([pooled_difference(pairs)], delta)[0])
     family = [compare([a], [b], started_seeds([a, b])) for a, b in pairs]

@@ -5,6 +5,7 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
+from abn_exp.errors import DamagedFile
 from abn_exp.files import run_lock
 from abn_exp.results import (
     Run,
@@ -63,7 +64,10 @@ def describe(run: Run) -> tuple[str, str]:
         return "damaged", run.reason or ""
     if not has_begun(run.directory):
         return "not begun", ""
-    done, total, seconds = progress(run.directory)
+    try:
+        done, total, seconds = progress(run.directory)
+    except DamagedFile as error:
+        return "damaged", str(error)
     rest = f"{done}/{total}"
     if run.status != "unfinished":
         return run.status, f"{rest}  {run.reason}"

@@ -112,14 +112,15 @@ class _Chain:
 
     def _above_after_one(self, n: int, bounds: Array) -> Array:
         """The same after one value more, whose r is -1 or 1: sqrt(n) r' = length cos(theta - phi) with B = cos^2
-        theta, 0 <= theta <= pi / 2, is above a bound on one interval of theta."""
+        theta, 0 <= theta <= pi / 2, is above a bound where theta - phi, up to a whole turn, is at most ``reach``."""
         total = np.zeros((len(self.r), len(bounds)))
         for c in (-1.0, 1.0):
             x, y = math.sqrt(self.n) * self.r[:, None], np.full((len(self.r), 1), c)
             reach = np.arccos(np.clip(math.sqrt(n) * bounds / np.hypot(x, y), -1, 1))
-            low, high = (np.clip(np.arctan2(y, x) + sign * reach, 0, np.pi / 2) for sign in (-1, 1))
-            share = special.betainc(0.5, self.n / 2, np.sin(high) ** 2)  # of 1 - B
-            total += np.maximum(share - special.betainc(0.5, self.n / 2, np.sin(low) ** 2), 0) / 2
+            for turn in (0, 2 * np.pi):
+                low, high = (np.clip(np.arctan2(y, x) + turn + sign * reach, 0, np.pi / 2) for sign in (-1, 1))
+                share = special.betainc(0.5, self.n / 2, np.sin(high) ** 2)  # of 1 - B
+                total += (share - special.betainc(0.5, self.n / 2, np.sin(low) ** 2)) / 2
         return total
 
 

@@ -180,7 +180,8 @@ def _welch(x: Array, y: Array) -> MeanComparison:
         interval = float(ci.low), float(ci.high)
         variances = x.var(ddof=1), y.var(ddof=1)
         error = math.sqrt(variances[0] / len(x) + variances[1] / len(y))
-        effect = hedges_correction(df) * difference / math.sqrt(sum(variances) / 2)
+        of_their_mean = sum(variances) ** 2 / (variances[0] ** 2 / (len(x) - 1) + variances[1] ** 2 / (len(y) - 1))
+        effect = hedges_correction(of_their_mean) * difference / math.sqrt(sum(variances) / 2)
     return MeanComparison("welch", (len(x), len(y)), (), difference, error, df, interval, p, NAN, effect, "g")
 
 

@@ -228,10 +228,13 @@ def cell_images_table(report: Report) -> Table:
     header += ["expected of so few images", "beyond that", "95 % interval", "agreement of two seeds"]
     rows = []
     for c in report.images.cells:
-        over_seeds = stats.t_interval(c.cell.sample("test_acc", c.seeds))
-        row = [str(len(c.seeds)), number_text(c.accuracy.mean), interval_text(over_seeds)]
-        row += [interval_text(c.accuracy.interval), number_text(c.split.std), number_text(c.split.std_of_test_set)]
-        row += [number_text(c.split.std_of_networks), interval_text(c.split.interval_of_networks)]
+        scores = c.cell.sample("test_acc", c.seeds)
+        intervals = stats.t_interval(scores), c.accuracy.interval, c.split.interval_of_networks
+        varies = stats.has_spread(stats.present(scores))  # else no interval is known
+        seeds, images, networks = (interval_text(i) if varies else "-" for i in intervals)
+        row = [str(len(c.seeds)), number_text(c.accuracy.mean), seeds, images]
+        row += [number_text(c.split.std), number_text(c.split.std_of_test_set)]
+        row += [number_text(c.split.std_of_networks), networks]
         rows.append([*_where(report, c.cell), *row, percent_text(c.agreement)])
     return _table(report, header, rows)
 

@@ -201,7 +201,8 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
         return f"{what} cannot be compared ({count_text(m)}): undecided."
     size = f"{what} is {signed_text(m.difference)} points"
     if math.isnan(m.standard_error):
-        why = "one seed has no interval" if min(m.n) < 2 else "the differences do not vary and give no interval"
+        constant = "the differences do" if m.method == "paired" else "the scores of one side do"
+        why = "one seed has no interval" if min(m.n) < 2 else f"{constant} not vary and give no interval"
         return f"{size} ({count_text(m)}): undecided, {why}."
     kind = "sequential " if j.at_look else "uncorrected " if j.family > 1 else ""
     text = f"{size} ({kind}95 % interval {interval_text(j.interval)}, {count_text(m)}): {j.verdict}, "
@@ -263,7 +264,7 @@ def failures_text(
     """Return how often each side failed, and what that took back, to be added to a sentence."""
     if sides is None or failed == (0, 0):
         return ""
-    text = f"; {sides[0]} failed in {failed[0]} seeds, {sides[1]} in {failed[1]}"
+    text = f"; {sides[0]} failed in {failed[0]} runs, {sides[1]} in {failed[1]}"
     if verdict != without_failures:
         text += f": without them the verdict would be {without_failures}, which does not hold with them at chance"
     return text
