@@ -1,9 +1,11 @@
 """What a record says of code, libraries and hardware."""
 
+import hashlib
 import importlib.metadata
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,18 @@ def test_the_digest_of_the_code_covers_what_can_change_a_number(
         found.add(digest())
     (tmp_path / "package" / "data" / "more.py").touch()
     assert len(found | {digest()}) == 5
+
+
+def test_a_file_of_one_s_own_has_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "my_norm.py"
+    path.write_text("EPS = 1e-5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_norm")
+    found = provenance.own_code(["my_norm", "abn_exp.norm", "torch.nn", "gone", "builtins"])
+    assert found == {"my_norm.py": hashlib.sha256(b"EPS = 1e-5\n").hexdigest()[:12]}
+    path.write_text("EPS = 1e-3\n")
+    assert provenance.own_code(["my_norm"]) != found
+    monkeypatch.delitem(sys.modules, "my_norm")
 
 
 def test_versions_say_what_last_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,6 +91,16 @@ def code_digest() -> str:
         if name.parts[0] not in READERS:
             digest.update(f"{name.as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def own_code(modules: Iterable[str]) -> dict[str, str]:
+    """Return a digest of the file of each of these imported modules, by the file's name, such as "my_norm.py".
+
+    Not of the package's, of which `code_digest` is, nor of installed ones, whose versions are recorded.
+    """
+    files = {Path(file) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None))}
+    own = (path for path in files if not {"abn_exp", "site-packages", "dist-packages"} & {*path.parts})
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(own)}
 
 
 @cache

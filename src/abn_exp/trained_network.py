@@ -168,16 +168,18 @@ def pack_network(run: OfRun | str | Path) -> bytes:
 def load_trained_network(directory: Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return a run's network as `load_network` does, without gradients of its own.
 
-    Raises ConfigError, too, where the folder is not a run's or has no such weights, or where the running statistics
-    were not saved, so that it is not the network that was trained.
+    Raises ConfigError, too, where the folder is not a run's, has no such weights or is not finished, or where the
+    running statistics were not saved, so that it is not the network that was trained.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
     if not weights_file(directory, weights).is_file():
         raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt; train it again with force=true.")
+    if not (directory / "result.json").is_file():
+        raise ConfigError(f"{directory} is not of a finished run; train to the end first.")
     network = load_network(directory, weights).requires_grad_(False)
     for name, module in network.named_modules():
-        if module._non_persistent_buffers_set:
+        if {"running_mean", "running_var"} & module._non_persistent_buffers_set:
             raise ConfigError(
                 f"{name} of {directory} was saved without its running statistics, so there is no trained network "
                 "(persistent_stats=true saves them)."
@@ -188,13 +190,14 @@ def load_trained_network(directory: Path, weights: Literal["last", "best"] = "la
 @dataclass(frozen=True)
 class InputFormat:
     """The input of a run's network: images of ``image_size`` pixels a side, normalised by ``mean`` and ``std`` of the
-    channels red, green and blue for pixels in [0, 1]. ``classes``: their names, None where an older run has not kept
-    them."""
+    channels red, green and blue for pixels in [0, 1]. ``classes``: their names, and ``images``: a digest of all
+    labels and pixels, None where an older run has not kept them."""
 
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] | None
+    images: str | None = None
 
     def normalize(self, images: "Tensor") -> "Tensor":
         """Return uint8 images (B, 3, S, S) as the network takes them: (u / 255 - mean) / std, in float32.

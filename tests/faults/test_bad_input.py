@@ -243,12 +243,9 @@ def test_every_broken_file_is_refused_in_words(cli: Cli, account: Account, tmp_p
     account("bad input", "broken and hostile configuration files", len(kinds), lost)
 
 
-COMMANDS = [
-    ["recipe.epochs=0"],
-    ["norm=abm"],
+COMMANDS = [  # beside those of tests/training/test_run.py
     ["norm=../norm/abn"],
     ["name=../up"],
-    ["seed=abc"],
     ["dataset=0"],
     ["seed=${seed}"],
     ["sed=1"],
@@ -256,7 +253,6 @@ COMMANDS = [
     ["norm._target_=os.system", "+norm.command=touch X"],
     ["dataset.train_images=3"],
     ["dataset.train_images=999999"],
-    ["recipe.batch_size=9999"],
     ["dataset.num_classes=7"],
     ["dataset.image_size=64"],
     ["-m", "seed=0,-1"],
@@ -266,7 +262,6 @@ COMMANDS = [
     ["--no-such-flag"],
     ["seed=[1"],
     ["results_dir=/dev/null/x"],
-    ["dataset=folder", "dataset.path=/nowhere"],
     ["question=\udcff", "seed=-1"],
 ]
 

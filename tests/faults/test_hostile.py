@@ -276,6 +276,10 @@ FOLDERS: dict[str, tuple[str, Put]] = {
         "but only test has 'cat'",
         lambda folder: shutil.copytree(folder / "test" / "ant", folder / "test" / "cat"),
     ),
+    "a class whose name is no text": (
+        "whose name is not UTF-8: rename it",
+        lambda folder: [(folder / part / "ant").rename(folder / part / "\udcff") for part in ("train", "test")],
+    ),
     "an empty class": ("is empty", lambda folder: (folder / "train" / "cat").mkdir()),
     "no training images": ("has no folder 'train'", lambda folder: shutil.rmtree(folder / "train")),
 }

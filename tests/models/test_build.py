@@ -1,11 +1,15 @@
 """Building a network from its configuration, with norms of a user's own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from abn_exp.errors import ConfigError
 from abn_exp.models.build import build_network
+from abn_exp.training.setup import make_network
+from tests.helpers.runs import plan_in
 
 MODELS = ("binarynet", "vgg_small", "resnet18", "resnet18_paper")
 
@@ -51,6 +55,41 @@ def test_a_norm_without_running_statistics_is_refused() -> None:
     batch_norm = {"_target_": "torch.nn.BatchNorm2d", "track_running_stats": False}
     with pytest.raises(ConfigError, match=r"norm\.track_running_stats=false is not allowed"):
         build_network(model, norm | batch_norm, 10, 32)
+    unsaved = {"_target_": "abn_exp.norm.AttentionBatchNorm2d", "persistent_stats": False}
+    with pytest.raises(ConfigError, match=r"norm\.persistent_stats=false is not allowed"):
+        build_network(model, norm | unsaved, 10, 32)
+
+
+class Gated(nn.Module):
+    """A norm with a layer of its own, which it starts from zero; a parameter of five dimensions, drawn when made."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.BatchNorm2d(num_features), nn.Linear(num_features, num_features)
+        self.drawn = nn.Parameter(torch.rand(1, 2, num_features // 2, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.norm(input)
+        return x * torch.sigmoid(self.gate(x.mean((2, 3))))[..., None, None] * self.drawn.view(1, -1, 1, 1)
+
+
+def test_a_norm_s_own_start_is_the_one_that_it_trains_from(tmp_path: Path) -> None:
+    def made(seed: int) -> nn.Module:
+        norm = f"norm._target_={Gated.__module__}.Gated"
+        drop = [f"~norm.{key}" for key in ("eps", "momentum")]
+        config = plan_in(tmp_path, "norm=bn", norm, *drop, f"seed={seed}").config
+        torch.rand(seed + 1)  # whatever was drawn before
+        return make_network(config, "gated", 10, torch.device("cpu"))
+
+    first, again, other = (made(seed).get_submodule("layer2.norm") for seed in (0, 0, 1))
+    assert isinstance(first, Gated)
+    assert not first.gate.weight.any()
+    assert torch.equal(first.drawn, again.get_parameter("drawn"))
+    assert not torch.equal(first.drawn, other.get_parameter("drawn"))
 
 
 def test_a_layer_beyond_any_memory_is_told_in_words() -> None:

@@ -80,6 +80,15 @@ def test_a_longer_run_begins_where_the_shorter_ended(
     assert files(record) == before
 
 
+def test_what_is_forced_begins_at_the_start(
+    shorter: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shorter.config.results_dir, tmp_path, dirs_exist_ok=True)
+    with caplog.at_level("INFO"):
+        run(plan_in(tmp_path, *CONSTANT, "recipe.epochs=3", "keep=all", "force=true"), "python train.py")
+    assert [line.split("epoch ")[1][0] for line in caplog.messages if line.startswith("epoch ")] == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [

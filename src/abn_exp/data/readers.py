@@ -266,6 +266,8 @@ def list_image_folder(folder: Path) -> FolderListing:
             raise ValueError(f"{folder} has no folder {split!r}: images belong in {folder}/{{train,test}}/<class>/")
         classes[split] = sorted(entry.name for entry in _entries(folder / split) if entry.is_dir())
         files[split] = []
+        if wrong := [name for name in classes[split] if os.fsencode(name).decode(errors="replace") != name]:
+            raise ValueError(f"{folder / split} has a folder {wrong[0]!a}, whose name is not UTF-8: rename it")
         for label, name in enumerate(classes[split]):
             entries = sorted(_entries(folder / split / name), key=lambda entry: entry.name)
             if not entries:

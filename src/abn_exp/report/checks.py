@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from abn_exp.report.comparisons import Cell, group_cells
-from abn_exp.results import RunResult
+from abn_exp.results import Run
+from abn_exp.trained_network import load_input_format
 
 
 def conditional_on(configs: Sequence[Mapping[str, Any]]) -> str:
@@ -32,14 +34,15 @@ def provenance_differences(cells: Sequence[Cell]) -> list[str]:
             "has its own cells, and norms are compared on the same kind alone."
         )
     for (dataset, model, variant), group in group_cells(cells).items():
-        made = [(cell.norm, _provenance(run.result)) for cell in group for run in cell.runs if run.result is not None]
+        made = [(cell.norm, _provenance(run)) for cell in group for run in cell.runs if run.result is not None]
         # Commits tell versions of the code apart where a run has no digest of it.
         left_out = "git commit" if all(how["code"] is not None for _, how in made) else "code"
         different = []
         for name in dict.fromkeys(name for _, how in made for name in how if name != left_out):
             by_value: dict[str | None, Counter[str]] = {}
             for norm, how in made:
-                by_value.setdefault(how.get(name), Counter())[norm] += 1
+                if name in how or not _may_lack(name):
+                    by_value.setdefault(how.get(name), Counter())[norm] += 1
             if len(by_value) > 1:
                 told = (f"{_short(value)} ({_counts(norms)})" for value, norms in by_value.items())
                 different.append(f"{name}: {', '.join(told)}")
@@ -49,15 +52,26 @@ def provenance_differences(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _provenance(result: RunResult) -> dict[str, str | None]:
+def _may_lack(name: str) -> bool:
+    """Tell whether runs without this name are as good: a file of code that another norm has, what older ones lack."""
+    return name == "images" or name.endswith(".py")
+
+
+def _provenance(run: Run) -> dict[str, str | None]:
     """Return what can change a result besides the configuration; of a run in several parts "one, then another"."""
+    result = run.result
+    assert result is not None
     last = {name: getattr(result, name) for name in ("code", "git_commit", "device", "threads", "versions")}
     parts = [_made_with(part) for part in [*result.earlier, last]]
     found = {
         name: dict.fromkeys(part.get(name) for part in parts)
         for name in dict.fromkeys(n for part in parts for n in part)
     }
-    return {n: next(iter(v)) if len(v) == 1 else ", then ".join(map(_short, v)) for n, v in found.items()}
+    how = {n: next(iter(v)) if len(v) == 1 else ", then ".join(map(_short, v)) for n, v in found.items()}
+    with suppress(ValueError):  # an older run has no such file
+        if (images := load_input_format(run).images) is not None:
+            how["images"] = images
+    return how
 
 
 def _made_with(part: Mapping[str, Any]) -> dict[str, str | None]:

@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 class EpochLogger(pl.Callback):
     """Writes a line an epoch to `metrics.jsonl`, the log and W&B: losses, accuracies, rate, flips, speed, ETA.
 
-    flip_ratio of a layer: the share of its binary weights whose sign at the epoch's end is not the one at its
-    start. latent_beyond_one: the share of its latent weights with |w| > 1.
+    lr: the rate of the next step, as the schedule has set it at the epoch's end. flip_ratio of a layer: the share of
+    its binary weights whose sign at the epoch's end is not the one at its start. latent_beyond_one: the share of its
+    latent weights with |w| > 1.
     The lines so far are also in every checkpoint, under its checksums. A resumed run rewrites the file from there, so
     that no damage to the file, and no epoch that is trained again, is left in it.
 

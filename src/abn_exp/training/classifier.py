@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -108,8 +109,8 @@ class LitClassifier(pl.LightningModule):
         assert isinstance(scheduler, LambdaLR)
         start, end = self.recipe.clip_latent_range
         for batch in batches:
-            if self.trainer.received_sigterm:  # Lightning ends the run as soon as this returns
-                return
+            if self.trainer.received_sigterm:  # else an epoch's last steps would be missing from it
+                raise SIGTERMException
             with SynchronizedStatistics() if self.sync_norm and self.trainer.world_size > 1 else nullcontext():
                 loss, _ = self._shared_step(batch, "train")
             optimizer.zero_grad()

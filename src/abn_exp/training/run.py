@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from multiprocessing import current_process
@@ -29,7 +29,7 @@ from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, NotContinued, Stopped
-from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic
+from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic, writing
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
@@ -120,25 +120,29 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             return finished
         _log_last_attempt(plan)
         write_config(directory, config.model_dump(), command)
-        for name in ("result.json", "SHA256SUMS", "FAILED"):
-            (directory / name).unlink(missing_ok=True)
+        earlier = _take_record(directory)
         write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
         try:
             last = directory / "checkpoints" / "last.ckpt"
-            copied = not (last.exists() or previous(last).exists()) and begin_with_shorter_run(plan, device)
+            begun = last.exists() or previous(last).exists()
+            copied = not (begun or config.force) and begin_with_shorter_run(plan, device)
             with device_errors_explained(device):
                 result = _train_and_test(plan, device, steps, copied)
-        except NotContinued:
-            raise  # nothing has failed
+        except NotContinued:  # nothing has failed
+            _give_back(directory, earlier)
+            raise
         except ConfigError as error:
-            if _has_trained(directory):
+            if _give_back(directory, earlier):
+                pass
+            elif _has_trained(directory):
                 write_text_atomic(directory / "FAILED", f"{error}\n")
             elif not restore_replaced(directory):
                 remove_run(directory)
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
+            if not _give_back(directory, earlier):
+                text = f"{type(error).__name__}: {error}"
+                write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
@@ -154,6 +158,31 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             keep_weights(directory)
         show(directory, result)
         return result
+
+
+def _take_record(directory: Path) -> dict[str, bytes]:
+    """Remove how a run ended, which it will write again, and return it: a damaged record, or a failure."""
+    paths = [directory / name for name in ("result.json", "SHA256SUMS", "FAILED")]
+    taken = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if (metrics := directory / "metrics.jsonl").is_file():
+        taken[metrics.name] = metrics.read_bytes()
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return taken
+
+
+def _give_back(directory: Path, taken: Mapping[str, bytes]) -> bool:
+    """Put back what `_take_record` took, where it was a record or a divergence and no epoch was trained since; tell
+    whether it was put back."""
+    metrics = directory / "metrics.jsonl"
+    trained = (metrics.read_bytes() if metrics.is_file() else None) != taken.get(metrics.name)
+    if trained or not ("result.json" in taken or taken.get("FAILED", b"").startswith(b"diverged")):
+        return False
+    for name in ("FAILED", "SHA256SUMS", "result.json"):  # in this order a record is whole once its result is there
+        if name in taken:
+            with writing(directory / name) as file:
+                file.write(taken[name])
+    return True
 
 
 def _has_trained(directory: Path) -> bool:
@@ -177,6 +206,8 @@ def _log_stop(plan: RunPlan, stopped: Stopped) -> None:
     """Log what is done and how it goes on."""
     done = len(read_metrics(plan.directory))
     how = f"goes on from the end of epoch {done}" if done else "begins the run again"
+    if done and plan.config.force:
+        how = f"begins the run again, and without force=true {how}"
     log.warning("stopped by %s %s; the same command %s", stopped.signal, epoch_reached(plan), how)
     stopped.reported = True
 
@@ -206,15 +237,17 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None, 
         what = f"precision={config.precision} is slower than fp32 on this device"
         log.warning("%s: a pass takes %.1f times as long", what, times)
     summary = summarize(network, config.dataset.image_size)
+    targets = {part["_target_"].rpartition(".")[0] for part in (config.norm, config.model)}
+    modules = targets | {type(layer).__module__ for layer in network.modules()}
     made_with = {  # read before training, so that an error here cannot end a run after its last epoch
-        "versions": provenance.versions(),
+        "versions": provenance.versions() | provenance.own_code(modules),
         "git_commit": provenance.git_commit(),
         "device": provenance.device_name(device, config.threads),
         "threads": config.threads,
         "code": provenance.code_digest(),
     }
     mean, std = normalization(config, data)
-    inputs = InputFormat(config.dataset.image_size, tuple(mean), tuple(std), tuple(data.classes))
+    inputs = InputFormat(config.dataset.image_size, tuple(mean), tuple(std), tuple(data.classes), data.digest)
     if rank > 0:  # the first process has looked at it, before it started this one
         last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
     else:
@@ -259,15 +292,15 @@ def _checkpoint_to_go_on_from(directory: Path, inputs: InputFormat, copied: bool
     """
     last = usable_checkpoint(directory / "checkpoints" / "last.ckpt")
     begun = read_checkpoint(last).get("inputs") if last is not None else None
-    if begun in (None, asdict(inputs)):
+    if begun is None or asdict(inputs) | begun == asdict(inputs):  # of an older version it has no digest
         return last
     if copied:
         log.info("which was trained on other images: training begins at the start")
         shutil.rmtree(directory / "checkpoints")
         return None
     raise NotContinued(
-        f"The images have changed since {directory} was begun (their mean, std or class names differ). Restore them, "
-        "or choose another name=, or force=true to begin the run again."
+        f"The images have changed since {directory} was begun (their pixels, labels, order, mean, std or class names "
+        "differ). Restore them, or choose another name=, or force=true to begin the run again."
     )
 
 

@@ -21,7 +21,8 @@ from abn_exp.data.prepare import ImageDataset, channel_statistics, load
 from abn_exp.data.splits import stratified_split, stratified_subset
 from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
-from abn_exp.models.build import build_network, initialize_
+from abn_exp.models.build import build_network, channels_last_, initialize_
+from abn_exp.seeding import derive_seed
 from abn_exp.trained_network import load_input_format
 from abn_exp.warm_start import load_initial_weights_
 
@@ -221,14 +222,15 @@ def make_network(config: Config, norm: str, num_classes: int, device: torch.devi
     `norm` is the norm's name, on which the initial weights depend where they are not paired.
     """
     size = config.dataset.image_size
-    network = build_network(config.model, config.norm, num_classes, size)
     purpose = "init" if config.recipe.paired_init else f"init/{norm}"
+    with torch.random.fork_rng(devices=[]):  # of modules without reset_parameters, which draw in their constructors
+        torch.default_generator.manual_seed(derive_seed(config.seed, purpose))
+        network = build_network(config.model, config.norm, num_classes, size)
     published = published_start_differs(config.model_dump())
     initialize_(network, config.seed, purpose, config.recipe.init if published else "torch")
     if config.init_from is not None:
         load_initial_weights_(network, config)
-    # A fifth faster on a CPU, and what tensor cores want.
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last_(network.to(device))
     if config.precision == "exact16":
         # What the trainer will set, too: the check is of the kernels that will be used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
