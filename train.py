@@ -88,6 +88,8 @@ if __name__ == "__main__":
         raise
     except HYDRA_ERRORS as error:
         sys.exit(f"error: {hydra_sentence(error, conf)}")
+    except OSError as error:  # of Hydra's own files, in the current folder
+        sys.exit(f"error: {error}")
     except ValueError as error:
         if HydraConfig.initialized():
             raise

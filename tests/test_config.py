@@ -102,7 +102,8 @@ def test_a_users_model_keeps_its_size_on_the_embedded_set(
         ("+dataset.rot=x", "dataset.rot is not a key of the configuration; did you mean dataset.root?"),
         ("recipe.schedule=cosine", "recipe.schedule=cosine is not allowed: it is a section; give its keys"),
         ("dataset.name=mnist", "it should be digits, cifar10, cifar100, tinyimagenet or folder"),
-        ("name=a/b", "name=a/b is not allowed: it should be letters, digits, '.', '_' and '-', with a letter or"),
+        ("name=a/b", "name=a/b is not allowed: it should be letters, digits, '.', '_' and '-', a letter or digit"),
+        ("name=quoted", "name=quoted is not allowed: "),
         ("wandb.project=a/b", "wandb.project=a/b is not allowed: it should be text without / \\ # ? % :"),
     ],
 )

@@ -13,6 +13,7 @@ import yaml
 
 from abn_exp import results
 from abn_exp.errors import DamagedFile
+from abn_exp.report.pack import pack
 from abn_exp.results import (
     SCHEMA,
     find_runs,
@@ -66,6 +67,17 @@ def test_results_lead_to_their_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_network(results[0])
     assert "directory" not in json.loads((directory / "result.json").read_text())
+
+
+def test_runs_are_found_from_within_their_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = study(tmp_path / "results" / "first", {"bn": [0.5], "abn": [0.6]})
+    monkeypatch.setattr("abn_exp.report.build.draw", lambda report: {})
+    packed = pack(folder).folder
+    for place in (folder / "digits", folder / "digits/binarynet/bn/fixed", packed):
+        monkeypatch.chdir(place)
+        (first, *_) = load_runs(".")
+        assert (first.dataset, first.seed) == ("digits", 0)
+        assert {run.status for run in find_runs(Path("."))} == {"finished"}
 
 
 def test_results_as_a_data_frame(tmp_path: Path) -> None:

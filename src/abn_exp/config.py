@@ -249,7 +249,9 @@ class Config(Section):
     seed: Annotated[Seed, NoEffect] = Field(description="initial weights, order of the images, crops and flips")
     precision: Literal["fp32", "bf16", "exact16"] = Field("fp32", description="arithmetic of training")
     name: Annotated[
-        str, NoEffect, _matching(NAME, "letters, digits, '.', '_' and '-', with a letter or digit first")
+        str,
+        NoEffect,
+        _matching(f"(?!quoted$){NAME}", "letters, digits, '.', '_' and '-', a letter or digit first; not 'quoted'"),
     ] = Field(max_length=80, description="first folder below results_dir; a study sets its own")
     question: Annotated[str | None, NoEffect] = Field(None, description="what a study asks, in words")
     primary: Annotated[PrimaryConfig | None, NoEffect] = None

@@ -95,10 +95,11 @@ def read_run_file(directory: Path, name: str) -> bytes | None:
     path = directory / name
     if directory.is_dir():
         return path.read_bytes() if path.is_file() else None
-    study = Path(*directory.parts[:-5])
+    whole = directory.absolute()
+    study = Path(*whole.parts[:-5])
     archive = study / (NETWORKS if name == NETWORK else RECORDS)
-    if len(directory.parts) > 5 and archive.is_file():
-        return read_records(archive).get(path.relative_to(study).as_posix())
+    if len(whole.parts) > 5 and archive.is_file():
+        return read_records(archive).get((whole / name).relative_to(study).as_posix())
     return None
 
 

@@ -300,7 +300,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 def find_run(directory: Path) -> Run:
     """Return the run of a directory, in whatever state it is."""
-    dataset, model, norm, variant, seed = directory.parts[-5:]
+    dataset, model, norm, variant, seed = directory.absolute().parts[-5:]
     status, reason, result = _state(directory)
     return Run(directory, dataset, model, norm, variant, int(seed.removeprefix("seed-")), status, reason, result)
 

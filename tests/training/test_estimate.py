@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from abn_exp.identity import RunPlan
 from abn_exp.trained_network import write_config
 from abn_exp.training import estimate
 from abn_exp.training.estimate import Speed, disk_sentence, dry_run, image_counts, measure_speed, seconds_left
 from abn_exp.training.setup import load_data, make_loaders
-from tests.helpers.records import start_run
+from tests.helpers.records import finish_run, start_run
 
 Make = Callable[..., RunPlan]
 
@@ -106,6 +107,16 @@ def test_a_dry_run_lists_the_runs_and_adds_up_what_is_left(
     assert lines[9] == "time: about 0:01:24, 2 at a time, which is 1.60 times as fast as one"  # (3 * 41 + 11) / 1.6
     assert lines[10].startswith("checkpoints: ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_result_of_another_configuration_is_not_counted_as_finished(make_plan: Make, tmp_path: Path) -> None:
+    plan = make_plan()
+    variant = plan.directory.parts[-2]
+    other = yaml.safe_dump(make_plan("recipe.label_smoothing=0.1").config.model_dump())
+    finish_run(plan.study, plan.choices["norm"], 0, 0.9, variant=variant, config=other)
+    lines = list(dry_run([plan]))
+    assert lines[1] == "  seed-0    refused    it holds the result of another configuration"
+    assert "1 runs, 0 of them finished, 1 to do" in lines
 
 
 def test_seeds_are_listed_by_number_and_looks_add_at_most_so_many_runs(

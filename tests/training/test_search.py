@@ -163,6 +163,8 @@ def test_values_that_diverge_are_a_trial_too(tmp_path: Path) -> None:
         ([LR, "recipe=paper"], "recipe.val_fraction=0, but a search is judged by validation accuracy"),
         (["recipe.optimizer.lr=tag(log,interval(0,1))"], "is not a range to search"),
         ([LR, "recipe.epochs=0"], "recipe.epochs=0 is not allowed"),
+        ([LR, "study=trained"], "study=trained is for a sweep; a search takes dataset=, model=, norm= and seed="),
+        ([LR, "seeds=five"], "seeds=five is for a sweep"),
         (["+recipe.lrr=interval(1,2)"], "recipe.lrr is not a key of the configuration"),
     ],
 )

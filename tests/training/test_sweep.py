@@ -216,6 +216,9 @@ def hydra() -> Iterator[None]:
         (["seeds_at_once=2", "hydra/launcher=basic"], "error: seeds_at_once is for hydra/launcher=workers"),
         (["seeds=until_decided", "norm=bn,abn", "looks=[2,3]", "seed=7"], "has no run; the looks end at seed 2:"),
         (["seed=range(3,3)"], "error: This command has no run: choose other seeds."),
+        (["study=trained", "looks=5"], "error: looks=5 is not allowed: it should be a list of numbers of seeds"),
+        (["study=trained", "looks=[2.5]"], "error: looks=[2.5] is not allowed: it should be a list of"),
+        (["study=trained", "seed=abc"], "error: seed=abc is not allowed: it should be a whole number"),
         (["dry_run=true", "dataset=folder", "dataset.path=/nowhere"], "error: /nowhere has no folder 'train'"),
     ],
 )
@@ -275,6 +278,7 @@ def test_the_seeds_are_those_named_last() -> None:
     assert expanded("+hydra.sweeper.params.seed='5,6'") == [("abn", 5), ("abn", 6)]
     assert expanded("study=trained", "norm=abn", "seeds=one") == [("abn", 0)]
     assert len(expanded("study=trained", "seeds=three")) == 6
+    assert {norm for norm, _ in expanded("norm=glob(abn*,exclude=abn_*)", "seeds=one")} == {"abn"}
     assert set(expanded("seeds=five", "norm=bn,abn")) == {(norm, seed) for norm in ("bn", "abn") for seed in range(5)}
 
 
@@ -283,15 +287,15 @@ def test_the_seeds_are_those_named_last() -> None:
 def test_a_cell_is_composed_once_and_its_runs_are_those_composed_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    found = expand(composed(f"results_dir={tmp_path}", "seed=5,0,7", "norm=bn,abn", *more))
-    for overrides, plan in found.items():
-        cfg = compose("config", list(overrides), return_hydra_config=True)
-        assert plan == plan_run(cfg, dict(cfg.hydra.runtime.choices))
-        assert plan.config_hash == plan_run(cfg, dict(cfg.hydra.runtime.choices)).config_hash
     composing = Mock(side_effect=compose)
     monkeypatch.setattr("abn_exp.training.sweep.compose", composing)
-    assert expand(composed(f"results_dir={tmp_path}", "seed=5,0,7", "norm=bn,abn", *more)) == found
+    found = expand(composed(f"results_dir={tmp_path}", "seed=5,0,7", "norm=bn,abn", *more))
     assert composing.call_count == len(found) / 3
+    for overrides, plan in found.items():
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        alone = plan_run(cfg, dict(cfg.hydra.runtime.choices))
+        assert plan == alone
+        assert plan.config_hash == alone.config_hash
     with pytest.raises(ConfigError, match="seed=-1 is not allowed"):
         expand(composed(f"results_dir={tmp_path}", "seed=0,-1", *more))
 
@@ -357,8 +361,12 @@ def test_a_forced_run_that_was_refused_is_told_though_its_old_result_is_there(
     shutil.copytree(undisturbed / "results", "results")
     callback = SweepCallback()
     callback.on_multirun_start(composed("device=cpu", "wandb=disabled", *TINY, *SIX, "force=true"))
-    callback.errors[callback.plans[0].directory] = "there is no such data"
-    assert callback._failed() == [f"NOT REPLACED {callback.plans[0].directory}: there is no such data"]
+    first, *others = callback.plans
+    for plan in others:  # which another launcher's jobs have trained
+        os.utime(plan.directory / "result.json")
+    assert callback._failed() == [f"NOT REPLACED {first.directory}: no reason recorded"]
+    callback.errors[first.directory] = "there is no such data"
+    assert callback._failed() == [f"NOT REPLACED {first.directory}: there is no such data"]
 
 
 @pytest.mark.usefixtures("hydra")

@@ -14,8 +14,10 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network
 from abn_exp.optimizer import state_size
+from abn_exp.options import differing_options
 from abn_exp.report.progress import clock, describe, progress, speed_text
 from abn_exp.results import Run, find_runs
+from abn_exp.trained_network import read_config
 
 SECONDS = 2.0  # that each cell's speed is measured in training, and in evaluation
 
@@ -128,7 +130,7 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
         yield str(cell)
         pending: list[tuple[RunPlan, int]] = []
         for plan in group:
-            state, rest, done = _state(found.get(plan.directory))
+            state, rest, done = _state(plan, found.get(plan.directory))
             if state != "finished" or plan.config.force:
                 pending.append((plan, 0 if plan.config.force else done))
             yield f"  {plan.directory.name:<9} {state:<10} {rest}".rstrip()
@@ -148,11 +150,13 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
         yield disk_sentence(to_do, count)
 
 
-def _state(run: Run | None) -> tuple[str, str, int]:
+def _state(plan: RunPlan, run: Run | None) -> tuple[str, str, int]:
     """Return a run's state, what there is to say, and how many epochs it need not train again."""
     if run is None:
         return "not begun", "", 0
     state, rest = describe(run)
+    if state == "finished" and differing_options(plan.config.model_dump(), read_config(run.directory)):
+        return "refused", "it holds the result of another configuration", 0
     return state, rest, progress(run.directory)[0] if state not in ("finished", "damaged", "not begun") else 0
 
 

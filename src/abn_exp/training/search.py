@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -51,8 +52,11 @@ def read_space(words: Sequence[str]) -> Space:
     nothing to search.
     """
     fixed, options, norms, seeds = [], {}, [], [FIRST_SEED + i for i in range(SEEDS)]
-    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words)), strict=True):
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which knows what glob(...) stands for
+    for word, override in zip(words, parser.parse_overrides(list(words)), strict=True):
         key = override.get_key_element()
+        if key in ("study", "seeds", "looks", "spending"):
+            raise ConfigError(f"{word} is for a sweep; a search takes dataset=, model=, norm= and seed=1000,1001.")
         if key == "norm":
             norms = _values(override)
         elif key == "seed":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
@@ -69,6 +70,7 @@ class SweepCallback(Callback):
         # Two commands may be one run, where an option has no effect on what the other one chooses.
         self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
         self.errors = dict[Path, str]()
+        self.before = {plan.directory: _written(plan) for plan in self.plans}
         _check_devices(self.plans)
         _check_launcher(self.plans, config)
         looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
@@ -151,9 +153,10 @@ class SweepCallback(Callback):
                 raise SystemExit(f"error: {error}") from None
             except Stopped as stopped:
                 done = sum(result is not None for result in results.values())
-                print(
-                    f"{done} of {len(results)} runs are finished; {STOPPED.format(stopped.signal)}", file=sys.stderr
-                )
+                how = STOPPED.format(stopped.signal)
+                if plans[0].config.force:
+                    how += ", but with force=true it begins all of them again"
+                print(f"{done} of {len(results)} runs are finished; {how}", file=sys.stderr)
                 stopped.reported = True
                 raise
         found = [results[plan.directory] for plan in plans]
@@ -200,7 +203,7 @@ class SweepCallback(Callback):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
-            elif plan.config.force and self.errors.get(plan.directory):
+            elif plan.config.force and _written(plan) == self.before[plan.directory]:
                 lines.append(f"NOT REPLACED {plan.directory}: {error}")
             elif differing_options(plan.config.model_dump(), read_config(run.directory)):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
@@ -293,6 +296,12 @@ def record_command(folder: Path, typed: str) -> None:
         write_text_atomic(path, "\n".join([*lines, typed]) + "\n")
 
 
+def _written(plan: RunPlan) -> int | None:
+    """Return when a run's result was written, in ns; None where there is none."""
+    path = plan.directory / "result.json"
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 def finished_result(plan: RunPlan) -> RunResult | None:
     """Return the result of a run that need not be trained; `run` deals with damage and other configurations."""
     if plan.config.force:
@@ -353,15 +362,24 @@ def expand(config: DictConfig) -> dict[tuple[str, ...], RunPlan]:
 
 
 def sweep_params(config: DictConfig) -> dict[str, str]:
-    """Return what a sweep runs all combinations of; with looks, as many seeds as the last of them has."""
+    """Return what a sweep runs all combinations of; with looks, as many seeds as the last of them has. Raises
+    ConfigError for looks that are no list of numbers."""
     params: dict[str, str] = {str(key): value for key, value in (config.hydra.sweeper.get("params") or {}).items()}
-    return params if config.get("looks") is None else {**params, "seed": f"range(0,{config.looks[-1]})"}
+    looks = config.get("looks")
+    if looks is None:
+        return params
+    if not OmegaConf.is_list(looks) or not looks or not all(type(number) is int for number in looks):
+        raise ConfigError(
+            f"looks={looks} is not allowed: it should be a list of numbers of seeds, such as [5,10,20]."
+        )
+    return {**params, "seed": f"range(0,{looks[-1]})"}
 
 
 def jobs(config: DictConfig) -> list[list[str]]:
     """Return the overrides of every run of a multirun, in its order."""
     arguments = [f"{key}={value}" for key, value in sweep_params(config).items()]
-    parsed = OverridesParser.create().parse_overrides([*arguments, *typed_overrides(config)])
+    loader = GlobalHydra.instance().config_loader()  # which knows what glob(...) stands for
+    parsed = OverridesParser.create(loader).parse_overrides([*arguments, *typed_overrides(config)])
     return [job for batch in split_into_batches(config, parsed) for job in batch]
 
 
@@ -379,5 +397,8 @@ def split_into_batches(config: DictConfig, overrides: Sequence[Override]) -> lis
 
 
 def _seed(run: Sequence[str]) -> int:
-    """Return the seed among a run's overrides, the last one that is given."""
-    return int([override for override in run if override.startswith("seed=")][-1].removeprefix("seed="))
+    """Return the seed among a run's overrides, the last one that is given. Raises ConfigError for no number."""
+    seed = [override for override in run if override.startswith("seed=")][-1].removeprefix("seed=")
+    if not seed.isdecimal():
+        raise ConfigError(f"seed={seed} is not allowed: it should be a whole number, or a list of them.")
+    return int(seed)

@@ -80,8 +80,9 @@ class Tracker:
         if directory is not None:
             write_text_atomic(directory / "wandb-run-id", self.run.id)
         if earlier is not None:
-            _remove_earlier_segments(self.run)
-            if not self.run.offline:
+            if self.run.offline:
+                _remove_earlier_segments(self.run)
+            else:
                 with suppress(Exception):  # else W&B's client leaves out what is there
                     self._epoch = _ask(settings, earlier).epoch
         if self.run.offline:
@@ -170,6 +171,9 @@ class Uploaded(NamedTuple):
     tested: bool  # whether its test accuracy is there
 
 
+_HERE = {"mode": "online", "dir": os.environ.get("WANDB_DIR") or "."}  # where a run is uploaded, not where it trained
+
+
 def upload(folder: Path) -> Iterator[str]:
     """Upload to W&B what it lacks of the runs below a folder; yield a line for each such run.
 
@@ -192,7 +196,7 @@ def upload(folder: Path) -> Iterator[str]:
     yield f"{len(runs)} runs, {missing} of them lacked something in W&B"
     if missing and (folder / "report.csv").is_file():
         whole = next(run for run in runs if run.status != "damaged")
-        settings = WandbConfig.model_validate(read_config(whole.directory)["wandb"] | {"mode": "online"})
+        settings = WandbConfig.model_validate(read_config(whole.directory)["wandb"] | _HERE)
         with Tracker(settings, folder, **report_arguments(folder.name)) as tracker:
             tracker.log_report(folder)
 
@@ -200,7 +204,7 @@ def upload(folder: Path) -> Iterator[str]:
 def _upload(run: Run) -> str:
     """Upload what is missing of one run; return what that was, empty where it was nothing."""
     config, lines = read_config(run.directory), read_metrics(run.directory)
-    settings = WandbConfig.model_validate(config["wandb"] | {"mode": "online"})
+    settings = WandbConfig.model_validate(config["wandb"] | _HERE)
     if (mode := _resolve_mode(settings.mode)) != "online":  # without a key that is refused there
         raise ConfigError(f"W&B is {mode} here, so nothing can be uploaded; unset WANDB_MODE.")
     run_id = _read_id(run.directory)
