@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--out", type=Path, help="where to write (default: analysis/ in the folder that all RUNs share)"
     )
-    shared.add_argument("--root", help="where the data are now (default: where the runs found them)")
+    shared.add_argument("--root", help="where the data, or a folder of images, are now (default: where they were)")
     shared.add_argument("--reference", default="bn", help="the norm that others are compared with (default: bn)")
     activations = kinds.add_parser("activations", parents=[shared], help="distributions before each sign (claim C5)")
     activations.add_argument("--images", type=positive_int, help="how many test images (default: all)")

@@ -5,11 +5,12 @@
 
 RUN is a run's folder (.../seed-0). The data set is chosen as for train.py, by default the run's own; it needs images
 of the same size and as many classes. What the network predicts for each image is written beside the run's
-checkpoints, as evaluation/<dataset>-<part>-<weights>.csv. All is in float32: of a run whose own test was on a GPU,
-with TF32 convolutions, a few predictions may differ from its record.
+checkpoints, as evaluation/<dataset>-<part>-<weights>.csv; of a folder with its name and a digest of its path. All is
+in float32: of a run that was tested on a GPU, with TF32 convolutions, a few predictions may differ from its record.
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def main() -> int:
         found = evaluate(arguments.run, dataset, arguments.weights, arguments.part, device)
         name = "own" if dataset is None else dataset.name
         if dataset is not None and dataset.path is not None:
-            name += f"-{Path(dataset.path).resolve().name}"
+            folder = Path(dataset.path).resolve()  # of which another may have the same name
+            name += f"-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
         path = arguments.out
         if path is None:
             path = arguments.run / "evaluation" / f"{name}-{arguments.part}-{arguments.weights}.csv"

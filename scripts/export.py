@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
     main.add_argument("--weights", choices=["last", "best"], default="last", help="of which epoch (default: last)")
     main.add_argument("--out", type=Path, help="where to write (default: export/ in the run's folder)")
-    main.add_argument("--root", help="where the data are now (default: where the run found them)")
+    main.add_argument("--root", help="where the data, or a folder of images, are now (default: where they were)")
     main.add_argument(
         "--openvino", action="store_true", help="also write OpenVINO IR, whose CPU plug-in is the fastest"
     )

@@ -22,9 +22,11 @@ from abn_exp.analysis.activations import (
     WIDE,
     band_shares,
     beyond_one_threshold,
+    check_places,
     drawn_part,
     entropy,
     imbalance,
+    learned_norm,
     measure,
     places,
     response,
@@ -209,6 +211,24 @@ def test_response_curves_are_drawn_as_far_as_there_are_thresholds() -> None:
 
 def test_no_bands_without_a_formula() -> None:
     assert band_shares(InstanceEnhancementBatchNorm2d(3)) is None
+
+
+def test_the_shift_of_a_norm_that_may_name_it_otherwise_is_not_known() -> None:
+    class Tanh(nn.BatchNorm2d):
+        def __init__(self, num_features: int) -> None:
+            super().__init__(num_features, affine=False)
+            self.beta = nn.Parameter(torch.ones(num_features))
+
+    assert math.isnan(learned_norm(Tanh(3).eval()).beta)
+    assert learned_norm(abn([0.0, 0.5], shift=True)).beta == 0.25
+    assert learned_norm(AttentionBatchNorm2d(3, shift=False).eval()).beta == 0
+
+
+def test_a_network_without_a_binary_layer_behind_a_norm_is_refused() -> None:
+    real = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    with pytest.raises(ValueError, match="has no binary layer behind a norm on feature maps"):
+        check_places(real, torch.zeros(1, 3, 8, 8))
+    check_places(binarynet(10, 16, nn.BatchNorm2d, width=0.0625).eval(), torch.zeros(1, 3, 16, 16))
 
 
 def test_how_much_of_the_second_threshold_is_used() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,36 @@ def test_end_to_end(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert analyze(monkeypatch, "cam", "--images", 40, *folders) == 0
     assert "4 of 4 networks were measured before" in capsys.readouterr().err
     assert files(out) == before
+
+
+def test_a_set_without_boxes_takes_them_from_no_other(
+    study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same networks once more, as if of another set, whose images have boxes, and there are fewer."""
+    other = shutil.copytree(study / "digits", study / "boxed")
+    for path in other.rglob("config.yaml"):
+        path.write_text(re.sub(r"(\n  root: ).*", rf"\1{tmp_path}/boxed", path.read_text(), count=1))
+        (path.parent / "SHA256SUMS").unlink()
+
+    def load(root: str, **options: Any) -> prepare.ImageDataset:
+        data = prepare.load(root=root, **options)
+        if not root.endswith("boxed"):
+            return data
+        test = replace(data.test, images=data.test.images[:12], labels=data.test.labels[:12])
+        return replace(data, test=test, test_boxes=torch.tensor([[8, 4, 23, 27]]).expand(12, 4))
+
+    monkeypatch.setattr(trained, "load", load)
+    monkeypatch.setattr("abn_exp.report.figures.save", lambda *_: None)
+    assert analyze(monkeypatch, "cam", "--images", 20, study, "--out", tmp_path / "out") == 0
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        found = [(row["dataset"], row["measure"]) for row in csv.DictReader(file)]
+    gains = ["deletion gain", "insertion gain"]
+    assert sorted(found) == [
+        *(("boxed", measure) for measure in sorted([*gains, "share inside the box", "pointing game"])),
+        *(("digits", measure) for measure in gains),
+    ]
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "Images: 12 (boxed), 20 (digits) of the test set" in text
 
 
 def test_a_wrong_number_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Saved weights on any data set: the numbers of the run's record on its own, refusals where it does not fit."""
 
 import csv
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,18 @@ from PIL import Image
 
 from abn_exp.analysis.evaluate import evaluate
 from abn_exp.data.prepare import load
-from abn_exp.results import RunResult
+from abn_exp.results import RunResult, find_runs
 from abn_exp.trained_network import load_network
-from abn_exp.training.run import run
 from tests.helpers.datasets import write_folder
-from tests.helpers.runs import plan_in
+from tests.helpers.runs import trained_study
 from tests.helpers.scripts import run_script
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
-    plan = plan_in(tmp_path_factory.mktemp("trained"), "recipe.epochs=4")
-    result = run(plan, "python train.py")
-    return plan.directory, result
+    found = find_runs(trained_study(tmp_path_factory))[0]
+    assert found.result is not None
+    return found.directory, found.result
 
 
 def test_its_own_test_images_give_the_numbers_of_the_record(trained: tuple[Path, RunResult]) -> None:
@@ -72,6 +72,19 @@ def test_the_script_writes_what_the_network_says_of_each_image(
     np.testing.assert_allclose([float(row["probability"]) for row in rows], expected.max(1).values, atol=1e-4)
     accuracy = (expected.argmax(1) == digits.test.labels[order]).float().mean().item()
     assert f"30 images: accuracy {100 * accuracy:.2f} %" in said
+
+
+def test_folders_of_one_name_have_files_of_their_own(
+    trained: tuple[Path, RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(trained[0], tmp_path / "seed-0")
+    for kind in ("fog", "noise"):
+        write_folder(tmp_path / kind / "1", [f"{label}" for label in range(10)])
+        words = ["dataset=folder", f"dataset.path={tmp_path / kind / '1'}", f"dataset.root={tmp_path}"]
+        assert run_script(monkeypatch, "evaluate", directory, *words) == 0
+    names = [path.name for path in (directory / "evaluation").iterdir()]
+    assert len(names) == 2
+    assert all(re.fullmatch(r"folder-1-[0-9a-f]{8}-test-last\.csv", name) for name in names)
 
 
 def test_a_set_that_is_there_in_part_is_evaluated(
@@ -145,3 +158,6 @@ def test_a_run_without_weights_is_refused(
     shutil.copy(trained[0] / "config.yaml", tmp_path)
     assert run_script(monkeypatch, "evaluate", tmp_path, "--weights", "best") == 1
     assert "has no checkpoints/best.ckpt" in capsys.readouterr().err
+    shutil.copytree(trained[0] / "checkpoints", tmp_path / "checkpoints")
+    assert run_script(monkeypatch, "evaluate", tmp_path) == 1
+    assert "is not of a finished run; train to the end first." in capsys.readouterr().err

@@ -139,6 +139,8 @@ def test_mistakes_of_who_classifies_are_one_sentence(
     bits = max(onnx.load(network).graph.initializer, key=lambda tensor: len(tensor.raw_data)).raw_data
     damaged.write_bytes(content.replace(bits, bits[:100] + bytes([bits[100] ^ 4]) + bits[101:]))
     assert "its SHA-256 is not the one" in classify_fails(monkeypatch, capsys, damaged, image)
+    damaged.write_bytes(content.replace(b"sha256", b"sha257"))
+    assert "its SHA-256 is not the one" in classify_fails(monkeypatch, capsys, damaged, image)
 
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     same = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
@@ -174,6 +176,8 @@ def test_mistakes_of_who_exports_are_one_sentence(
     assert "has no checkpoints/last.ckpt" in fails(monkeypatch, capsys, empty)
     (empty / "checkpoints").mkdir()
     (empty / "checkpoints/last.ckpt").write_bytes((trained / "checkpoints/last.ckpt").read_bytes()[:-5000])
+    assert "is not of a finished run; train to the end first." in fails(monkeypatch, capsys, empty)
+    shutil.copy(trained / "result.json", empty)
     assert "is damaged" in fails(monkeypatch, capsys, empty)
 
     config = (trained / "config.yaml").read_text().replace("name: digits", "name: cifar10")
@@ -272,6 +276,12 @@ def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Pa
     image = np.full((32, 32, 3), 255, np.uint8)
     for i in range(20):
         Image.fromarray(image).save(tmp_path / "images" / "train" / "cat" / f"white{i}.png")
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="has no folder 'train'"):
+        open_run(plan.directory, "last", None)
+    assert len(open_run(plan.directory, "last", str(moved)).data.test.labels) == 40
+    assert len(Opener(str(moved), None, torch.device("cpu")).images(find_runs(plan.study)[0]).labels) == 40
+    moved.rename(tmp_path / "images")
     opened = open_run(plan.directory, "last", None)
     assert opened.data.classes == ("cat", "dog")
     assert torch.equal(opened.normalization.scale, Normalization.of(inputs.mean, inputs.std).scale)
@@ -327,6 +337,40 @@ def test_a_fold_behind_flatten_has_a_threshold_for_each_place(trained: Path, tmp
     summary = export(subject, tmp_path / "out")
     assert summary["layers"][1]["folded"]
     assert summary["engines"]["ONNX Runtime"]["folded_bits_equal"] == 256 * 359
+
+
+def test_comparisons_are_counted_where_they_are_made(trained: Path, tmp_path: Path) -> None:
+    """Before a pool that follows the norm, and once for two layers that read the same bits."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+            self.sums, self.norm = BinaryConv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.one, self.other = BinaryConv2d(4, 4, 3), BinaryConv2d(4, 4, 3)
+            self.head = nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.max_pool2d(self.norm(self.sums(self.first(self.stem(x)))), 2)
+            return self.head((self.one(x) + self.other(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    network = Pooled()
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.randn(64, 3, 32, 32))
+    subject = replace(open_run(trained, "last", None), network=network.eval().requires_grad_(False))
+    summary = export(subject, tmp_path / "out")
+    (one, other) = (layer for layer in summary["layers"] if layer["folded"])
+    assert one["one_threshold"] == other["one_threshold"] == 4
+    assert summary["operations"]["integer_comparisons"] == 4 * 32 * 32
+
+
+def test_buffers_that_are_no_statistics_need_not_be_saved(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load_network(trained)
+    network.get_submodule("stem.norm").register_buffer("blur", torch.ones(3), persistent=False)
+    monkeypatch.setattr("abn_exp.trained_network.load_network", lambda *_: network)
+    assert open_run(trained, "last", None).network is network
 
 
 def test_statistics_that_were_not_saved_are_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

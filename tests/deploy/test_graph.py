@@ -144,5 +144,9 @@ def test_what_cannot_be_exported_is_refused() -> None:
         trace(nn.Sequential(BinaryConv2d(3, 4, 3), nn.Flatten(), BinaryLinear(4 * 14 * 14, 6)), 16)
     with pytest.raises(ConfigError, match=r"aten.gelu.default stays real"):
         trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(6 * 14 * 14, 4)), 16)
+    with pytest.raises(ConfigError, match=r"aten\.cat\.default stays real"):
+        trace(nn.Sequential(Between(lambda x: torch.cat([x, x], 1)), nn.Conv2d(6, 4, 3)), 16)
+    with pytest.raises(ConfigError, match="This network cannot be traced, so it cannot be exported: "):
+        trace(nn.Sequential(Between(lambda x: x if x.max() > 0 else -x), nn.Conv2d(3, 4, 3)), 16)
     with pytest.raises(ConfigError, match="no groups"):
         trace(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), norm_layer("bn")(6)).eval(), 16)

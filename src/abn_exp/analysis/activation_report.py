@@ -15,6 +15,7 @@ from abn_exp.analysis.activations import (
     Distribution,
     NetworkActivations,
     analyze,
+    check_places,
     drawn_part,
     imbalance,
 )
@@ -27,6 +28,7 @@ from abn_exp.analysis.summary import (
     contrast,
     contrast_rows,
     contrast_table,
+    counts_text,
     group_names,
     group_title,
     mean_text,
@@ -97,17 +99,18 @@ def write(runs: Sequence[Run], opener: Opener, out: Path, command: str, *, refer
     report = AnalysisWriter(out, f"Binary activations: {runs[0].directory.parents[4].name}", command, runs)
     for run in runs:
         _check_norm(run)
-    opener.check(runs, lambda network, image: None)
-    measured = measure_each(runs, opener, _measure, out / "parts", "activations 2")
+    opener.check(runs, check_places)
+    measured = measure_each(runs, opener, _measure, out / "parts", "activations 3")
     found = {directory: NetworkActivations.from_plain(plain) for directory, plain in measured.items()}
     scores = {
         run: {MEASURES[k]: v for k, v in each.scores().items() if k in MEASURES} | _additional(each)
         for run, each in found.items()
     }
 
+    counts = {run.dataset: found[run.directory].images for run in runs}
     report.parts.append(
         "Does ABN give a more imbalanced activation distribution, and additional activation-like functions "
-        f"(claim C5)? Measured on {len(opener.images(runs[-1]).labels)} test images a network."
+        f"(claim C5)? Measured on {counts_text(counts)} test images a network."
     )
     # Where no channel of the reference has a second threshold, as with BN, there is nothing to test.
     none = all(scores[run.directory][TWO] == 0 for cell in cells if cell.norm == reference for run in cell.runs)

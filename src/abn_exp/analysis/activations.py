@@ -122,6 +122,12 @@ def places(network: nn.Module, image: Tensor) -> dict[str, Distribution]:
     return found
 
 
+def check_places(network: nn.Module, image: Tensor) -> None:
+    """Raise ValueError where no binary layer follows a norm on feature maps, so that there is nothing to analyse."""
+    if not any(place.kind == "binary input" and place.feature_map for place in places(network, image).values()):
+        raise ValueError("This network has no binary layer behind a norm on feature maps, which this analysis is of.")
+
+
 @torch.no_grad()
 def measure(network: nn.Module, images: Tensor) -> tuple[list[Distribution], Tensor]:
     """Return the distributions over `images` (N, 3, S, S) and the predicted classes (N,). Only counts are kept."""
@@ -219,7 +225,7 @@ class LearnedNorm:
     signs: Array  # (G,): the share of channels whose sign is +1
     beyond: float  # beyond_one_threshold, mean over channels
     bands: dict[str, float] | None
-    beta: float  # mean over channels, 0 where there is none
+    beta: float  # mean over channels, 0 where there is none, NaN where a norm may name its shift otherwise
 
 
 def learned_norm(norm: nn.BatchNorm2d) -> LearnedNorm:
@@ -227,10 +233,10 @@ def learned_norm(norm: nn.BatchNorm2d) -> LearnedNorm:
     y = response(norm)
     order = np.argsort(y.mean(1), kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, CHANNELS).astype(int)]
-    beta = 0.0 if norm.bias is None else float(norm.bias.detach().mean())
-    return LearnedNorm(
-        y[chosen], (y >= 0).mean(0), float(beyond_one_threshold(response(norm, WIDE)).mean()), band_shares(norm), beta
-    )
+    bands = band_shares(norm)
+    beta = float(norm.bias.detach().mean()) if norm.bias is not None else math.nan if bands is None else 0.0
+    beyond = float(beyond_one_threshold(response(norm, WIDE)).mean())
+    return LearnedNorm(y[chosen], (y >= 0).mean(0), beyond, bands, beta)
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,7 @@ class NetworkActivations:
     """What was measured of one network; `norms` by the norm's name."""
 
     places: list[Distribution]
+    images: int
     accuracy: float
     norms: dict[str, LearnedNorm]
 
@@ -251,7 +258,8 @@ class NetworkActivations:
             name: {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(norm).items()}
             for name, norm in self.norms.items()
         }
-        return {"places": [dict(vars(place)) for place in self.places], "accuracy": self.accuracy, "norms": norms}
+        places = [dict(vars(place)) for place in self.places]
+        return {"places": places, "images": self.images, "accuracy": self.accuracy, "norms": norms}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
@@ -261,7 +269,7 @@ class NetworkActivations:
         for name, values in plain["norms"].items():
             arrays: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
             norms[name] = LearnedNorm(**arrays)
-        return cls(places, plain["accuracy"], norms)
+        return cls(places, plain["images"], plain["accuracy"], norms)
 
     def scores(self) -> dict[str, float]:
         """Return the means over the binary layers that a norm on feature maps feeds."""
@@ -274,4 +282,4 @@ def analyze(network: nn.Module, images: Tensor, labels: Iterable[int] | Tensor) 
     found, predicted = measure(network, images)
     norms = {name: learned_norm(norm) for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     accuracy = float((predicted == torch.as_tensor(labels)).double().mean())
-    return NetworkActivations(found, accuracy, norms)
+    return NetworkActivations(found, len(images), accuracy, norms)

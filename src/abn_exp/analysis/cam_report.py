@@ -16,6 +16,7 @@ from abn_exp.analysis.summary import (
     contrast,
     contrast_rows,
     contrast_table,
+    counts_text,
     group_names,
     group_title,
     means_table,
@@ -44,10 +45,11 @@ ROWS = {"right by both": 3, "right by one": 2}  # how many images of a kind the 
 NOTES = """\
 - A map is Grad-CAM at the last feature map of at least 4 x 4 pixels, enlarged bilinearly; gradients through signs
   are the network's own straight-through estimates. Every network sees the same images.
-- Deletion replaces pixels by the mean colour, the map's largest values first; insertion puts them into a blurred
-  image. The score is the area under the class's probability. A network that is surer of itself has larger areas, so
-  what is judged is the gain: how much better than a random map of the same smoothness, the same for all networks. 0
-  is a map that knows nothing; below 0, it points elsewhere.
+- Deletion replaces pixels by the colour that the run's normalisation makes 0, which is the training images' mean
+  (ImageNet's under recipe=paper), the map's largest values first; insertion puts them into a blurred image. The score
+  is the area under the class's probability. A network that is surer of itself has larger areas, so what is judged is
+  the gain: how much better than a random map of the same smoothness, the same for all networks. 0 is a map that knows
+  nothing; below 0, it points elsewhere.
 - The share of the map inside the box, and the pointing game, are to be held against the box's area, which is what a
   map that knows nothing scores. A map that is zero everywhere scores just that.
 - Correct and wrong predictions are apart because a map of a wrong class may rightly be elsewhere; which images are
@@ -58,14 +60,14 @@ NOTES = """\
 
 
 def subset_scores(found: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Return the mean of each score over all images, the correctly and the wrongly classified, NaN where none is."""
+    """Return the mean of each score over all images, the correctly and the wrongly classified, NaN where none is, and
+    where the images have no boxes."""
     correct = found["correct"]
     subsets = dict(zip(SUBSETS, (np.ones_like(correct), correct, ~correct), strict=True))
-    keys = [key for key in (*JUDGED, *DESCRIBED) if key in found]
     return {
         name: {
-            (JUDGED | DESCRIBED)[key]: float(found[key][chosen].astype(np.float64).mean()) if chosen.any() else NAN
-            for key in keys
+            text: float(found[key][chosen].astype(np.float64).mean()) if key in found and chosen.any() else NAN
+            for key, text in (JUDGED | DESCRIBED).items()
         }
         for name, chosen in subsets.items()
     }
@@ -93,22 +95,30 @@ def write(
         for key in ("deletion", "insertion"):
             report.figure(f"{key}_{name}", _curves(members, found, key, where), f"{key.capitalize()} curves, {where}")
         report.figure(f"maps_{name}", _maps(members, opener, found, target), f"Maps of a few images, {where}")
-    judged = [text for key, text in JUDGED.items() if all(key in values for values in found.values())]
-    measures = [*judged, *(t for k, t in DESCRIBED.items() if all(k in values for values in found.values()))]
+    judged, described = (
+        [text for key, text in measures.items() if any(key in values for values in found.values())]
+        for measures in (JUDGED, DESCRIBED)
+    )
+    measures = [*judged, *described]
+    counts = {run.dataset: len(found[run.directory]["correct"]) for run in runs}
 
     report.parts.append(
         "Does ABN help to capture image features (claim C4)? If so, its class-activation maps should fit the object, "
-        f"or the pixels that decide, better than {reference}'s. Images: {len(next(iter(found.values()))['correct'])} "
+        f"or the pixels that decide, better than {reference}'s. Images: {counts_text(counts)} "
         f"of the test set, the same for all; class of a map: the {'true' if target == 'label' else 'predicted'} one."
     )
-    contrasts = contrast(cells, scores["all"], judged, reference)
+
+    def compared(subset: str) -> list[Contrast]:
+        return [c for c in contrast(cells, scores[subset], judged, reference) if c.paired.n[0]]
+
+    contrasts = compared("all")
     report.verdicts(f"Do the maps score higher than {reference}'s?", contrasts, cells, reference)
     report.table("scores", "Scores over all images", means_table(cells, scores["all"], measures))
     report.table("differences", f"Differences to {reference}, all images", contrast_table(contrasts))
     parts: list[Contrast] = []
     for subset, text in (("correct", "Correctly classified images"), ("wrong", "Wrongly classified images")):
         report.table(f"scores_{subset}", text, means_table(cells, scores[subset], measures))
-        own = contrast(cells, scores[subset], judged, reference)
+        own = compared(subset)
         report.table(f"differences_{subset}", f"{text}, differences to {reference}", contrast_table(own))
         parts += own
     report.csv("comparison", contrast_rows(contrasts, judged=True))

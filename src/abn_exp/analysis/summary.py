@@ -169,6 +169,13 @@ def contrast_rows(contrasts: Iterable[Contrast], judged: bool) -> list[dict[str,
     return rows
 
 
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Return the number of images by data set: one number where all agree, else 10000 (cifar10), 2000 (digits)."""
+    if len(set(counts.values())) == 1:
+        return str(next(iter(counts.values())))
+    return ", ".join(f"{count} ({dataset})" for dataset, count in counts.items())
+
+
 def command_line(kind: str, folders: Sequence[str | Path], options: Mapping[str, object]) -> str:
     """Return what to type, without this machine's paths: absolute ones begin at the folder they share."""
     above = common_folder(folders).parent

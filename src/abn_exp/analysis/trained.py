@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from abn_exp.config import parse
+from abn_exp.config import DatasetConfig, parse
 from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
 from abn_exp.files import writing
 from abn_exp.machine import available_memory, cpu_count, end_with_parent
+from abn_exp.models.build import channels_last_
 from abn_exp.provenance import device_kind, device_name, git_commit
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
@@ -80,11 +81,18 @@ class TestImages:
         return None if self.data.test_boxes is None else self.data.test_boxes[self.indices]
 
 
+def source_at(dataset: DatasetConfig, root: str | None) -> dict[str, Any]:
+    """Return what `load` takes, of a set whose data, or whose folder of images, are in `root` now; None: where they
+    were."""
+    moved = "path" if dataset.name == "folder" else "root"
+    return dataset.source | ({} if root is None else {moved: root})
+
+
 class Opener:
     """Opens runs: the network with its last weights, and the images it is tested on, read once a data set."""
 
     def __init__(self, root: str | None, count: int | None, device: torch.device) -> None:
-        """`root` replaces the runs' own data root; `count` is how many test images, None: all."""
+        """`root`: where their data are now (`source_at`); `count` is how many test images, None: all."""
         self.root, self.count, self.device = root, count, device
         self.measured_on: Counter[str] = Counter()  # by device, version and commit: how many networks
         self._key, self._images = "", None  # type: tuple[str, TestImages | None]
@@ -93,7 +101,7 @@ class Opener:
         """Return the same images for every run on one data set: the first of each class, in equal shares."""
         if (key := self.key(run)) != self._key or self._images is None:
             config = parse(read_config(run.directory))
-            data = load(**config.dataset.source | ({} if self.root is None else {"root": self.root}))
+            data = load(**source_at(config.dataset, self.root))
             mean, std = trained_normalization(run.directory, data)
             chosen = first_of_each_class(data.test.labels, self.count)
             batches = BatchLoader(data.test, chosen, 500, mean=mean, std=std, device="cpu")
@@ -224,4 +232,4 @@ def network_on(directory: Path, weights: Literal["last", "best"], device: torch.
     It computes in float32, also on a GPU, whose convolutions would have TF32 otherwise.
     """
     torch.backends.cudnn.allow_tf32 = False
-    return load_trained_network(directory, weights).to(device).to(memory_format=torch.channels_last)
+    return channels_last_(load_trained_network(directory, weights).to(device))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from abn_exp import provenance
+from abn_exp.analysis.trained import source_at
 from abn_exp.config import Config, parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
@@ -59,7 +60,7 @@ def require_extra(*packages: str) -> None:
 def open_run(directory: Path, weights: Literal["last", "best"], root: str | None) -> TrainedRun:
     """Return a run's network and its test set. Raises ConfigError, DamagedFile or OSError with a sentence."""
     network, config = load_trained_network(directory, weights), parse(read_config(directory))
-    source = config.dataset.source | {"download": False} | ({} if root is None else {"root": root})
+    source = source_at(config.dataset, root) | {"download": False}
     try:
         data = load(**source)
     except (OSError, ValueError) as error:
@@ -202,11 +203,8 @@ def summarized(
                 "weights": "bits" if layer.packed else "bytes: some are 0",
             }
         )
-    comparisons = sum(
-        int(layer.fold.counts.sum()) * int(np.prod(layer.node.inputs[0].shape)) // len(layer.fold.first)
-        for layer in graph.layers
-        if layer.fold is not None
-    )
+    folds = [(node.options["fold"], int(np.prod(node.shape))) for node in graph.nodes if node.op == "threshold"]
+    comparisons = sum(int(fold.counts.sum()) * values // len(fold.first) for fold, values in folds)
     size = len(contents["network.onnx"])
     engines = {
         name: v

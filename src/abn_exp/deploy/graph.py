@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.deploy.fold import Fold, Unfoldable, fold
-from abn_exp.errors import ConfigError
+from abn_exp.errors import ConfigError, in_a_line
 
 BinaryLayer = BinaryConv2d | BinaryLinear
 
@@ -136,6 +136,8 @@ def trace(network: nn.Module, image_size: int) -> Graph:
         module.product = product
     try:
         record = make_fx(torch.func.functionalize(network))(torch.zeros(BATCH, 3, image_size, image_size))
+    except RuntimeError as error:  # of make_fx, where the network branches on a value, say
+        raise ConfigError(f"This network cannot be traced, so it cannot be exported: {in_a_line(error)}") from error
     finally:
         for _, module in layers:
             module.product = None
@@ -210,6 +212,8 @@ class _Reader:
             return self.add(BINARY[target], (self.value(args[0]), self.value(args[1])), shape)
         if target in PRODUCTS:
             return self.product(target, args, shape)
+        if not isinstance(args[0], fx.Node):  # a list of maps, as of torch.cat
+            raise _unknown(target)
         x = self.value(args[0])
         if target is aten.native_batch_norm.default:
             names = ("weight", "bias", "mean", "var")
@@ -226,9 +230,7 @@ class _Reader:
             dims = tuple(sorted(dim % len(args[0].meta["val"].shape) for dim in args[1]))
             keep = bool(args[2]) if len(args) > 2 else False
             return self.add("mean", (x,), shape, dims=dims, keep=keep)
-        raise ConfigError(
-            f"This network cannot be exported: {target} stays real there, and no engine is given that operation here."
-        )
+        raise _unknown(target)
 
     def product(self, target: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> Node:
         """Return a convolution or linear layer with real weights."""
@@ -397,6 +399,12 @@ class _Stage:
             copies[node] = graph.node_copy(node, copy)
         graph.output(copies[self.top])
         return fx.GraphModule(constants, graph)
+
+
+def _unknown(target: Any) -> ConfigError:
+    return ConfigError(
+        f"This network cannot be exported: {target} stays real there, and no engine is given that operation here."
+    )
 
 
 def _call(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
