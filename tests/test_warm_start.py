@@ -16,17 +16,15 @@ from abn_exp.trained_network import load_network, read_config, write_config
 from abn_exp.training.run import run
 from abn_exp.training.setup import make_network
 from abn_exp.training.sweep import expand
-from tests.helpers.runs import TINY, composing, plan_in
+from tests.helpers.runs import TINY, composing, plan_in, trained_study
 
 Make = Callable[..., RunPlan]
 
 
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run with BN."""
-    plan = plan_in(tmp_path_factory.mktemp("first"), "norm=bn", "seed=3")
-    run(plan, "python train.py")
-    return plan.directory
+    """The folder of a finished run with BN, to be read only; there are ABN's and another seed's beside it."""
+    return next(trained_study(tmp_path_factory).glob("digits/binarynet/bn/*/seed-0"))
 
 
 def test_a_run_starts_from_the_weights_of_another(make_plan: Make, first_stage: Path) -> None:
@@ -57,10 +55,9 @@ def test_what_fits_is_taken_and_the_rest_is_named(
     (line,) = [record.message for record in caplog.records if "left out" in record.message]
     assert set(line.split(": ")[1].split(", ")) == source.keys() - start.keys()
     caplog.clear()
-    abn = plan_in(first_stage.parents[5] / "abn", "norm=abn", "recipe.epochs=1")
-    run(abn, "python train.py")
+    abn = next(first_stage.parents[2].glob("abn/*/seed-0"))
     with caplog.at_level("INFO"):
-        other = make_network(make_plan("norm=bn", f"init_from={abn.directory}").config, "bn", 10, torch.device("cpu"))
+        other = make_network(make_plan("norm=bn", f"init_from={abn}").config, "bn", 10, torch.device("cpu"))
     (line,) = [record.message for record in caplog.records if "started as usual" in record.message]
     names = line.split(": ")[1].split(", ")
     assert set(names) == source.keys() - start.keys()
@@ -76,7 +73,7 @@ def test_the_weights_and_not_their_place_identify_a_run(make_plan: Make, first_s
     before = (here.directory / "result.json").stat().st_mtime_ns
     run(there, "python train.py")
     assert (here.directory / "result.json").stat().st_mtime_ns == before
-    by_seed = make_plan(f"init_from={first_stage.parent}/seed-${{seed}}", "seed=3")  # as in a sweep
+    by_seed = make_plan(f"init_from={first_stage.parent}/seed-${{seed}}", "seed=0")  # as in a sweep
     assert by_seed.config.init_digest == here.config.init_digest
     plain, two_stages = make_plan(), plan_in(tmp_path, f"init_from={here.directory}")
     assert len({plan.config_hash for plan in (plain, here, two_stages)}) == 3
@@ -143,9 +140,7 @@ def test_damaged_or_exchanged_weights_are_refused(make_plan: Make, first_stage: 
     shutil.copytree(first_stage, source)
     plan = make_plan(f"init_from={source}", "norm=bn")
     shutil.copy(source / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
-    other = make_plan("norm=bn", "recipe.epochs=1", "seed=4")
-    run(other, "python train.py")
-    shutil.copy(other.directory / "checkpoints" / "last.ckpt", source / "checkpoints" / "last.ckpt")
+    shutil.copy(first_stage.with_name("seed-1") / "checkpoints" / "last.ckpt", source / "checkpoints" / "last.ckpt")
     with pytest.raises(ConfigError, match="its weights have changed meanwhile"):
         run(plan, "python train.py")
     (source / "checkpoints" / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-100])

@@ -3,9 +3,9 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,21 +15,15 @@ from torch import nn
 
 from abn_exp.analysis import trained
 from abn_exp.analysis.trained import Measured, Opener, find_trained, measure_each
-from abn_exp.identity import RunPlan
-from abn_exp.training.run import run
-from tests.helpers.runs import plan_in
-
-Make = Callable[..., RunPlan]
+from tests.helpers.runs import trained_study
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trained networks on the digits."""
-    root = tmp_path_factory.mktemp("trained")
-    plans = [plan_in(root, f"seed={seed}", "recipe.epochs=1") for seed in range(3)]
-    for plan in plans:
-        run(plan, "python train.py")
-    return plans[0].directory.parents[4]
+    """Three trained networks on the digits, ABN's of seeds 0 and 1 and BN's of seed 0."""
+    copy = shutil.copytree(trained_study(tmp_path_factory), tmp_path_factory.mktemp("trained") / "runs")
+    shutil.rmtree(next(copy.glob("digits/binarynet/bn/*/seed-1")))
+    return copy
 
 
 def logits(network: nn.Module, images: trained.TestImages) -> Measured:

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import gc
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +73,9 @@ def test_a_ratio_is_the_geometric_mean_of_pairs_with_student_s_interval() -> Non
 def test_the_table_has_a_line_for_each_norm_and_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "NETWORKS", {"BinaryNet": inference.NETWORKS["BinaryNet"]})
     monkeypatch.setattr(inference, "ENGINES", ("torch", *inference.FOLDED))
+    plain, make = inference.make_network("BinaryNet", "bn", 0.125), inference.make_engine
+    made = cache(lambda name, batch: make(name, plain, batch))  # each engine once, whatever the norm
+    monkeypatch.setattr(inference, "make_engine", lambda name, network, batch: made(name, batch))
     found = inference.measure(2, 0.125, peaks=False)
     folder = inference.write(found, 2, 0.125, "command", tmp_path)
     with open(folder / "inference.csv", newline="") as file:

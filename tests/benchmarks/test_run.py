@@ -26,7 +26,7 @@ from tests.helpers.scripts import load_script
 
 TINY = Effort(
     batch_size={"resnet18_paper": 4, "binarynet": 4},
-    repetitions=2,
+    repetitions=1,
     warm=1,
     steps=1,
     all_rows=("binarynet",),

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def composed(*overrides: str) -> DictConfig:
     return compose("config", list(overrides), return_hydra_config=True)
 
 
+@cache
 def plans(*overrides: str) -> list[RunPlan]:
     return list(sweep.expand(composed(*overrides)).values())
 
@@ -72,10 +74,14 @@ def test_every_study_is_listed_here() -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study_has_its_cells_at_full_size_and_its_seeds(study: str) -> None:
     name, seeds, datasets, models, norms, variants = STUDIES[study]
-    found = plans(f"study={study}")
+    found = plans(f"study={study}", "seed=0")
     expected = {(d, m, n, v) for d in datasets for m in models for n in norms for v in variants}
     assert cells(found) == expected
-    assert Counter(plan.config.seed for plan in found) == dict.fromkeys(range(seeds), len(expected))
+    assert len(found) == len(expected)
+    runs = sweep.jobs(composed(f"study={study}"))
+    typed = Counter(word for run in runs for word in run if word.startswith("seed="))
+    assert typed == {f"seed={seed}": len(expected) for seed in range(seeds)}
+    assert len({tuple(run) for run in runs}) == len(runs) == seeds * len(expected)
     assert {plan.config.name for plan in found} == {name}
     assert {(plan.config.recipe.epochs, plan.config.recipe.batch_size) for plan in found} == {(200, 256)}
     assert {plan.config.model["width"] for plan in found} <= {3, 5}
@@ -122,7 +128,7 @@ def test_the_command_line_wins_over_a_study(study: str) -> None:
 
 def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
     """Each step of the ablation differs from the one it is compared with in one option of the same class."""
-    norms = {plan.choices["norm"]: plan.config.norm for plan in plans("study=ablation", "seed=0", "dataset=digits")}
+    norms = {plan.choices["norm"]: plan.config.norm for plan in plans("study=ablation", "seed=0")}
     options = {k: v for k, v in norms.items() if v["_target_"].endswith(AttentionBatchNorm2d.__name__)}
     for one, other, key in [
         *(
