@@ -106,8 +106,8 @@ def _inference(label: str, network: str, batch: int) -> Finding:
 INFERENCE = "benchmark/cpu-intel-r-xeon-r-processor-1-thread"
 POOLED = "One effect over all cells"
 ON_GPU = "planned, twenty pairs of trained networks"
-CHANNELS = "share of channels with two thresholds"
-INPUTS = "share of standard normal inputs whose sign takes the second"
+CHANNELS = "share of channels with two thresholds, mean over layers"
+INPUTS = "share of standard normal inputs whose sign takes the second, mean over layers"
 CLAIMS = (
     Claim(
         "**C1** ABN is more accurate than BN",
