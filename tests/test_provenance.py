@@ -62,9 +62,10 @@ def test_the_digest_of_the_code_covers_what_can_change_a_number(
 
 
 def test_a_file_of_one_s_own_has_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "my_norm.py"
+    path = tmp_path / "abn_exp" / "my_norm.py"  # as in a clone
+    path.parent.mkdir()
     path.write_text("EPS = 1e-5\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(path.parent)
     importlib.import_module("my_norm")
     found = provenance.own_code(["my_norm", "abn_exp.norm", "torch.nn", "gone", "builtins"])
     assert found == {"my_norm.py": hashlib.sha256(b"EPS = 1e-5\n").hexdigest()[:12]}

@@ -98,9 +98,13 @@ def own_code(modules: Iterable[str]) -> dict[str, str]:
 
     Not of the package's, of which `code_digest` is, nor of installed ones, whose versions are recorded.
     """
-    files = {Path(file) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None))}
-    own = (path for path in files if not {"abn_exp", "site-packages", "dist-packages"} & {*path.parts})
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(own)}
+    own = sorted({name for name in modules if name.partition(".")[0] != "abn_exp"})
+    files = (Path(file) for name in own if (file := getattr(sys.modules.get(name), "__file__", None)))
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in files
+        if not {"site-packages", "dist-packages"} & {*path.parts}
+    }
 
 
 @cache
