@@ -173,7 +173,7 @@ class Findings:
 
 def measure(repetitions: int, width: float | None, peaks: bool) -> Findings:
     """Measure everything in turn, so that a disturbance of the machine affects all alike."""
-    require_extra("onnx", "onnxruntime", "openvino")
+    require_extra("onnx", "onnxscript", "onnxruntime", "openvino")  # torch.onnx.export needs the second
     found = Findings({}, {}, {})
     device = torch.device("cpu")
     for model in NETWORKS:
@@ -236,19 +236,20 @@ def over_bn(found: Findings, model: str, norm: str, engine: str, batch: int) -> 
 def write(found: Findings, repetitions: int, width: float | None, command: str, folder: Path) -> Path:
     """Write inference.csv and inference.md into a folder of the device's name; return it."""
     folder = device_folder(folder, provenance.device_name(torch.device("cpu"), 1))
-    write_text_atomic(folder / "inference.csv", _csv(found))
+    write_text_atomic(folder / "inference.csv", _csv(found, width))
     write_text_atomic(folder / "inference.md", _markdown(found, repetitions, width, command))
     return folder
 
 
-def _csv(found: Findings) -> str:
+def _csv(found: Findings, width: float | None) -> str:
     times = ("time_over_bn", "time_over_bn_low", "time_over_bn_high", "verdict", "n")
-    header = ("network", "norm", "engine", "batch", *times, "seconds of each repetition")
+    header = ("network", "norm", "engine", "batch", "width", *times, "seconds of each repetition")
     rows = []
     for key, values in found.seconds.items():
         *ratios, verdict = over_bn(found, *key) if key[1] != "bn" else ("", "", "", "")
         shown = [f"{ratio:.4f}" if ratio else "" for ratio in ratios]
-        rows.append([*key, *shown, verdict, len(values), " ".join(f"{value:.6g}" for value in values)])
+        own_width = f"{width or NETWORKS[key[0]][1]:g}"
+        rows.append([*key, own_width, *shown, verdict, len(values), " ".join(f"{value:.6g}" for value in values)])
     return csv_text([dict(zip(header, row, strict=True)) for row in rows])
 
 

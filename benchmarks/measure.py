@@ -152,7 +152,10 @@ def ceilings(device: torch.device, repetitions: int) -> Ceilings:
     return Ceilings(products, best["copy"])
 
 
-PRODUCTS = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = (
+    *("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"),
+    "onednn::qconv2d_pointwise",  # exact16's, of signs as 8-bit integers on a CPU
+)
 
 
 def product_seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -124,6 +124,9 @@ def measure_budgets(folder: Path, device: torch.device, workers: int, repetition
         raise ValueError(f"{model} is not one of {', '.join(NETWORKS)}; there is no conventional loop for it.")
     if norm != NORM:
         raise ValueError(f"norm={norm} is not {NORM}; there is no conventional loop for it.")
+    signs = config.model["binarization"]
+    if {signs["weight_estimator"], signs["activation_estimator"]} != {"identity"} or signs["pad_value"] != 0:
+        raise ValueError(f"{folder} has other gradients of a sign, or another padding, than the conventional loop.")
     options, size, images = config.dataset, config.recipe.batch_size, image_counts(config)[0]
     data = random_data(12 * size, 500, options.image_size)
     torch.set_num_threads(config.threads)

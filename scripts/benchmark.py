@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of
 from abn_exp import provenance
 from abn_exp.commandline import positive_int, print_error
 from abn_exp.machine import cpu_count
-from abn_exp.training.setup import cuda_works
+from abn_exp.training.setup import cuda_works, device_errors_explained
 from benchmarks import inference, report, time_to_accuracy
 from benchmarks.configurations import CPU, GPU, HEADLINES, QUICK, QUICK_GPU
 from benchmarks.run import Benchmark
@@ -73,8 +73,11 @@ def main() -> int:
         if arguments.inference:
             torch.set_num_threads(1)
             repetitions = arguments.repetitions or (3 if arguments.quick else 7)
+            if repetitions < 2:
+                raise ValueError("--inference needs two repetitions or more: one has no interval.")
             width = 0.25 if arguments.quick else None
-            measured = inference.measure(repetitions, width, peaks=not arguments.quick)
+            with device_errors_explained(device):
+                measured = inference.measure(repetitions, width, peaks=not arguments.quick)
             folder = inference.write(measured, repetitions, width, command, arguments.out)
             print((folder / "inference.md").read_text(encoding="utf-8"))
             return 0
@@ -84,7 +87,8 @@ def main() -> int:
             path = time_to_accuracy.write(budget, name, command, arguments.out)
             print(path.read_text(encoding="utf-8"))
             return 0
-        found = Benchmark(device, effort, arguments.workers).run()
+        with device_errors_explained(device):
+            found = Benchmark(device, effort, arguments.workers).run()
         folder = report.write(found, effort, name, command, arguments.out)
     except (ValueError, OSError) as error:
         return print_error(error)

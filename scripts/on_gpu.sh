@@ -15,13 +15,15 @@
 # Tried without a GPU: scripts/on_gpu.sh planned 60 device=cpu dataset=digits model=binarynet model.width=0.0625 \
 #     recipe.epochs=2 recipe.batch_size=64
 set -euo pipefail
+trap 'exit 130' INT
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 export WANDB_MODE=${WANDB_MODE:-offline}
 
-tests() { timeout 590 "$PYTHON" -m pytest -q -m gpu; }
+# In the foreground, so that Ctrl-C reaches what runs.
+tests() { timeout --foreground 590 "$PYTHON" -m pytest -q -m gpu; }
 
-benchmark() { timeout 590 "$PYTHON" scripts/benchmark.py --quick; }
+benchmark() { timeout --foreground 590 "$PYTHON" scripts/benchmark.py --quick; }
 
 # SECONDS, what `runs.py --pack` is to add, KEY=VALUE...
 study() {
@@ -32,13 +34,13 @@ study() {
         [[ $override == name=* ]] && name=${override#name=}
     done
     # SIGTERM ends a sweep in order: what is unfinished goes on from its last whole epoch at the next call.
-    timeout --signal=TERM --kill-after=30 "$seconds" "$PYTHON" train.py seeds_at_once=auto "$@" || status=$?
+    timeout --foreground --signal=TERM --kill-after=30 "$seconds" "$PYTHON" train.py seeds_at_once=auto "$@" || status=$?
     if [[ $status != 0 && $status != 124 && $status != 143 ]]; then
         echo "error: the study ended with code $status; its runs so far are packed all the same." >&2
     fi
     [[ $status == 124 || $status == 143 ]] && status=0  # the time is up
     [[ -n $(find "results/$name" -name result.json -print -quit 2>/dev/null) ]] || return "$status"  # nothing to pack yet
-    "$PYTHON" scripts/runs.py --pack "results/$name" $pack
+    "$PYTHON" scripts/runs.py --pack "results/$name" $pack || status=$?
     "$PYTHON" scripts/runs.py "results/$name"
     return "$status"
 }
@@ -74,6 +76,11 @@ verb=${1:-all}
 shift || true
 seconds=540
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then seconds=$1; shift; fi
+# Else a CPU would train, and finish, runs in the place of a GPU's.
+if [[ " tests benchmark planned study all " == *" $verb "* && " $* " != *" device=cpu "* ]]; then
+    "$PYTHON" -c 'import sys; from abn_exp.training.setup import cuda_works; sys.exit(not cuda_works())' ||
+        { echo "error: torch sees no CUDA device; device=cpu tries it on a CPU." >&2; exit 1; }
+fi
 case $verb in
     tests | benchmark) "$verb" ;;
     planned) planned "$seconds" "$@" ;;

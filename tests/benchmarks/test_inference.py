@@ -82,6 +82,7 @@ def test_the_table_has_a_line_for_each_norm_and_engine(tmp_path: Path, monkeypat
         rows = list(csv.DictReader(file))
     assert len(rows) == (3 + 3 + 2) * 2  # worst-case shifts only where they can cost time
     assert {row["n"] for row in rows} == {"2"}
+    assert {row["width"] for row in rows} == {"0.125"}
     text = (folder / "inference.md").read_text()
     assert "| abn, all: OpenVINO |" in text
     assert "torch, compiled" not in text

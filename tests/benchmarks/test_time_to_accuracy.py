@@ -118,6 +118,13 @@ def test_a_norm_without_a_conventional_loop_is_refused(tmp_path: Path) -> None:
         measure_budgets(folder, torch.device("cpu"), 1, 1)
 
 
+def test_other_gradients_than_the_conventional_loop_s_are_refused(tmp_path: Path) -> None:
+    other = "model.binarization.activation_estimator=approx_sign"
+    folder = folder_of(tmp_path, {("constant", 2): (0.7, 0.7), ("cosine", 2): (0.7, 0.7)}, other)
+    with pytest.raises(ValueError, match="has other gradients of a sign, or another padding"):
+        measure_budgets(folder, torch.device("cpu"), 1, 1)
+
+
 def test_the_script_says_so_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,23 @@ from pathlib import Path
 from tests.helpers.runs import REPOSITORY
 
 
+def test_a_cpu_trains_nothing_in_a_gpu_s_place(tmp_path: Path) -> None:
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {calls}\ncase "$1" in -c) exit 1;; esac\n')
+    stub.chmod(0o755)
+    for verb in ("tests", "benchmark", "planned", "study", "all"):
+        done = subprocess.run(
+            ["bash", "scripts/on_gpu.sh", verb],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHON": str(stub)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr == "error: torch sees no CUDA device; device=cpu tries it on a CPU.\n"
+    assert "train.py" not in calls.read_text()
+
+
 def test_planned_studies_follow_each_other_whatever_fails(tmp_path: Path) -> None:
     stub, calls = tmp_path / "python", tmp_path / "calls"
     stub.write_text(f'#!/bin/sh\necho "$*" >> {calls}\ncase "$*" in *study=schedules*) exit 1;; esac\n')

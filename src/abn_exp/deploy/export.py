@@ -28,7 +28,13 @@ from abn_exp.models.cost import summarize
 from abn_exp.trained_network import load_trained_network, read_config
 from abn_exp.training.setup import trained_normalization
 
-EXTRAS = {"onnx": "deploy", "onnxruntime": "deploy", "openvino": "openvino", "qonnx": "qonnx"}
+EXTRAS = {
+    "onnx": "deploy",
+    "onnxruntime": "deploy",
+    "openvino": "openvino",
+    "qonnx": "qonnx",
+    "onnxscript": "qonnx",  # which needs it, as torch.onnx.export does
+}
 FILES = ("network.onnx", "network.qonnx.onnx", "network.xml", "network.bin", "summary.json", "summary.md")
 QONNX_IMAGES = 500  # that go through qonnx's executor, which is slow
 SUMS_IMAGES = 100  # of which OpenVINO shows the sums of every binary layer, one after another
