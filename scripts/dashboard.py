@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the W&B workspace of a study: norms side by side, seeds as bands.
+"""Build the W&B workspace of a study: cells side by side, seeds as bands.
 
     python scripts/dashboard.py --entity TEAM --name STUDY      saves it and prints its address
     python scripts/dashboard.py --name STUDY --dry-run          prints it as JSON; needs neither key nor network
@@ -14,8 +14,6 @@ import sys
 from typing import Any
 
 from abn_exp.errors import in_a_line
-
-NORM = "config.norm"
 
 
 def main() -> None:
@@ -58,11 +56,12 @@ def main() -> None:
 
 
 def sections() -> list[Any]:
-    """Return the workspace's sections: a norm is a line or a bar, with the standard deviation over its seeds."""
+    """Return the workspace's sections: a cell, which is W&B's group, is a line or a bar, with the standard deviation
+    over its seeds."""
     from wandb_workspaces.reports import v2 as panels
     from wandb_workspaces.workspaces import Section
 
-    group: dict[str, Any] = {"groupby": NORM, "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    group: dict[str, Any] = {"groupby": "Group", "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
     def curve(title: str, *metrics: str, **options: Any) -> panels.LinePlot:
         return panels.LinePlot(title=title, x="epoch", y=list(metrics), **group, **options)

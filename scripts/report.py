@@ -12,7 +12,7 @@ from pathlib import Path
 
 from abn_exp.commandline import print_error
 from abn_exp.errors import end_with_reader
-from abn_exp.report.build import PAGE_SECONDS, build_report, print_report, update_page, write_report
+from abn_exp.report.build import PAGE_SECONDS, build_report, page_of, print_report, update_page, write_report
 from abn_exp.report.serve import serve
 from abn_exp.results import find_runs
 
@@ -27,7 +27,9 @@ def watch(folder: Path, reference: str, port: int) -> None:
             update_page(folder, reference=reference, interim=False, first=0)
             checked = time.monotonic()
 
-    server = serve(folder / "report.html", refresh, port)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; give one that train.py writes: results/NAME.")
+    server = serve(page_of(folder, reference), refresh, port)
     print(f"http://127.0.0.1:{server.server_address[1]} shows {folder}; Ctrl-C ends it.", flush=True)
     try:
         server.serve_forever()

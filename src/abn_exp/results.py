@@ -232,7 +232,7 @@ def count_from_one(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def has_begun(directory: Path) -> bool:
     """Return whether a run was ever started: a sweep writes the configurations of all its runs beforehand."""
     if not directory.is_dir():
-        return read_run_file(directory, "config.yaml") is not None
+        return any(read_run_file(directory, name) is not None for name in ("result.json", "FAILED", "metrics.jsonl"))
     return any(path.name not in ("config.yaml", ".lock") for path in directory.iterdir())
 
 

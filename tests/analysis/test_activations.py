@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -248,12 +248,12 @@ def test_how_much_of_the_second_threshold_is_used() -> None:
 def test_end_to_end(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     draw = Figure.savefig
 
-    def png_alone(figure: Figure, path: Path, **options: Any) -> None:
+    def png_alone(figure: Figure, file: BinaryIO, **options: Any) -> None:
         """Draw each figure once; test_cam draws both forms."""
-        if path.suffix == ".pdf":
-            path.write_bytes(b"%PDF")
+        if options["format"] == "pdf":
+            file.write(b"%PDF")
         else:
-            draw(figure, path, **options)
+            draw(figure, file, **options)
 
     monkeypatch.setattr(Figure, "savefig", png_alone)
     assert analyze(monkeypatch, "activations", study) == 0

@@ -55,10 +55,14 @@ def test_no_average_is_over_several_kinds_of_device(tmp_path: Path) -> None:
     for model, device in (("binarynet", CPU), ("vgg_small", GPU)):
         study(tmp_path, SCORES, model=model, device=device, config=yaml.safe_dump(primary))
     report = build_report(tmp_path)
+    assert len(report.comparisons) == 2  # each cell's own
     assert report.pooled == []
     assert report.primary is not None
     assert report.primary.pooled is None
-    assert "It was run on several kinds of device, which are not averaged." in report.answer()[0]
+    assert (
+        "It was run on several kinds of device, which are not averaged: there are the cells' own"
+        in report.answer()[0]
+    )
 
 
 def test_averages_over_other_factors_are_within_a_kind_of_device(tmp_path: Path) -> None:
@@ -71,6 +75,7 @@ def test_averages_over_other_factors_are_within_a_kind_of_device(tmp_path: Path)
     tables = {table.title: table for table in build_report(tmp_path).effects}
     assert all("over" not in effect.what for effect in tables["Effect of lr, against 0.1"].effects)
     assert len(tables["Effect of lr, against 0.1"].effects) == 4  # two norms, two kinds
+    assert len({effect.what for effect in tables["Effect of lr, against 0.1"].effects}) == 4
     assert tables["How the difference to bn changes with lr"].averages == []
 
 

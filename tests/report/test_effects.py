@@ -312,7 +312,7 @@ def test_failures_take_back_a_change_of_a_difference(crossed: Path) -> None:
     assert j.uncorrected.not_worse == pytest.approx(st.ttest_1samp(d, -0.5, alternative="greater").pvalue)
     assert change.sentence.endswith(
         "what is added failed in 2 runs, what is subtracted in 0: without them the verdict would be better, which "
-        "does not hold with them at chance."
+        "does not hold when they count."
     )
     for seed in (3, 4):  # as often where it is subtracted: nothing is taken back
         (crossed / f"digits/binarynet/abn/fixed/seed-{seed}/result.json").unlink()

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from abn_exp.report.factors import find_factors
+from abn_exp.report.comparisons import Cell
+from abn_exp.report.factors import describe_group, find_factors
 
 
 def factors_of(*rows: tuple[str, str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -23,6 +24,22 @@ def test_a_rate_of_each_norm_s_own_is_a_factor_beside_others() -> None:
     assert factors_of(*rows) == {"lr": ("1", "2"), "width": ("3", "5")}
     recipes = [(norm, f"fixed-{lr}", {"recipe": "fixed", "lr": lr}) for norm, lr in rates.items()]
     assert factors_of(*recipes, ("bn", "paper", {"recipe": "paper", "lr": 1}))["lr"] == ("1", "2")
+
+
+def test_that_other_norms_lack_an_option_is_no_level_to_compare_with() -> None:
+    rows = [("bn", "fixed", {"lr": 1}), ("abn", "fixed", {"lr": 1, "norm.unbiased": True})]
+    assert factors_of(*rows, ("abn", "fixed_u", {"lr": 1, "norm.unbiased": False})) == {
+        "norm.unbiased": ("true", "absent", "false")
+    }
+
+
+def test_of_norms_with_levels_of_their_own_all_are_named() -> None:
+    keys = {"bn": {"norm.m": 1}, "abn_paper": {"norm.m": 9}, "iebn": {}}
+    other = {("digits", "binarynet", "bn", "fast"): {"norm.m": 2}}
+    settings = {("digits", "binarynet", norm, "fixed"): one for norm, one in keys.items()} | other
+    cells = [Cell(*key, (), {}, {}) for key in settings if key[3] == "fixed"]
+    assert describe_group(cells, find_factors(settings)) == "digits with binarynet (norm.m 1 or 9)"
+    assert describe_group(cells[2:], find_factors(settings)) == "digits with binarynet (norm.m absent)"
 
 
 def test_groups_of_different_norms_never_share_a_description() -> None:

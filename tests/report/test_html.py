@@ -5,14 +5,16 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from abn_exp.report import build
-from abn_exp.report.build import build_report, update_page
+from abn_exp.report.build import build_report, page_of, update_page
 from abn_exp.report.html import html_page
+from abn_exp.report.interactive import ForestRow, forest, spread_ratios
 from tests.helpers.records import BN, CLEARLY_ABOVE, finish_run, start_run, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -112,6 +114,21 @@ def test_the_page_forbids_itself_the_network(page: str) -> None:
     assert policy.startswith("default-src 'none';")
     assert "http" not in policy
     assert "*" not in policy
+
+
+def test_a_page_against_another_norm_is_a_file_of_its_own(folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(folder, tmp_path / "claims")
+    update_page(own, reference="abn", interim=False, first=0)
+    assert page_of(own, "abn").is_file()
+    assert not page_of(own).exists()
+
+
+def test_a_ratio_is_shown_without_a_sign() -> None:
+    row = ForestRow(label="digits", norm="abn", estimate=1.36, interval=(0.82, 2.21), pooled=False, note="n = 20")
+    for draw, shown in ((spread_ratios, "1.36 (0.82 to 2.21)"), (partial(forest, delta=None), "+1.36 (+0.82 to")):
+        figure = draw([row], reference="bn")
+        assert figure is not None
+        assert figure.data[0].hovertemplate.split("<br>")[1].startswith(shown)
 
 
 def test_while_runs_go_on_the_page_is_written_at_most_once_a_minute(folder: Path, tmp_path: Path) -> None:

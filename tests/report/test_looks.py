@@ -226,8 +226,8 @@ def test_failures_take_back_a_verdict_and_say_so(tmp_path: Path) -> None:
     assert c.mean.uncorrected.not_worse == pytest.approx(st.ttest_1samp(d, -0.5, alternative="greater").pvalue)
     text = report.mean_sentence(c.cell, c.mean, "bn")
     assert text.endswith(
-        "abn failed in 2 runs, bn in 0: without them the verdict would be better, which does not hold with them at "
-        "chance."
+        "abn failed in 2 runs, bn in 0: without them the verdict would be better, which does not hold when they "
+        "count."
     )
     for seed in (5, 6):
         (tmp_path / f"digits/binarynet/bn/fixed/seed-{seed}/result.json").unlink()
@@ -246,6 +246,19 @@ def test_failures_at_seeds_that_the_other_norm_has_not_run_count_too(tmp_path: P
     assert (c.mean.failed, c.mean.without_failures, c.mean.verdict) == ((5, 0), "better", "undecided")
     assert (c.mean.uncorrected.difference, c.mean.uncorrected.not_worse) == (1, 1)
     assert c.mean.uncorrected.not_better == t_tests(*_of(c.mean.mean), 0.5).not_better  # what speaks against it stays
+
+
+def test_unpaired_failures_count_at_chance(tmp_path: Path) -> None:
+    config = yaml.safe_dump({"dataset": {"num_classes": 10}})
+    study(tmp_path, {"bn": BN}, config=config)
+    for seed, score in enumerate(CLEARLY_ABOVE, 10):
+        finish_run(tmp_path, "abn", seed, score + 0.02, config=config)
+    (start_run(tmp_path, "abn", 20, config=config) / "FAILED").write_text("diverged: the loss is nan")
+    (c,) = build_report(tmp_path).comparisons
+    scores = [100 * x + 2 for x in CLEARLY_ABOVE]
+    expected = st.ttest_ind([*scores, 10.0], [100 * x for x in BN], equal_var=False).pvalue
+    assert (c.mean.mean.method, c.mean.without_failures, c.mean.verdict) == ("welch", "better", "undecided")
+    assert c.mean.uncorrected.difference in (pytest.approx(expected), 1.0)  # 1: it would be lower
 
 
 def _of(mean: MeanComparison) -> tuple[float, float, float]:
@@ -273,7 +286,7 @@ def test_failures_take_back_a_smaller_spread(tmp_path: Path) -> None:
     assert (c.spread.without_failures, c.spread.verdict, c.spread.p_holm) == ("better", "undecided", 1)
     assert report.spread_sentence(c.cell, c.spread, "bn").endswith(
         "undecided; abn failed in 2 runs, bn in 0: without them the verdict would be better, which does not hold "
-        "with them at chance."
+        "when they count."
     )
 
 
@@ -496,6 +509,18 @@ def test_seeds_count_where_both_norms_have_them(tmp_path: Path) -> None:
     assert write_report(tmp_path).unplanned == []  # no pair more
     finish_run(tmp_path, "bn", 3, BN[3])
     assert write_report(tmp_path).unplanned == [3]
+
+
+def test_seeds_that_are_not_paired_count_by_the_norm_with_fewer(tmp_path: Path) -> None:
+    study(tmp_path, {"abn": CLEARLY_ABOVE})
+    for seed, score in enumerate(BN, 9):
+        finish_run(tmp_path, "bn", seed, score)
+    assert write_report(tmp_path).unplanned == []
+    for seed, score in enumerate(CLEARLY_ABOVE, 5):  # seed 9 is a pair
+        finish_run(tmp_path, "abn", seed, score)
+    for seed, score in enumerate(BN, 14):
+        finish_run(tmp_path, "bn", seed, score)
+    assert write_report(tmp_path).unplanned == [5]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"digits/binarynet/abn/fixed": 3}'])

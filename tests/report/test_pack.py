@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from abn_exp import records
 from abn_exp.analysis.evaluate import evaluate
@@ -67,6 +68,49 @@ def test_later_runs_are_added_and_another_record_of_the_same_run_is_refused(fold
     with pytest.raises(ValueError, match=r"holds digits/binarynet/bn/fixed/seed-7 with another result.json than"):
         pack(folder)
     assert (target / RECORDS).read_bytes() == before
+
+
+def test_a_primary_comparison_is_not_judged_in_the_archive_before_its_runs_have_ended(
+    tmp_path: Path, no_figures: None
+) -> None:
+    primary = {"norm": "abn", "reference": "bn", "datasets": None, "models": None, "statistic": "mean"}
+    config = yaml.safe_dump({"delta": 0.5, "primary": primary})
+    folder = study(tmp_path / "results" / "claims", {"bn": BN, "abn": CLEARLY_ABOVE[:3]}, config=config)
+    for seed in (3, 4):
+        start_run(folder, "abn", seed, config=config)
+    target = pack(folder).folder
+    for place in (folder, target):
+        (answer,) = build_report(place).answer()
+        assert "It is not judged yet: 2 of its runs have not come to an end." in answer
+    shutil.rmtree(folder / "digits" / "binarynet" / "abn")
+    study(folder, {"abn": CLEARLY_ABOVE}, config=config)
+    assert pack(folder).added == 2
+    assert "better" in build_report(target).answer()[0]
+
+
+def test_looks_of_a_packed_study_are_known_where_it_goes_on(tmp_path: Path, no_figures: None) -> None:
+    """On another machine, which has the archive alone."""
+    folder = tmp_path / "results" / "runs"
+    plans = {norm: plan_in(tmp_path / "results", f"norm={norm}") for norm in ("bn", "abn")}
+    config = yaml.safe_dump(plans["bn"].config.model_dump()), yaml.safe_dump(plans["abn"].config.model_dump())
+    for text, (norm, plan) in zip(config, plans.items(), strict=True):
+        finish_run(folder, norm, 0, 0.7, variant=plan.variant, config=text)
+        finish_run(folder, norm, 1, 0.71, variant=plan.variant, config=text)
+    write_report(folder)
+    key = f"digits/binarynet/abn/{plans['abn'].variant}"
+    assert json.loads((folder / "looks.json").read_text()) == {key: [2]}
+    archive = pack(folder).folder / RECORDS
+    shutil.rmtree(folder)
+    assert restore_quoted(plans["bn"]) == archive
+    assert json.loads((folder / "looks.json").read_text()) == {key: [2]}
+    (folder / "looks.json").write_text(json.dumps({key: [3], "other": [5]}))
+    pack(folder)
+    assert json.loads(records.read_records(archive)["looks.json"]) == {key: [2, 3], "other": [5]}
+
+
+def test_what_is_packed_is_not_packed_again(folder: Path, no_figures: None) -> None:
+    with pytest.raises(ValueError, match="is packed already; give results/NAME"):
+        pack(pack(folder).folder)
 
 
 def test_damaged_and_missing_runs_are_refused(folder: Path, no_figures: None, tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_seeds_of_one_accuracy_have_no_interval(tmp_path: Path, monkeypatch: pyt
     assert " to " in rows[1]["95 % over seeds and images"]
 
 
+def test_that_all_cells_mix_test_images_is_said_of_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(run: Run) -> Predictions | None:
+        found = predict(run)
+        return found and Predictions(found.last, found.last_correct, None, None, f"digest {run.seed}")
+
+    monkeypatch.setattr(per_image, "read_predictions", other)
+    left_out = build.build_report(folder).images.left_out
+    assert [line.split(", ")[1] for line in left_out] == [
+        *("bn (fixed): its runs were tested on different images.", "abn (fixed): no predictions of seeds 4."),
+        "abn (fixed): its runs were tested on different images.",
+    ]
+
+
 def test_without_any_predictions_one_sentence_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_image, "read_predictions", lambda run: None)
     report = build.build_report(folder)

@@ -105,6 +105,14 @@ def test_the_script_compares_folders(
     assert "hold the same run twice" in said.err
 
 
+def test_no_folder_is_made_to_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(monkeypatch, "report", tmp_path / "typo", "--watch") == 1
+    assert f"There is no folder {tmp_path}/typo; give one that train.py writes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_page_is_written_served_and_says_where_until_ctrl_c(tmp_path: Path) -> None:
     folder = study(tmp_path / "claims", {"bn": BN[:2], "abn": CLEARLY_ABOVE[:2]})
     command = [sys.executable, str(REPOSITORY / "scripts/report.py"), str(folder), "--watch"]

@@ -454,7 +454,7 @@ def test_dashboard_shows_norms_with_their_spread(
     shown = [metric for panel in curves.values() for metric in panel["metrics"] or [panel["metric_regex"]]]
     assert {"val/acc", "train/loss", "bnn/flip_ratio/.*", "bnn/latent_beyond_one/.*"} <= set(shown)
     for panel in curves.values():
-        assert (panel["group_by"], panel["group_agg"], panel["group_area"]) == ("norm.value", "mean", "stddev")
+        assert (panel["group_by"], panel["group_agg"], panel["group_area"]) == ("group", "mean", "stddev")
     assert "final/test_acc" in json.dumps([panel for panel in panels if panel not in curves.values()])
     assert "study-1" in json.dumps(workspace["spec"]["section"]["run_sets"])
 

@@ -249,14 +249,19 @@ def write_report(
     return report
 
 
+def page_of(folder: Path, reference: str = "bn") -> Path:
+    """Return where the page of a folder is; a sweep writes that against BN."""
+    return folder / ("report.html" if reference == "bn" else f"report-{reference}.html")
+
+
 def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, first: float = PAGE_SECONDS) -> None:
-    """Write report.html of a folder whose runs are under way: by one process at a time, at most once a minute.
+    """Write the page of a folder whose runs are under way: by one process at a time, at most once a minute.
 
     The first one is written when the sweep has taken `first` seconds. There is no verdict on the primary comparison,
     and no interval of it, before its runs are complete; `interim` says that they are not. A page that would not
     change is left as it is. One that cannot be written is a warning, since it can be written again from the records.
     """
-    page = folder / "report.html"
+    page = page_of(folder, reference)
     try:
         with FileLock(folder / ".report.lock", timeout=0):
             earlier = next(path for path in (page, folder / "command.txt", folder) if path.exists())

@@ -239,7 +239,7 @@ def compare(candidates: Sequence[Cell], references: Sequence[Cell], seeds: Seque
     if failed[0] == failed[1]:
         return Tested(mean, (failed[0], failed[1]))
     failing, others = sides if failed[0] > failed[1] else sides[::-1]
-    if failed_alone(failing, others, seeds):
+    if (mean.method == "paired" or len(failing) > 1) and failed_alone(failing, others, seeds):
         return Tested(mean, (failed[0], failed[1]), stats.compare_means([], [], np.random.default_rng(0)))
     a, b = (np.mean([cell.sample_at_chance(seeds) for cell in side], axis=0) for side in sides)
     return Tested(mean, (failed[0], failed[1]), stats.compare_means(a, b, np.random.default_rng(0)))

@@ -109,7 +109,7 @@ def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collecti
             cell, base = by_norm[norm], by_norm[without]
             if frozenset((cell.key, base.key)) not in judged:
                 difference = f"{norm} - {without}"
-                text = f"On {describe_group(group[0], factors)}, {what} ({difference})"
+                text = f"On {describe_group(group, factors)}, {what} ({difference})"
                 rows.append(((*head, what, difference), text, compare([cell], [base], started_seeds(cells)), 1))
     header = ("dataset", "model", *(f.name for f in factors), "part", "difference")
     return "What each part of the norm does", header, rows
@@ -132,7 +132,7 @@ def factorial(cells: Sequence[Cell], factors: Sequence[Factor]) -> Unjudged:
             "interaction": compare_changes([[both, backward, forward, none]], seeds),
         }
         head = (group[0].dataset, group[0].model, *_levels(group[0], factors))
-        where = f"On {describe_group(group[0], factors)}"
+        where = f"On {describe_group(group, factors)}"
         for what, tested in found.items():
             text = f"{where}, the interaction of both" if what == "interaction" else f"{where}, {what}, main effect,"
             rows.append(((*head, what), text, tested, 1))
@@ -184,7 +184,8 @@ def factor_effects(cells: Sequence[Cell], factors: Sequence[Factor], factor: Fac
         matched = {c: at for c, at in contexts.items() if level in at and factor.reference in at}
         pairs = [(at[level], at[factor.reference]) for at in matched.values()]
         for context, (cell, base) in zip(matched, pairs, strict=True):
-            rows.append(((*context, level), f"With {context[2]}, {what}", compare([cell], [base], seeds), 1))
+            where = f"With {_told_apart(context, matched, others, always=2)}, {what}"
+            rows.append(((*context, level), where, compare([cell], [base], seeds), 1))
         if len(pairs) > 1 and one_kind_each(*zip(*pairs, strict=True)):
             mean = compare([cell for cell, _ in pairs], [base for _, base in pairs], seeds)
             labels = _average(len(pairs), 3 + len(others), level)
@@ -218,7 +219,8 @@ def norm_interactions(cells: Sequence[Cell], factors: Sequence[Factor], factor: 
         what = f"{other} - {reference} is {{}} points at {factor.name} {factor.reference}, {now}{{}} at {level}"
         last = (" or ".join(f"{name} - {reference}" for name in dict.fromkeys((other, norm))), level)
         for context, four in matched.items():
-            rows.append(_change((*context, *last), what, [four], seeds))
+            where = f"With {told}, {what}" if (told := _told_apart(context, matched, others)) else what
+            rows.append(_change((*context, *last), where, [four], seeds))
         if len(matched) > 1 and one_kind_each(*zip(*matched.values(), strict=True)):
             labels = _average(len(matched), 2 + len(others), *last)
             rows.append(_change(labels, what, list(matched.values()), seeds))
@@ -284,6 +286,15 @@ def _others(factors: Iterable[Factor], factor: Factor) -> list[Factor]:
 
 def _levels(cell: Cell, factors: Iterable[Factor]) -> tuple[str, ...]:
     return tuple(factor.level(cell) for factor in factors)
+
+
+def _told_apart(
+    context: tuple[str, ...], among: Iterable[tuple[str, ...]], factors: Sequence[Factor], always: int = -1
+) -> str:
+    """Return what tells a context, which ends in the levels of ``factors``, from the others; and part ``always``."""
+    names = [*[""] * (len(context) - len(factors)), *(f"{factor.name} " for factor in factors)]
+    varies = [len(set(parts)) > 1 for parts in zip(*among, strict=True)]
+    return ", ".join(f"{names[i]}{part}" for i, part in enumerate(context) if varies[i] or i == always)
 
 
 def _average(contexts: int, columns: int, *last: str) -> tuple[str, ...]:

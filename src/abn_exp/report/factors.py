@@ -32,10 +32,17 @@ class Factor:
         return self.by_cell[cell.key]
 
 
-def describe_group(cell: Cell, factors: Iterable[Factor]) -> str:
-    """Return what a comparison of norms holds fixed, in words."""
-    levels = [f"{factor.name} {factor.level(cell)}".removeprefix("variant ") for factor in factors]
-    return f"{cell.dataset} with {cell.model}" + (f" ({', '.join(levels)})" if levels else "")
+def describe_group(cells: Sequence[Cell], factors: Iterable[Factor]) -> str:
+    """Return what a comparison of norms holds fixed, in words; of an option of the norms' own, all levels there."""
+    levels = []
+    for factor in factors:
+        found = dict.fromkeys(level for cell in cells if not _absent(level := factor.level(cell))) or {ABSENT: None}
+        levels.append(f"{factor.name} {' or '.join(found)}".removeprefix("variant "))
+    return f"{cells[0].dataset} with {cells[0].model}" + (f" ({', '.join(levels)})" if levels else "")
+
+
+def _absent(level: str) -> bool:
+    return set(level.split(", ")) == {ABSENT}
 
 
 def find_factors(settings: Mapping[Key, Mapping[str, Any]], devices: Mapping[Key, str] | None = None) -> list[Factor]:
@@ -104,7 +111,7 @@ def _factor(group: Sequence[str], columns: Mapping[str, Mapping[Key, str]]) -> F
     shortest = {level: min(len(c[3]) for c, own in by_cell.items() if own == level) for level in by_cell.values()}
     levels = sorted(shortest, key=lambda level: [_numeric(part) for part in level.split(", ")])
     name = ", ".join(key.removeprefix("recipe.") for key in keys)
-    reference = min(levels, key=lambda level: (level != REFERENCES.get(name), -counts[level], shortest[level]))
+    reference = min(levels, key=lambda v: (_absent(v), v != REFERENCES.get(name), -counts[v], shortest[v]))
     return Factor(name, (reference, *(level for level in levels if level != reference)), by_cell)
 
 

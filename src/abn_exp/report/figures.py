@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from abn_exp.files import writing
 from abn_exp.report.stats import Array, MeanComparison, summarize
 
 Panels = Mapping[str, Mapping[str, Any]]
@@ -94,9 +95,12 @@ def norm_styles(norms: Iterable[str]) -> dict[str, NormStyle]:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name``.png and ``name``.pdf, byte for byte the same for the same data."""
     with matplotlib.rc_context(STYLE):  # ticks are made, with the style of that moment, when they are drawn
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        with writing(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", metadata={"Software": None})
         figure.set_layout_engine(None)  # the layout is found, and costs more than the drawing
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        unknown = {"CreationDate": None, "Creator": None, "Producer": None}
+        with writing(folder / f"{name}.pdf") as file:
+            figure.savefig(file, format="pdf", metadata=unknown)
 
 
 def learning_curves(panels: Panels) -> Figure | None:

@@ -53,8 +53,9 @@ def dash(norm: str, norms: Iterable[str]) -> str:
     return DASHES[norm_styles({norm, *norms})[norm].linestyle]
 
 
-def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go.Figure | None:
-    """Draw differences to the reference with their intervals, and the zone of +-delta behind them."""
+def forest(rows: Sequence[ForestRow], delta: float | None, reference: str, sign: str = "+") -> go.Figure | None:
+    """Draw differences to the reference with their intervals, and the zone of +-delta behind them. ``sign``: of the
+    numbers that are shown, "" for what is no difference."""
     rows = [row for row in rows if math.isfinite(row.estimate)]
     if not rows:
         return None
@@ -67,7 +68,8 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str) -> go
     for i, row in enumerate(rows):
         known = all(map(math.isfinite, row.interval))
         low, high = row.interval if known else (row.estimate, row.estimate)
-        hover = f"{row.estimate:+.2f} ({low:+.2f} to {high:+.2f})" if known else f"{row.estimate:+.2f}, no interval"
+        estimate, *ends = (f"{value:{sign}.2f}" for value in (row.estimate, low, high))
+        hover = f"{estimate} ({' to '.join(ends)})" if known else f"{estimate}, no interval"
         style, common = colour(row.norm, names), {"name": row.norm, "meta": row.norm, "showlegend": False}
         bars = {"type": "data", "symmetric": False, "color": style, "thickness": 2, "width": 0}
         bars |= {"array": [high - row.estimate], "arrayminus": [row.estimate - low]}
@@ -228,7 +230,7 @@ def paired_slopes(panels: Mapping[str, Mapping[str, Mapping[int, float]]], refer
 def spread_ratios(rows: Sequence[ForestRow], reference: str) -> go.Figure | None:
     """Draw ratios of standard deviations between seeds with their intervals, on a logarithmic axis."""
     rows = [row for row in rows if 0 < row.estimate < math.inf and math.isfinite(row.interval[0])]
-    figure = forest(rows, None, reference)
+    figure = forest(rows, None, reference, sign="")
     if figure is None:
         return None
     figure.layout.shapes = ()

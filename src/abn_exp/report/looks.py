@@ -192,8 +192,8 @@ def _number(value: float) -> float | None:
 def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable[Cell]) -> list[int]:
     """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
 
-    It is the number of seeds that came to an end, with a score or with a failure, of both norms, or where none did of
-    both, of the norm with fewer. A quoted study's records do not change, so that nothing is added to them.
+    It is the number of seeds that came to an end, with a score or with a failure: of both norms where they are
+    compared in pairs, else of the norm with fewer. A quoted study's records do not change, so that nothing is added.
 
     Raises DamagedFile where what earlier reports left cannot be read.
     """
@@ -201,7 +201,8 @@ def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable
     now = {}
     for c in comparisons:
         own, base = ended[c.cell.key], ended[c.cell.dataset, c.cell.model, c.reference, c.cell.variant]
-        now["/".join(c.cell.key)] = len(own & base) or min(len(own), len(base))
+        pairs, fewer = len(own & base), min(len(own), len(base))
+        now["/".join(c.cell.key)] = pairs if pairs >= 2 and 2 * pairs >= fewer else fewer  # as in `compare_means`
     content = read_study_file(folder, LOOKS)
     try:
         found = {} if content is None else json.loads(content)
@@ -214,6 +215,14 @@ def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable
         with suppress(OSError):  # a read-only folder, whose report is written elsewhere
             write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
     return seen
+
+
+def unite_looks(earlier: bytes | None, later: bytes) -> bytes:
+    """Return `looks.json` with the looks of both."""
+    found: dict[str, list[int]] = {} if earlier is None else json.loads(earlier)
+    for key, counts in json.loads(later).items():
+        found[key] = sorted({*found.get(key, []), *counts})
+    return (json.dumps(found, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -257,7 +266,8 @@ def judge_primary(
         spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
         return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})
     if question.statistic == "pooled" and not one_kind_each(*zip(*pairs, strict=True)):
-        return Primary(question, pairs, withheld="It was run on several kinds of device, which are not averaged.")
+        why = "It was run on several kinds of device, which are not averaged: there are the cells' own comparisons."
+        return Primary(question, [], withheld=why)  # no pairs: nothing waits for it
     if question.statistic == "pooled":
         return Primary(question, pairs, pooled=judge([pooled_difference(pairs)], delta)[0])
     family = [compare([a], [b], started_seeds([a, b])) for a, b in pairs]

@@ -18,8 +18,9 @@ from abn_exp.records import (
     write_records,
 )
 from abn_exp.report.build import write_report
+from abn_exp.report.looks import LOOKS, unite_looks
 from abn_exp.results import find_runs
-from abn_exp.trained_network import pack_network
+from abn_exp.trained_network import pack_network, read_config
 
 ANALYSIS_FILES = (".csv", ".md", ".png")
 OWN_TABLES = ("channels.csv", "histograms.csv")  # of an analysis: large, and summarised by its other tables
@@ -38,17 +39,20 @@ class Packed:
 def pack(folder: Path, *, networks: bool = False) -> Packed:
     """Write the runs, the report and the analyses of `folder`, results/NAME, into results/quoted/NAME, or add them.
 
-    Runs that came to an end, with a result or with a reason, are packed; others are left out. With `networks`, so are
-    the trained networks of those whose weights are here, into a file of their own.
+    Runs that came to an end, with a result or with a reason, are packed; others are left out, but for their
+    configurations where there is a primary comparison, which is not to be judged without them. With `networks`, so
+    are the trained networks of those whose weights are here, into a file of their own.
 
     Raises ValueError, and changes nothing, where a run is damaged, where there is none to pack, or where the archive
     holds the same run with other contents.
     """
     folder = folder.resolve()
+    if folder.parent.name == "quoted":
+        raise ValueError(f"{folder} is packed already; give results/NAME.")
     target = folder.parent / "quoted" / folder.name
     archive = target / RECORDS
     files = dict(read_records(archive)) if archive.is_file() else {}
-    packed = {name.rpartition("/")[0] for name in files if name.endswith("/config.yaml")}
+    packed = {name.rpartition("/")[0] for name in files if name.endswith(("/result.json", "/FAILED"))}
     there = archive.is_file() and (target / NETWORKS).is_file()  # networks without records may be of other runs
     trained_before = read_records(target / NETWORKS) if there else {}
     trained = dict(trained_before)
@@ -62,6 +66,9 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
             raise ValueError(f"{run.reason}; nothing was packed.")
         if run.status == "unfinished":
             left_out.append(f"{run.directory} is left out: it is not finished.")
+            config = read_run_file(run.directory, "config.yaml")
+            if config is not None and read_config(run.directory).get("primary") is not None and name not in packed:
+                files[f"{name}/config.yaml"] = config
             continue
         if networks and run.status == "finished" and f"{name}/{NETWORK}" not in trained:
             try:
@@ -90,7 +97,7 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     files[COMMAND] = "".join(f"{line}\n" for line in commands).encode()
     for name in STUDY_FILES:
         if name != COMMAND and (content := read_study_file(folder, name)) is not None:
-            files[name] = content
+            files[name] = content if name != LOOKS else unite_looks(files.get(name), content)
     target.mkdir(parents=True, exist_ok=True)
     if not there:
         (target / NETWORKS).unlink(missing_ok=True)

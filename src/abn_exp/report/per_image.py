@@ -73,7 +73,7 @@ def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
         agreeing = agreement((ours[seed].last, theirs[seed].last) for seed in seeds)
         difference = crossed_mean(a.astype(np.float64) - b)
         of_pairs.append(PairImages(cell, seeds, difference, tuple(mcnemar(a, b)), agreeing))
-    return ImageEvidence(of_cells, of_pairs, left_out if of_cells else _none(cells))
+    return ImageEvidence(of_cells, of_pairs, left_out if any(found.values()) else _none(cells))
 
 
 def _same_images(predictions: dict[int, Predictions]) -> bool:

@@ -1,6 +1,7 @@
 """Serve report.html of a folder on this machine's loopback address; the page reloads when the file changes."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a tab that was closed
+            self.wfile.write(body)
         return None
 
     def log_message(self, format: str, *arguments: object) -> None:

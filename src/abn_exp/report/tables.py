@@ -80,7 +80,7 @@ class Report:
 
     def describe_group(self, group: Group) -> str:
         """Return a group in words."""
-        return describe_group(next(cell for cell in self.cells if cell.group == group), self.factors)
+        return describe_group([cell for cell in self.cells if cell.group == group], self.factors)
 
     def answer(self) -> list[str]:
         """Return the verdict on the primary comparison in sentences, or why there is none."""

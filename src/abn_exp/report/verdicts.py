@@ -266,7 +266,7 @@ def failures_text(
         return ""
     text = f"; {sides[0]} failed in {failed[0]} runs, {sides[1]} in {failed[1]}"
     if verdict != without_failures:
-        text += f": without them the verdict would be {without_failures}, which does not hold with them at chance"
+        text += f": without them the verdict would be {without_failures}, which does not hold when they count"
     return text
 
 
