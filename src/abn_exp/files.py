@@ -36,6 +36,11 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))  # what a terminal sent need not be valid
 
 
+def modified(path: Path) -> int | None:
+    """Return when a file was written, in ns; None where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 @contextmanager
 def run_lock(directory: Path, patience: float = 0.0) -> Iterator[bool]:
     """Hold the lock of a run, as the process that trains it does; yield whether it was free.

@@ -94,17 +94,21 @@ def code_digest() -> str:
 
 
 def own_code(modules: Iterable[str]) -> dict[str, str]:
-    """Return a digest of the file of each of these imported modules, by the file's name, such as "my_norm.py".
-
-    Not of the package's, of which `code_digest` is, nor of installed ones, whose versions are recorded.
-    """
+    """Return a digest of the file of each of these imported modules, by a name such as "mine/norms.py"; not of the
+    package's, of which `code_digest` is, nor of installed ones."""
     own = sorted({name for name in modules if name.partition(".")[0] != "abn_exp"})
-    files = (Path(file) for name in own if (file := getattr(sys.modules.get(name), "__file__", None)))
+    files = {name: file for name in own if (file := getattr(sys.modules.get(name), "__file__", None))}
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in files
-        if not {"site-packages", "dist-packages"} & {*path.parts}
+        name.replace(".", "/") + ".py": _file_digest(file)
+        for name, file in files.items()
+        if not {"site-packages", "dist-packages"} & {*Path(file).parts}
     }
+
+
+@cache
+def _file_digest(file: str) -> str:
+    """Return twelve hexadecimal digits of a file as it was at the first call, which was soon after its import."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
 
 
 @cache

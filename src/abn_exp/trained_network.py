@@ -168,8 +168,7 @@ def pack_network(run: OfRun | str | Path) -> bytes:
 def load_trained_network(directory: Path, weights: Literal["last", "best"] = "last") -> "torch.nn.Module":
     """Return a run's network as `load_network` does, without gradients of its own.
 
-    Raises ConfigError, too, where the folder is not a run's, has no such weights or is not finished, or where the
-    running statistics were not saved, so that it is not the network that was trained.
+    Raises ConfigError, too, where the folder is not a run's, has no such weights or is not finished.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
@@ -177,14 +176,7 @@ def load_trained_network(directory: Path, weights: Literal["last", "best"] = "la
         raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt; train it again with force=true.")
     if not (directory / "result.json").is_file():
         raise ConfigError(f"{directory} is not of a finished run; train to the end first.")
-    network = load_network(directory, weights).requires_grad_(False)
-    for name, module in network.named_modules():
-        if {"running_mean", "running_var"} & module._non_persistent_buffers_set:
-            raise ConfigError(
-                f"{name} of {directory} was saved without its running statistics, so there is no trained network "
-                "(persistent_stats=true saves them)."
-            )
-    return network
+    return load_network(directory, weights).requires_grad_(False)
 
 
 @dataclass(frozen=True)

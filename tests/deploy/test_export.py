@@ -364,19 +364,3 @@ def test_comparisons_are_counted_where_they_are_made(trained: Path, tmp_path: Pa
     (one, other) = (layer for layer in summary["layers"] if layer["folded"])
     assert one["one_threshold"] == other["one_threshold"] == 4
     assert summary["operations"]["integer_comparisons"] == 4 * 32 * 32
-
-
-def test_buffers_that_are_no_statistics_need_not_be_saved(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = load_network(trained)
-    network.get_submodule("stem.norm").register_buffer("blur", torch.ones(3), persistent=False)
-    monkeypatch.setattr("abn_exp.trained_network.load_network", lambda *_: network)
-    assert open_run(trained, "last", None).network is network
-
-
-def test_statistics_that_were_not_saved_are_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = load_network(trained)
-    norm = network.get_submodule("stem.norm")
-    norm.register_buffer("running_mean", norm.get_buffer("running_mean"), persistent=False)
-    monkeypatch.setattr("abn_exp.trained_network.load_network", lambda *_: network)
-    with pytest.raises(ConfigError, match=r"stem\.norm of .* was saved without its running statistics"):
-        open_run(trained, "last", None)

@@ -65,6 +65,7 @@ class Gated(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
+        self.register_buffer("blur", torch.ones(3), persistent=False)  # no statistics: it need not be saved
         self.norm, self.gate = nn.BatchNorm2d(num_features), nn.Linear(num_features, num_features)
         self.drawn = nn.Parameter(torch.rand(1, 2, num_features // 2, 1, 1))
         self.reset_parameters()

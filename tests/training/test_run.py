@@ -200,36 +200,48 @@ def test_a_signal_that_lightning_alone_has_seen_ends_the_run_before_the_epoch_co
     assert differences(plain.directory, plan.directory) == []
 
 
-@pytest.mark.parametrize("error", [NotContinued("on another device"), ConfigError("no data"), OSError("no disk")])
+@pytest.mark.parametrize("stage", ["load_data", "_test"])  # before and after what begins to train
+@pytest.mark.parametrize(
+    "error", [NotContinued("on another device"), ConfigError("no data"), OSError("no disk"), Stopped(signal.SIGINT)]
+)
 def test_a_damaged_record_stays_where_it_cannot_be_made_again(
-    make_plan: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+    plain: RunPlan, make_plan: Make, monkeypatch: pytest.MonkeyPatch, error: Exception, stage: str
 ) -> None:
-    """As after a copy that left files out, on a machine without the images."""
-    plan = make_plan()
-    result = run(plan, "python train.py")
+    """As after a copy that left files out, on a machine without the images, and told where they might be."""
+    plan = make_plan("dataset.root=/nowhere")
+    shutil.copytree(plain.config.results_dir, plan.config.results_dir)
+    result = read_result(plan.directory)
     predictions = plan.directory / "predictions.npz"
     content = predictions.read_bytes()
     predictions.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_data", Mock(side_effect=error))
+        patch.setattr(run_module, stage, Mock(side_effect=error))
         with pytest.raises(type(error)):
-            run(plan, "python train.py")
+            run(plan, "python train.py dataset.root=/nowhere")
     assert find_runs(plan.study)[0].status == "damaged"
     assert not (plan.directory / "FAILED").exists()
     predictions.write_bytes(content)
     assert find_runs(plan.study)[0].result == result
 
 
-def test_a_divergence_stays_recorded_where_the_run_is_not_gone_on_with(
+def test_a_divergence_stays_recorded_where_nothing_is_trained_in_its_place(
     make_plan: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan("recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
     with pytest.raises(Diverged):
         run(plan, "python train.py")
-    monkeypatch.setattr(run_module, "load_data", Mock(side_effect=NotContinued("on another device")))
-    with pytest.raises(NotContinued):
-        run(plan, "python train.py")
-    assert find_runs(plan.study)[0].status == "diverged"
+    before = (plan.directory / "FAILED").read_bytes()
+    for stage, error in (
+        ("abn_exp.training.run.load_data", NotContinued("on another device")),
+        ("abn_exp.training.classifier.LitClassifier._shared_step", ConfigError("the memory is used up")),
+        ("abn_exp.training.classifier.LitClassifier._shared_step", Stopped(signal.SIGINT)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, Mock(side_effect=error))
+            with pytest.raises(type(error)):
+                run(plan, "python train.py")
+        assert (plan.directory / "FAILED").read_bytes() == before
+        assert len(read_metrics(plan.directory)) == 1
 
 
 def test_a_run_of_several_parts_records_what_each_was_made_with(

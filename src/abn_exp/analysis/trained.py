@@ -83,9 +83,12 @@ class TestImages:
 
 def source_at(dataset: DatasetConfig, root: str | None) -> dict[str, Any]:
     """Return what `load` takes, of a set whose data, or whose folder of images, are in `root` now; None: where they
-    were."""
-    moved = "path" if dataset.name == "folder" else "root"
-    return dataset.source | ({} if root is None else {moved: root})
+    were. What is made of a folder goes where a run of today would have it."""
+    if root is None:
+        return dataset.source
+    if dataset.name == "folder":
+        return dataset.source | {"path": root, "root": os.environ.get("DATA_DIR", "./data")}
+    return dataset.source | {"root": root}
 
 
 class Opener:
@@ -115,7 +118,7 @@ class Opener:
         config = parse(read_config(run.directory))
         options = config.dataset.model_dump(exclude={"padding", "flip", "train_images"})
         with suppress(ValueError):
-            options |= asdict(load_input_format(run))
+            options |= asdict(load_input_format(run)) | {"images": None}  # `digest` is of those that are there now
         return f"{options} {config.recipe.normalization} {self.root} {self.count}"
 
     def digest(self, run: Run) -> str:

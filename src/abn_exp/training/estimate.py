@@ -124,14 +124,15 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
     """
     found = {run.directory: run for folder in {plan.study for plan in plans} for run in find_runs(folder)}
     to_do: list[RunPlan] = []
-    total = 0.0
+    total, finished = 0.0, 0
     ordered = sorted(plans, key=lambda plan: (plan.directory.parent, plan.config.seed))
     for cell, group in groupby(ordered, lambda plan: plan.directory.parent):
         yield str(cell)
         pending: list[tuple[RunPlan, int]] = []
         for plan in group:
             state, rest, done = _state(plan, found.get(plan.directory))
-            if state != "finished" or plan.config.force:
+            finished += state == "finished" and not plan.config.force
+            if state not in ("finished", "refused") or plan.config.force:
                 pending.append((plan, 0 if plan.config.force else done))
             yield f"  {plan.directory.name:<9} {state:<10} {rest}".rstrip()
         if pending:
@@ -142,7 +143,9 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
             to_do += [plan for plan, _ in pending]
             total += sum(times)
     at_most = " at most" if plans[0].config.looks else ""
-    yield f"{len(plans)} runs{at_most}, {len(plans) - len(to_do)} of them finished, {len(to_do)} to do"
+    refused = len(plans) - finished - len(to_do)
+    last = f", {refused} refused" if refused else ""
+    yield f"{len(plans)} runs{at_most}, {finished} of them finished, {len(to_do)} to do{last}"
     if to_do:
         count, gain = _at_once(to_do)
         several = f", {count} at a time, which is {gain:.2f} times as fast as one" if count > 1 else ""
@@ -155,7 +158,11 @@ def _state(plan: RunPlan, run: Run | None) -> tuple[str, str, int]:
     if run is None:
         return "not begun", "", 0
     state, rest = describe(run)
-    if state == "finished" and differing_options(plan.config.model_dump(), read_config(run.directory)):
+    if (
+        state == "finished"
+        and not plan.config.force
+        and differing_options(plan.config.model_dump(), read_config(run.directory))
+    ):
         return "refused", "it holds the result of another configuration", 0
     return state, rest, progress(run.directory)[0] if state not in ("finished", "damaged", "not begun") else 0
 

@@ -29,7 +29,7 @@ from abn_exp import provenance
 from abn_exp.config import Config
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.errors import ConfigError, DamagedFile, Diverged, NotContinued, Stopped
-from abn_exp.files import remove_temporary_files, run_lock, write_text_atomic, writing
+from abn_exp.files import modified, remove_temporary_files, run_lock, write_text_atomic, writing
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
 from abn_exp.options import differing_options
@@ -73,6 +73,7 @@ from abn_exp.training.setup import (
 from abn_exp.training.wandb_run import Tracker, run_arguments
 from abn_exp.training.watch import Counter, epoch_reached, watching
 
+RECORD = ("result.json", "SHA256SUMS", "FAILED", "metrics.jsonl", "input.json", "config.yaml")  # not what is large
 PATIENCE = 1.0  # seconds for whoever looks at the run's lock just now
 SLOWER = 1.1  # warn where a precision takes this many times as long as fp32
 
@@ -119,20 +120,21 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             show(directory, finished)
             return finished
         _log_last_attempt(plan)
+        last = directory / "checkpoints" / "last.ckpt"
+        earlier, begun = _take_record(directory), modified(last)
         write_config(directory, config.model_dump(), command)
-        earlier = _take_record(directory)
         write_text_atomic(directory / "RUNNING", f"process {os.getpid()} on {platform.node()}\n")
         try:
-            last = directory / "checkpoints" / "last.ckpt"
-            begun = last.exists() or previous(last).exists()
-            copied = not (begun or config.force) and begin_with_shorter_run(plan, device)
+            new = not (config.force or last.exists() or previous(last).exists())
+            copied = new and begin_with_shorter_run(plan, device)
             with device_errors_explained(device):
                 result = _train_and_test(plan, device, steps, copied)
         except NotContinued:  # nothing has failed
-            _give_back(directory, earlier)
+            if modified(last) == begun:
+                _give_back(directory, earlier)
             raise
         except ConfigError as error:
-            if _give_back(directory, earlier):
+            if modified(last) == begun and _give_back(directory, earlier):
                 pass
             elif _has_trained(directory):
                 write_text_atomic(directory / "FAILED", f"{error}\n")
@@ -140,12 +142,14 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
                 remove_run(directory)
             raise
         except Exception as error:
-            if not _give_back(directory, earlier):
+            if modified(last) != begun or not _give_back(directory, earlier):
                 text = f"{type(error).__name__}: {error}"
                 write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
+            if modified(last) == begun:
+                _give_back(directory, earlier)
             _log_stop(plan, stopped)
             restore_replaced(directory)
             raise stopped from None
@@ -161,24 +165,20 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
 
 
 def _take_record(directory: Path) -> dict[str, bytes]:
-    """Remove how a run ended, which it will write again, and return it: a damaged record, or a failure."""
-    paths = [directory / name for name in ("result.json", "SHA256SUMS", "FAILED")]
-    taken = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    if (metrics := directory / "metrics.jsonl").is_file():
-        taken[metrics.name] = metrics.read_bytes()
-    for path in paths:
-        path.unlink(missing_ok=True)
+    """Remove how a run ended, a damaged record or a failure, which it will write again; return it, and what else of
+    the record is written at a run's start."""
+    taken = {name: path.read_bytes() for name in RECORD if (path := directory / name).is_file()}
+    for name in RECORD[:3]:
+        (directory / name).unlink(missing_ok=True)
     return taken
 
 
 def _give_back(directory: Path, taken: Mapping[str, bytes]) -> bool:
-    """Put back what `_take_record` took, where it was a record or a divergence and no epoch was trained since; tell
-    whether it was put back."""
-    metrics = directory / "metrics.jsonl"
-    trained = (metrics.read_bytes() if metrics.is_file() else None) != taken.get(metrics.name)
-    if trained or not ("result.json" in taken or taken.get("FAILED", b"").startswith(b"diverged")):
+    """Put back what `_take_record` took, where it was a record or a divergence; tell whether it was. Call it only
+    where no epoch has ended since."""
+    if not ("result.json" in taken or taken.get("FAILED", b"").startswith(b"diverged")):
         return False
-    for name in ("FAILED", "SHA256SUMS", "result.json"):  # in this order a record is whole once its result is there
+    for name in reversed(RECORD):  # a record is whole once its result is there
         if name in taken:
             with writing(directory / name) as file:
                 file.write(taken[name])

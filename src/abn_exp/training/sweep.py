@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from abn_exp.commandline import hydra_sentence
 from abn_exp.config import Config, read
 from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
-from abn_exp.files import write_text_atomic
+from abn_exp.files import modified, write_text_atomic
 from abn_exp.identity import GROUPS, RunPlan, init_by_run, plan_of, quoted, restore_quoted
 from abn_exp.machine import cpu_count
 from abn_exp.options import differing_options
@@ -70,7 +70,7 @@ class SweepCallback(Callback):
         # Two commands may be one run, where an option has no effect on what the other one chooses.
         self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
         self.errors = dict[Path, str]()
-        self.before = {plan.directory: _written(plan) for plan in self.plans}
+        self.before = {plan.directory: modified(plan.directory / "result.json") for plan in self.plans}
         _check_devices(self.plans)
         _check_launcher(self.plans, config)
         looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
@@ -203,7 +203,7 @@ class SweepCallback(Callback):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
-            elif plan.config.force and _written(plan) == self.before[plan.directory]:
+            elif plan.config.force and modified(plan.directory / "result.json") == self.before[plan.directory]:
                 lines.append(f"NOT REPLACED {plan.directory}: {error}")
             elif differing_options(plan.config.model_dump(), read_config(run.directory)):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
@@ -294,12 +294,6 @@ def record_command(folder: Path, typed: str) -> None:
     if typed not in lines:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, "\n".join([*lines, typed]) + "\n")
-
-
-def _written(plan: RunPlan) -> int | None:
-    """Return when a run's result was written, in ns; None where there is none."""
-    path = plan.directory / "result.json"
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def finished_result(plan: RunPlan) -> RunResult | None:

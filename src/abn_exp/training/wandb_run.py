@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abn_exp.config import WandbConfig
-from abn_exp.errors import ConfigError, in_a_line
+from abn_exp.errors import ConfigError, DamagedFile, in_a_line
 from abn_exp.files import run_lock, write_text_atomic
 from abn_exp.models.cost import NetworkSummary
 from abn_exp.results import Run, RunResult, find_runs, read_metrics
@@ -46,10 +46,18 @@ class Tracker:
     """
 
     def __init__(
-        self, settings: WandbConfig, study: Path, *, directory: Path | None = None, name: str, **init: Any
+        self,
+        settings: WandbConfig,
+        study: Path,
+        *,
+        directory: Path | None = None,
+        keep_offline: bool = False,
+        name: str,
+        **init: Any,
     ) -> None:
         """`study` is the study's folder, results/NAME; `directory` is a training run's, which keeps the id, so that
-        the same W&B run goes on. `init` goes to `wandb.init`: group, job_type, tags, config.
+        the same W&B run goes on. `keep_offline`: what it wrote offline before stays. `init` goes to `wandb.init`:
+        group, job_type, tags, config.
         """
         self.run: Any = None
         self.command = f"python scripts/runs.py --upload {study}"  # uploads what could not be uploaded
@@ -80,9 +88,9 @@ class Tracker:
         if directory is not None:
             write_text_atomic(directory / "wandb-run-id", self.run.id)
         if earlier is not None:
-            if self.run.offline:
+            if self.run.offline or not keep_offline:
                 _remove_earlier_segments(self.run)
-            else:
+            if not self.run.offline:
                 with suppress(Exception):  # else W&B's client leaves out what is there
                     self._epoch = _ask(settings, earlier).epoch
         if self.run.offline:
@@ -181,6 +189,7 @@ def upload(folder: Path) -> Iterator[str]:
 
     Raises ConfigError where there is no key, or no server that takes it, ValueError without runs.
     """
+    folder = folder.resolve()
     runs = find_runs(folder)
     if not runs:
         raise ValueError(f"There are no runs in {folder}; give a folder that train.py wrote, results/NAME.")
@@ -189,7 +198,10 @@ def upload(folder: Path) -> Iterator[str]:
         if run.status == "damaged" or not run.directory.is_dir():
             continue
         with run_lock(run.directory) as free:
-            done = _upload(run) if free else "being trained, it logs its epochs itself"
+            try:
+                done = _upload(run) if free else "being trained, it logs its epochs itself"
+            except DamagedFile as error:
+                done = str(error)
         if done:
             missing += free
             yield f"{run.directory}: {done}"
@@ -220,7 +232,8 @@ def _upload(run: Run) -> str:
     if not lines or (complete and there.ended):
         return ""
     recipe = run.result.recipe if run.result is not None else run.variant.split("_")[0]
-    tracker = Tracker(settings, **run_arguments(run.directory, recipe, config))
+    # What a run wrote offline has what only training can log, such as each class's accuracy.
+    tracker = Tracker(settings, **run_arguments(run.directory, recipe, config), keep_offline=True)
     for line in lines:
         tracker.log_epoch(line)
     if run.result is not None:
