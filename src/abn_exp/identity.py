@@ -22,7 +22,16 @@ from abn_exp.config import NAME, Config, read
 from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.files import run_lock, writing
 from abn_exp.options import Options, all_options, differing_options, set_options
-from abn_exp.records import NETWORK, RECORDS, RUN_FILES, archived_runs, read_run_file, read_study_file
+from abn_exp.records import (
+    LOOKS,
+    NETWORK,
+    RECORDS,
+    RUN_FILES,
+    archived_runs,
+    read_run_file,
+    read_study_file,
+    unite_looks,
+)
 from abn_exp.results import has_begun, read_result
 from abn_exp.trained_network import read_config
 
@@ -206,10 +215,13 @@ def restore_quoted(plan: RunPlan) -> Path | None:
         for name in sorted(files, key=lambda name: name == "result.json"):  # with it the run is finished
             with writing(directory / name) as file:
                 file.write(files[name])
-    for name in ("plan.json", "looks.json"):  # else what was planned, or looked at, would be unknown beside the run
-        if not (plan.study / name).is_file() and (content := read_study_file(study, name)) is not None:
+    for name in ("plan.json", LOOKS):  # else what was planned, or looked at, would be unknown beside the run
+        packed, own = (read_study_file(place, name) for place in (study, plan.study))
+        if name == LOOKS and packed is not None:
+            packed = unite_looks(study / name, packed, own)
+        if packed not in (None, own) and (own is None or name == LOOKS):
             with writing(plan.study / name) as file:
-                file.write(content)
+                file.write(packed)
     return study / RECORDS
 
 

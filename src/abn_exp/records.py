@@ -8,6 +8,7 @@ same runs make the same bytes, in whatever order they were added. Checkpoints st
 """
 
 import io
+import json
 import lzma
 import re
 import tarfile
@@ -22,7 +23,8 @@ RECORDS = "records.tar.xz"
 NETWORKS = "networks.tar.xz"  # beside it, read only where a network is wanted
 NETWORK = "network.ckpt"  # of a run: the network that it ended with, with the signs of its binary weights
 COMMAND = "command.txt"  # of a study: what was typed, a line each
-STUDY_FILES = (COMMAND, "plan.json", "looks.json")  # beside the runs
+LOOKS = "looks.json"  # of a study: by cell, at how many seeds its reports were written
+STUDY_FILES = (COMMAND, "plan.json", LOOKS)  # beside the runs
 RUN_FILES = (  # of a run's folder; checkpoints and locks are no part of its record
     *("config.yaml", "input.json", "metrics.jsonl", "result.json", "SHA256SUMS", "FAILED", "predictions.npz"),
     *("train.log", "wandb-run-id"),
@@ -110,6 +112,24 @@ def read_study_file(folder: Path, name: str) -> bytes | None:
         return path.read_bytes()
     archive = folder / RECORDS
     return read_records(archive).get(name) if archive.is_file() else None
+
+
+def read_looks(path: Path, content: bytes | None) -> dict[str, list[int]]:
+    """Return what `looks.json` holds; nothing where it is None. Raises DamagedFile, which names ``path``."""
+    try:
+        found = {} if content is None else json.loads(content)
+        return {key: [int(n) for n in counts] for key, counts in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedFile(path, error) from error
+
+
+def unite_looks(path: Path, *contents: bytes | None) -> bytes:
+    """Return one `looks.json` for several. Raises DamagedFile, which names ``path``."""
+    found: dict[str, list[int]] = {}
+    for content in contents:
+        for key, counts in read_looks(path, content).items():
+            found[key] = sorted({*found.get(key, []), *counts})
+    return (json.dumps(found, indent=1) + "\n").encode()
 
 
 def read_command(folder: Path) -> str:

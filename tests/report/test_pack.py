@@ -82,6 +82,10 @@ def test_a_primary_comparison_is_not_judged_in_the_archive_before_its_runs_have_
     for place in (folder, target):
         (answer,) = build_report(place).answer()
         assert "It is not judged yet: 2 of its runs have not come to an end." in answer
+    for seed in (3, 4):  # "remove the folders of runs that are not to be trained"
+        shutil.rmtree(next(folder.glob(f"digits/binarynet/abn/fixed/seed-{seed}")))
+    pack(folder)
+    assert build_report(target).answer() == build_report(folder).answer()
     shutil.rmtree(folder / "digits" / "binarynet" / "abn")
     study(folder, {"abn": CLEARLY_ABOVE}, config=config)
     assert pack(folder).added == 2
@@ -106,6 +110,13 @@ def test_looks_of_a_packed_study_are_known_where_it_goes_on(tmp_path: Path, no_f
     (folder / "looks.json").write_text(json.dumps({key: [3], "other": [5]}))
     pack(folder)
     assert json.loads(records.read_records(archive)["looks.json"]) == {key: [2, 3], "other": [5]}
+    (folder / "looks.json").write_text(json.dumps({key: [4]}))
+    shutil.rmtree(plans["bn"].directory)
+    assert restore_quoted(plans["bn"]) == archive
+    assert json.loads((folder / "looks.json").read_text()) == {key: [2, 3, 4], "other": [5]}
+    (folder / "looks.json").write_text("[]")
+    with pytest.raises(DamagedFile, match=r"looks\.json is damaged"):
+        pack(folder)
 
 
 def test_what_is_packed_is_not_packed_again(folder: Path, no_figures: None) -> None:

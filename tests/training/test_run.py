@@ -225,7 +225,7 @@ def test_a_damaged_record_stays_where_it_cannot_be_made_again(
 
 
 def test_a_divergence_stays_recorded_where_nothing_is_trained_in_its_place(
-    make_plan: Make, monkeypatch: pytest.MonkeyPatch
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = make_plan("recipe.optimizer.name=sgd", "recipe.optimizer.lr=1e38")
     with pytest.raises(Diverged):
@@ -242,6 +242,7 @@ def test_a_divergence_stays_recorded_where_nothing_is_trained_in_its_place(
                 run(plan, "python train.py")
         assert (plan.directory / "FAILED").read_bytes() == before
         assert len(read_metrics(plan.directory)) == 1
+    assert "stopped by SIGINT in epoch 1 of 2; the same command begins the run again" in caplog.text
 
 
 def test_a_run_of_several_parts_records_what_each_was_made_with(

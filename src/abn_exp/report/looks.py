@@ -16,7 +16,7 @@ from typing import Any, Literal
 from abn_exp.config import PrimaryConfig
 from abn_exp.errors import DamagedFile
 from abn_exp.files import write_text_atomic
-from abn_exp.records import RECORDS, read_study_file
+from abn_exp.records import LOOKS, RECORDS, read_looks, read_study_file
 from abn_exp.report.comparisons import (
     Cell,
     Comparison,
@@ -35,7 +35,7 @@ from abn_exp.report.spread import SpreadJudgement, judge_spreads
 from abn_exp.report.stats import ALPHA
 from abn_exp.report.verdicts import Judgement, judge
 
-PLAN, LOOKS = "plan.json", "looks.json"
+PLAN = "plan.json"
 DELTA = 0.5  # points, where none was fixed before the runs
 
 
@@ -203,26 +203,13 @@ def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable
         own, base = ended[c.cell.key], ended[c.cell.dataset, c.cell.model, c.reference, c.cell.variant]
         pairs, fewer = len(own & base), min(len(own), len(base))
         now["/".join(c.cell.key)] = pairs if pairs >= 2 and 2 * pairs >= fewer else fewer  # as in `compare_means`
-    content = read_study_file(folder, LOOKS)
-    try:
-        found = {} if content is None else json.loads(content)
-        earlier: dict[str, list[int]] = {key: [int(n) for n in counts] for key, counts in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedFile(folder / LOOKS, error) from error
+    earlier = read_looks(folder / LOOKS, read_study_file(folder, LOOKS))
     seen = sorted({n for key, count in now.items() for n in earlier.get(key, []) if n < count})
     updated = {key: sorted({*earlier.get(key, []), n}) for key, n in now.items() if n}
     if earlier | updated != earlier and not (folder / RECORDS).is_file():
         with suppress(OSError):  # a read-only folder, whose report is written elsewhere
             write_text_atomic(folder / LOOKS, json.dumps(earlier | updated, indent=1) + "\n")
     return seen
-
-
-def unite_looks(earlier: bytes | None, later: bytes) -> bytes:
-    """Return `looks.json` with the looks of both."""
-    found: dict[str, list[int]] = {} if earlier is None else json.loads(earlier)
-    for key, counts in json.loads(later).items():
-        found[key] = sorted({*found.get(key, []), *counts})
-    return (json.dumps(found, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from abn_exp.records import (
     COMMAND,
+    LOOKS,
     NETWORK,
     NETWORKS,
     RECORDS,
@@ -15,10 +16,10 @@ from abn_exp.records import (
     read_records,
     read_run_file,
     read_study_file,
+    unite_looks,
     write_records,
 )
 from abn_exp.report.build import write_report
-from abn_exp.report.looks import LOOKS, unite_looks
 from abn_exp.results import find_runs
 from abn_exp.trained_network import pack_network, read_config
 
@@ -53,6 +54,8 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     archive = target / RECORDS
     files = dict(read_records(archive)) if archive.is_file() else {}
     packed = {name.rpartition("/")[0] for name in files if name.endswith(("/result.json", "/FAILED"))}
+    # Of runs that had not ended, which may be gone since.
+    files = {name: data for name, data in files.items() if "/" not in name or name.rpartition("/")[0] in packed}
     there = archive.is_file() and (target / NETWORKS).is_file()  # networks without records may be of other runs
     trained_before = read_records(target / NETWORKS) if there else {}
     trained = dict(trained_before)
@@ -97,7 +100,7 @@ def pack(folder: Path, *, networks: bool = False) -> Packed:
     files[COMMAND] = "".join(f"{line}\n" for line in commands).encode()
     for name in STUDY_FILES:
         if name != COMMAND and (content := read_study_file(folder, name)) is not None:
-            files[name] = content if name != LOOKS else unite_looks(files.get(name), content)
+            files[name] = content if name != LOOKS else unite_looks(folder / LOOKS, files.get(name), content)
     target.mkdir(parents=True, exist_ok=True)
     if not there:
         (target / NETWORKS).unlink(missing_ok=True)

@@ -127,6 +127,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
         try:
             new = not (config.force or last.exists() or previous(last).exists())
             copied = new and begin_with_shorter_run(plan, device)
+            begun = modified(last) if copied else begun
             with device_errors_explained(device):
                 result = _train_and_test(plan, device, steps, copied)
         except NotContinued:  # nothing has failed
@@ -148,9 +149,9 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             raise
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
+            _log_stop(plan, stopped)
             if modified(last) == begun:
                 _give_back(directory, earlier)
-            _log_stop(plan, stopped)
             restore_replaced(directory)
             raise stopped from None
         finally:
@@ -204,12 +205,16 @@ def _log_last_attempt(plan: RunPlan) -> None:
 
 def _log_stop(plan: RunPlan, stopped: Stopped) -> None:
     """Log what is done and how it goes on."""
-    done = len(read_metrics(plan.directory))
+    stopped.reported = True
+    try:
+        done, where = len(read_metrics(plan.directory)), epoch_reached(plan)
+    except DamagedFile as error:
+        log.warning("stopped by %s; %s", stopped.signal, error)
+        return
     how = f"goes on from the end of epoch {done}" if done else "begins the run again"
     if done and plan.config.force:
         how = f"begins the run again, and without force=true {how}"
-    log.warning("stopped by %s %s; the same command %s", stopped.signal, epoch_reached(plan), how)
-    stopped.reported = True
+    log.warning("stopped by %s %s; the same command %s", stopped.signal, where, how)
 
 
 def _run_worker_rank(plan: RunPlan) -> RunResult:

@@ -88,7 +88,7 @@ class Tracker:
         if directory is not None:
             write_text_atomic(directory / "wandb-run-id", self.run.id)
         if earlier is not None:
-            if self.run.offline or not keep_offline:
+            if not keep_offline:
                 _remove_earlier_segments(self.run)
             if not self.run.offline:
                 with suppress(Exception):  # else W&B's client leaves out what is there
