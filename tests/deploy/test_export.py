@@ -265,7 +265,9 @@ def test_what_a_part_of_the_test_set_is_compared_with_is_of_all_classes(
     assert seen[1].bincount().tolist() == [2] * 10
 
 
-def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Path) -> None:
+def test_what_has_changed_in_a_folder_since_the_training_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An export names the classes that were trained, and normalises as in training."""
     write_folder(tmp_path / "images", ["cat", "dog"], per_class=20)
     words = ["dataset=folder", f"dataset.path={tmp_path}/images", f"dataset.root={tmp_path}", "model.width=0.0625"]
@@ -276,6 +278,7 @@ def test_what_has_changed_in_a_folder_since_the_training_is_noticed(tmp_path: Pa
     image = np.full((32, 32, 3), 255, np.uint8)
     for i in range(20):
         Image.fromarray(image).save(tmp_path / "images" / "train" / "cat" / f"white{i}.png")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="has no folder 'train'"):
         open_run(plan.directory, "last", None)

@@ -372,7 +372,8 @@ def sweep_params(config: DictConfig) -> dict[str, str]:
 def jobs(config: DictConfig) -> list[list[str]]:
     """Return the overrides of every run of a multirun, in its order."""
     arguments = [f"{key}={value}" for key, value in sweep_params(config).items()]
-    loader = GlobalHydra.instance().config_loader()  # which knows what glob(...) stands for
+    hydra = GlobalHydra.instance()
+    loader = hydra.config_loader() if hydra.is_initialized() else None  # which knows what glob(...) stands for
     parsed = OverridesParser.create(loader).parse_overrides([*arguments, *typed_overrides(config)])
     return [job for batch in split_into_batches(config, parsed) for job in batch]
 
