@@ -131,27 +131,24 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
             with device_errors_explained(device):
                 result = _train_and_test(plan, device, steps, copied)
         except NotContinued:  # nothing has failed
-            if modified(last) == begun:
-                _give_back(directory, earlier)
+            _give_back(directory, earlier, begun)
             raise
         except ConfigError as error:
-            if modified(last) == begun and _give_back(directory, earlier):
-                pass
-            elif _has_trained(directory):
-                write_text_atomic(directory / "FAILED", f"{error}\n")
-            elif not restore_replaced(directory):
-                remove_run(directory)
+            if not _give_back(directory, earlier, begun):
+                if _has_trained(directory):
+                    write_text_atomic(directory / "FAILED", f"{error}\n")
+                elif not restore_replaced(directory):
+                    remove_run(directory)
             raise
         except Exception as error:
-            if modified(last) != begun or not _give_back(directory, earlier):
+            if not _give_back(directory, earlier, begun):
                 text = f"{type(error).__name__}: {error}"
                 write_text_atomic(directory / "FAILED", text.removeprefix("Diverged: ") + "\n")
             raise
         except (Stopped, SIGTERMException) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGTERM)  # of a launcher's own process
             _log_stop(plan, stopped)
-            if modified(last) == begun:
-                _give_back(directory, earlier)
+            _give_back(directory, earlier, begun)
             restore_replaced(directory)
             raise stopped from None
         finally:
@@ -174,9 +171,11 @@ def _take_record(directory: Path) -> dict[str, bytes]:
     return taken
 
 
-def _give_back(directory: Path, taken: Mapping[str, bytes]) -> bool:
-    """Put back what `_take_record` took, where it was a record or a divergence; tell whether it was. Call it only
-    where no epoch has ended since."""
+def _give_back(directory: Path, taken: Mapping[str, bytes], begun: int | None) -> bool:
+    """Put back what `_take_record` took, where it was a record or a divergence and no epoch has ended since, that is,
+    `last.ckpt` is still of `begun`; tell whether it was put back."""
+    if modified(directory / "checkpoints" / "last.ckpt") != begun:
+        return False
     if not ("result.json" in taken or taken.get("FAILED", b"").startswith(b"diverged")):
         return False
     for name in reversed(RECORD):  # a record is whole once its result is there
