@@ -74,7 +74,7 @@ class TimeToAccuracy:
     images: int  # seen in an epoch
     epoch: dict[str, Quartiles]  # seconds, by loop
     rows: tuple[Row, ...]
-    soonest: Row | None  # the least of our times whose mean is not below the constant rate's
+    soonest: Row | None  # the least of our times whose difference to the constant rate is not below zero
 
     @property
     def ratio(self) -> float | None:
@@ -88,6 +88,8 @@ def read(folder: Path) -> tuple[Config, tuple[str, str, str], list[Budget]]:
     Raises ValueError for what cannot be compared.
     """
     runs = [run for run in find_runs(folder) if run.result is not None]
+    if len({run.result.device_kind for run in runs if run.result is not None}) > 1:
+        raise ValueError(f"{folder} has runs on several kinds of device, which are not averaged.")
     cells = {(run.dataset, run.model, run.norm) for run in runs}
     if len(cells) != 1:
         what = "name the folder of one data set, model and norm"
@@ -147,7 +149,8 @@ def measure_budgets(folder: Path, device: torch.device, workers: int, repetition
     for budget in sorted(budgets, key=lambda b: (b.schedule, b.epochs)):
         against = None if budget is reference else _against(budget, reference)
         rows.append(Row("ours", budget, _hours(budget, epoch["ours"]), against))
-    enough = [row for row in rows if row.budget.schedule != REFERENCE and row.budget.mean >= reference.mean]
+    decayed = [row for row in rows if row.budget.schedule != REFERENCE]
+    enough = [row for row in decayed if row.against is not None and row.against.difference >= 0]
     soonest = min(enough, key=lambda row: row.hours, default=None)
     return TimeToAccuracy(config, (dataset, model, norm), images, epoch, tuple(rows), soonest)
 
@@ -190,7 +193,8 @@ def _markdown(found: TimeToAccuracy, device_name: str, command: str) -> str:
     dataset, model, norm = found.cell
     config, epoch = found.config, found.epoch
     width = f" at width {config.model['width']:g}" if "width" in config.model else ""
-    header = ["loop", "rate", "epochs", "n", "test accuracy, %", "minus the constant rate at its end", "p", "hours"]
+    header = ["loop", "rate", "epochs", "n", "test accuracy, %", "minus the constant rate at its end"]
+    header += ["p, uncorrected", "hours"]
     verdict = "No decayed budget that was run is as accurate, in the mean, as the constant rate at its end."
     if found.soonest is not None:
         verdict = (
@@ -209,7 +213,8 @@ def _markdown(found: TimeToAccuracy, device_name: str, command: str) -> str:
             "our runs.\n",
             f"**{verdict}**\n",
             table([*header, "conventional hours / these"], [_line(row, found) for row in found.rows]),
-            "Accuracies: mean ± standard deviation between seeds; differences paired by seed, with 95 % intervals.\n",
+            "Accuracies: mean ± standard deviation between seeds; differences with 95 % intervals, paired by seed "
+            "where both have the same seeds.\n",
             "![Accuracy against hours](time_to_accuracy.png)\n",
         ]
     )

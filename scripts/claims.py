@@ -7,7 +7,7 @@ results; a test compares the block with what this command would write.
 import argparse
 import csv
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,8 +25,7 @@ MEAN = ("difference", "difference_low", "difference_high", "verdict", "n")
 
 
 def _number(text: str, form: str) -> str:
-    shown = f"{float(text or 'nan'):{form}}"
-    return shown.removeprefix("-") if float(shown) == 0 else shown
+    return f"{float(text or 'nan'):z{form}}"
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,9 @@ def _effect(study: str, label: str, what: str, table: str = "") -> Finding:
     return Finding(label, f"quoted/{study}/effects.csv", {"difference_of": f"{what}*", "table": f"{table}*"})
 
 
-def _measure(study: str, kind: str, label: str, measure: str) -> Finding:
+def _measure(study: str, kind: str, label: str, measure: str, form: str = ".3f", judged: bool = True) -> Finding:
     file = f"quoted/{study}/analysis/{kind}/comparison.csv"
-    return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, ".3f")
-
-
-def _share(study: str, kind: str, label: str, measure: str, form: str) -> Finding:
-    return replace(_measure(study, kind, label, measure), form=form, judged=False)
+    return Finding(label, file, {"norm": "abn", "measure": f"{measure}*"}, MEAN, form, judged)
 
 
 def _inference(label: str, network: str, batch: int) -> Finding:
@@ -185,11 +180,11 @@ CLAIMS = (
         "the networks of C3, 10,000 images",
         (
             _measure("ablation", "activations", "imbalance", "channel imbalance"),
-            _share("ablation", "activations", CHANNELS, "share of channels", ".3f"),
-            _share("ablation", "activations", INPUTS, "share of inputs", ".0e"),
+            _measure("ablation", "activations", CHANNELS, "share of channels", ".3f", judged=False),
+            _measure("ablation", "activations", INPUTS, "share of inputs", ".0e", judged=False),
             _measure("trained-gpu", "activations", f"{ON_GPU}: imbalance", "channel imbalance"),
-            _share("trained-gpu", "activations", f"the same: {CHANNELS}", "share of channels", ".3f"),
-            _share("trained-gpu", "activations", f"the same: {INPUTS}", "share of inputs", ".0e"),
+            _measure("trained-gpu", "activations", f"the same: {CHANNELS}", "share of channels", ".3f", judged=False),
+            _measure("trained-gpu", "activations", f"the same: {INPUTS}", "share of inputs", ".0e", judged=False),
         ),
         "[activations](results/quoted/ablation/analysis/activations/summary.md), "
         "[planned](results/quoted/trained-gpu/analysis/activations/summary.md)",
@@ -205,7 +200,11 @@ CLAIMS = (
                 "confound", "Adam rebuilt each epoch", "optimizer.rebuild_each_epoch true instead of false, over"
             ),
             _effect("confound", "momentum 0.9", "norm.momentum 0.9 instead of 0.1, over"),
-            _effect("confound", "as published: abn at 0.9 - bn at 0.1", "abn at momentum 0.9 - bn at 0.1, over"),
+            _effect(
+                "confound",
+                "the published momenta, abn at 0.9 - bn at 0.1, mean with and without the rebuild",
+                "abn at momentum 0.9 - bn at 0.1, over",
+            ),
         ),
         "[report](results/quoted/confound/report.md)",
     ),
@@ -244,16 +243,12 @@ def block() -> str:
     return "\n".join(lines)
 
 
-def replaced(text: str) -> str:
-    """Return the README's text with the block replaced. Raises ValueError where it lacks the marks."""
-    return replace_between(text, BEGIN, END, block())
-
-
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     readme = ROOT / "README.md"
     try:
-        readme.write_text(replaced(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        text = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, block())
+        readme.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         return print_error(error)
     print(f"written to {readme.name}")

@@ -31,12 +31,12 @@ def composed(*words: str) -> RunPlan:
     return plan_in(Path("results"), *words)
 
 
-def finish(folder: Path, plan: RunPlan, accuracy: float) -> None:
+def finish(folder: Path, plan: RunPlan, accuracy: float, **others: str) -> None:
     directory = folder.joinpath(*plan.directory.parts[-5:])
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(plan.config.model_dump()))
     epochs = plan.config.recipe.epochs
-    write_result(directory, result_in(directory, plan.config.seed, accuracy, epochs=epochs, parameters={}))
+    write_result(directory, result_in(directory, plan.config.seed, accuracy, epochs=epochs, parameters={}, **others))
 
 
 def folder_of(folder: Path, reached: Reached, *overrides: str) -> Path:
@@ -69,6 +69,21 @@ def test_the_soonest_is_the_least_that_is_not_below(found: TimeToAccuracy) -> No
     against = found.rows[4].against
     assert against is not None
     assert against.differences == pytest.approx((1.0, 0.0))
+
+
+def test_what_is_soonest_is_judged_by_the_seeds_that_both_have(tmp_path: Path) -> None:
+    """A third seed of one side is not in their difference: 59.5 and 60.4 % are less than 60.0 and 61.0 %."""
+    reached = {("constant", 4): (0.60, 0.61, 0.57), ("cosine", 4): (0.595, 0.604)}
+    found = measure_budgets(folder_of(tmp_path, reached), torch.device("cpu"), 1, 1)
+    assert found.soonest is None
+
+
+def test_kinds_of_device_are_not_averaged(tmp_path: Path) -> None:
+    folder_of(tmp_path, {("constant", 2): (0.60, 0.62), ("cosine", 2): (0.60, 0.61)})
+    words = ("recipe.schedule.name=cosine", "recipe.epochs=2", "seed=2")
+    finish(tmp_path, composed(*words), 0.7, device="NVIDIA H200")
+    with pytest.raises(ValueError, match="has runs on several kinds of device, which are not averaged"):
+        read(tmp_path)
 
 
 def test_none_is_soonest_where_none_is_enough(tmp_path: Path) -> None:

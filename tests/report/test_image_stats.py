@@ -32,7 +32,8 @@ def test_variance_of_a_crossed_mean_is_that_of_a_two_way_table(rng: np.random.Ge
     a, b = x.mean(1) - x.mean(), x.mean(0) - x.mean()
     rest = x - x.mean() - a[:, None] - b
     ms = m * (a @ a) / (n - 1), n * (b @ b) / (m - 1), (rest**2).sum() / ((n - 1) * (m - 1))
-    assert found.standard_error == pytest.approx(math.sqrt((ms[0] + ms[1] - ms[2]) / (n * m)))
+    error = math.hypot(found.from_seeds, found.from_images)
+    assert error == pytest.approx(math.sqrt((ms[0] + ms[1] - ms[2]) / (n * m)))
     assert found.from_seeds == pytest.approx(x.mean(1).std(ddof=1) / math.sqrt(n))
     assert found.mean == pytest.approx(x.mean())
 
@@ -111,5 +112,5 @@ def test_agreement_by_hand() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     one = np.array([[True, False, True]])
-    assert math.isnan(images.crossed_mean(one).standard_error)
+    assert math.isnan(images.crossed_mean(one).from_seeds)
     assert math.isnan(images.split_spread(one).std)

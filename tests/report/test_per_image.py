@@ -141,5 +141,6 @@ def test_the_tables_of_trained_networks_against_what_these_say_of_each_image(
     images = max(0, np.var((a + b) / 2, ddof=1) - np.var((a - b) / 2, ddof=1)) / m
     error = np.sqrt(seeds + images)
     half = np.hypot(st.t.ppf(0.975, 1) * np.sqrt(seeds), st.t.ppf(0.975, m - 1) * np.sqrt(images))
-    assert pair.difference.standard_error == pytest.approx(error)
+    found = np.hypot(pair.difference.from_seeds, pair.difference.from_images)
+    assert found == pytest.approx(error)
     assert pair.difference.interval == pytest.approx((x.mean() - half, x.mean() + half))

@@ -65,6 +65,15 @@ def test_no_probability_is_lost_where_a_look_adds_one_value() -> None:
         mass = chain.mass.sum()
 
 
+def test_a_look_without_anything_to_spend_is_refused() -> None:
+    """At 6 of 200 values z is 13, where r cannot be told from 1; at 16 of 200 the level is 2e-15."""
+    with pytest.raises(ValueError, match="The look at 5 of 200 values has no error to spend; look later"):
+        nominal_levels((5, 6, 200), 0.025, "obrien_fleming")
+    levels = nominal_levels((16, 17, 200), 0.025, "obrien_fleming")
+    assert 1e-15 < levels[0] < levels[1] < 2e-14
+    assert levels[2] == pytest.approx(0.025, rel=1e-3)
+
+
 @pytest.mark.parametrize("looks", [(), (1, 2), (5, 5), (10, 5)])
 def test_looks_increase(looks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="increasing"):

@@ -130,10 +130,10 @@ def verdict(c: Contrast) -> tuple[Decision, str]:
 
 
 def mean_text(values: ArrayLike) -> str:
-    """Return a mean over seeds with its 95 % t interval."""
+    """Return a mean over seeds with its 95 % t interval, and of how many it is where some have no value."""
     s = stats.summarize(values)
     interval = "" if math.isnan(s.mean_interval[0]) else f" [{interval_text(s.mean_interval, DIGITS)}]"
-    return number_text(s.mean, DIGITS) + interval
+    return number_text(s.mean, DIGITS) + interval + (f" (n = {s.n})" if 0 < s.n < np.size(values) else "")
 
 
 def means_table(cells: Sequence[Cell], scores: Scores, measures: Sequence[str]) -> Table:

@@ -143,7 +143,7 @@ def _judged_together(primary: Primary | None, reference: str) -> dict[frozenset[
 
 def _runs_below(folder: Path) -> list[Run]:
     runs = find_runs(folder)
-    if not any(run.result is not None or has_begun(run.directory) for run in runs):
+    if not any(has_begun(run.directory) for run in runs):
         raise ValueError(f"There are no runs below {folder}; give a folder that train.py wrote, results/NAME.")
     return runs
 
@@ -215,15 +215,13 @@ def _command(folder: Path, cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def write_report(
-    folder: Path, *others: Path, reference: str = "bn", interim: bool = False, out: Path | None = None
-) -> Report:
+def write_report(folder: Path, *others: Path, reference: str = "bn", out: Path | None = None) -> Report:
     """Write report.md, report.html, report.csv, runs.csv, report.tex and figures/ into ``folder``, or ``out``; see
     :func:`build_report`. Of a packed study, whose report is committed, two figures are drawn; the page has all."""
     folder = Path(folder)
-    report = build_report(folder, *others, reference=reference, interim=interim)
-    if not interim and report.plan is None and not others:
-        report = replace(report, unplanned=record_look(folder, report.comparisons, report.cells))
+    report = build_report(folder, *others, reference=reference)
+    if report.plan is None and not others:
+        report = replace(report, unplanned=record_look(folder, report.comparisons))
     out = folder if out is None else out
     (out / "figures").mkdir(exist_ok=True, parents=True)
     drawn, all_figures = [], draw(report)
@@ -269,7 +267,7 @@ def update_page(folder: Path, *, reference: str = "bn", interim: bool = True, fi
                 return
             report = build_report(folder, reference=reference, interim=interim)
             if not interim and report.plan is None:
-                report = replace(report, unplanned=record_look(folder, report.comparisons, report.cells))
+                report = replace(report, unplanned=record_look(folder, report.comparisons))
             content = html_page(report)
             if not page.exists() or page.read_text(encoding="utf-8") != content:
                 write_text_atomic(page, content)

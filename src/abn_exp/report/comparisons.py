@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def begun(self) -> bool:
-        return any(map(_has_begun, self.runs))
+        return any(has_begun(run.directory) for run in self.runs)
 
     @property
     def key(self) -> Key:
@@ -65,6 +65,11 @@ class Cell:
     def failed(self) -> set[int]:
         """The seeds that failed or diverged; what was stopped or not begun is not among them."""
         return {run.seed for run in self.runs if run.status in ("failed", "diverged")}
+
+    @property
+    def ended(self) -> set[int]:
+        """The seeds that have a test accuracy, failed or diverged."""
+        return self.scores["test_acc"].keys() | self.failed
 
     def sample(self, metric: str, seeds: Iterable[int]) -> stats.Array:
         """Return the scores of ``seeds`` in percent, (num_seeds,), NaN where there is none."""
@@ -94,7 +99,7 @@ class Comparison:
     """One norm against the reference in the same group, by test_acc."""
 
     cell: Cell
-    reference: str
+    base: Cell
     mean: Judgement
     spread: SpreadJudgement
     primary: bool = False  # is the difference of means the study's primary comparison?
@@ -126,7 +131,7 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
     for run in runs:
         of_cell = by_cell.setdefault((run.cell, devices.get(run.directory)), {})
         other = of_cell.setdefault(run.seed, run)
-        if other is not run and (_has_begun(run) or _has_begun(other)):
+        if other is not run and (has_begun(run.directory) or has_begun(other.directory)):
             raise ValueError(
                 f"{other.directory} and {run.directory} hold the same run twice; give the folder of one study."
             )
@@ -142,10 +147,6 @@ def collect_cells(runs: Iterable[Run], reference: str = "bn") -> list[Cell]:
         name = variant if device is None else f"{variant} on {device}"
         cells.append(Cell(dataset, model, norm, name, tuple(ordered.values()), scores, unscored, device))
     return sorted(cells, key=lambda c: (c.group, c.norm != reference, c.norm))
-
-
-def _has_begun(run: Run) -> bool:
-    return run.result is not None or has_begun(run.directory)
 
 
 def _devices(runs: Sequence[Run]) -> dict[Path, str]:
@@ -248,7 +249,7 @@ def compare(candidates: Sequence[Cell], references: Sequence[Cell], seeds: Seque
 def failed_alone(failing: Sequence[Cell], others: Sequence[Cell], seeds: Iterable[int]) -> bool:
     """Tell whether a seed failed in one of ``failing`` and has not come to an end in another of these cells: no pair
     of that seed counts the failure, so that nothing can speak for the side that failed."""
-    ended = [cell.scores["test_acc"].keys() | cell.failed for cell in (*failing, *others)]
+    ended = [cell.ended for cell in (*failing, *others)]
     failures = {seed for cell in failing for seed in cell.failed} & set(seeds)
     return any(seed not in one for seed in failures for one in ended)
 
@@ -281,8 +282,8 @@ def compare_cells(
     found = judge_spreads([compare_spread(cell, base) for cell, base in others])
     spreads = primary_spreads | {cell.key: s for (cell, _), s in zip(others, found, strict=True)}
     return [
-        Comparison(cell, reference, means[key], spreads[key], key in primary, key in primary_spreads)
-        for cell, key in ((cell, cell.key) for cell, _ in pairs)
+        Comparison(cell, base, means[cell.key], spreads[cell.key], cell.key in primary, cell.key in primary_spreads)
+        for cell, base in pairs
     ]
 
 
@@ -303,7 +304,7 @@ def pool(
     cells: Sequence[Cell],
     reference: str,
     delta: float,
-    primary: Mapping[frozenset[frozenset[Key]], Judgement | None] | None = None,
+    primary: Mapping[frozenset[frozenset[Key]], Judgement | None],
 ) -> list[Pooled]:
     """Compare each norm with the reference over all groups that have both, where there are two or more, all on the
     same kind of device.
@@ -311,9 +312,9 @@ def pool(
     All of these are one family: none is a part of another. What was judged as primary, by its pairs of cells, is not
     judged again; where it is None, it is left out.
     """
-    primary = {} if primary is None else primary
     norms = dict.fromkeys(cell.norm for cell in cells if cell.norm != reference)
-    found = {norm: [pair for pair in pairs_of(cells, norm, reference) if _ended(pair)] for norm in norms}
+    ended = [cell for cell in cells if cell.ended]  # a cell that only failed is not to be left out
+    found = {norm: pairs_of(ended, norm, reference) for norm in norms}
     found = {
         norm: pairs for norm, pairs in found.items() if len(pairs) > 1 and one_kind_each(*zip(*pairs, strict=True))
     }
@@ -332,11 +333,6 @@ def pool(
 def keys_of(pairs: Iterable[tuple[Cell, Cell]]) -> frozenset[frozenset[Key]]:
     """Return what identifies pairs of cells, in whatever order and whichever of the two is the reference."""
     return frozenset(frozenset((a.key, b.key)) for a, b in pairs)
-
-
-def _ended(pair: tuple[Cell, Cell]) -> bool:
-    """Tell whether both cells have runs that came to an end; a cell that only failed is not to be left out."""
-    return all(cell.scores["test_acc"] or cell.failed for cell in pair)
 
 
 def pooled_difference(pairs: Sequence[tuple[Cell, Cell]], seeds: Sequence[int] | None = None) -> Tested:

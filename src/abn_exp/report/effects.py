@@ -72,12 +72,12 @@ def effect_tables(
     factors: Sequence[Factor],
     reference: str,
     delta: float,
-    judged: Collection[frozenset[Key]] = (),
+    judged: Collection[frozenset[Key]],
 ) -> list[EffectTable]:
     """Return the contrasts and the 2 x 2 of norms, then for each factor its effect and how the norms' differences
     change with it; and the published pairing where the factors hold it. ``judged`` are the pairs of cells that were
     judged as primary: they are not judged again among the contrasts."""
-    ended = [cell for cell in cells if cell.scores["test_acc"] or cell.failed]
+    ended = [cell for cell in cells if cell.ended]
     tables = [contrasts(ended, factors, judged), factorial(ended, factors)]
     for factor in factors:
         tables += [factor_effects(ended, factors, factor), norm_interactions(ended, factors, factor, reference)]
@@ -97,8 +97,8 @@ def _judged(title: str, header: tuple[str, ...], rows: Sequence[Row], delta: flo
 Unjudged = tuple[str, tuple[str, ...], list[Row]]  # title, header, rows
 
 
-def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collection[frozenset[Key]] = ()) -> Unjudged:
-    """Compare the pairs of norms of CONTRASTS, in each group that has both; without pairs that were judged before."""
+def contrasts(cells: Sequence[Cell], factors: Sequence[Factor], judged: Collection[frozenset[Key]]) -> Unjudged:
+    """Compare the pairs of norms of CONTRASTS, in each group that has both; without those of ``judged``."""
     rows: list[Row] = []
     for group in group_cells(cells).values():
         by_norm = {cell.norm: cell for cell in group}

@@ -32,7 +32,9 @@ def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
 
 
 def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else number_text(p, 4 if p < 0.1 else 3)
+    """Return a p value; one that would round to 5 % has more digits, which show on which side of it it is."""
+    digits = 4 if p < 0.1 else 3
+    return "< 0.001" if p < 0.001 else number_text(p, 7 if round(p, digits) == 0.05 != p else digits)
 
 
 def p_equation(p: float) -> str:
@@ -47,7 +49,7 @@ def significant_text(value: float) -> str:
     """Return a quantity with three significant digits, from a thousand on without decimals."""
     if math.isnan(value):
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def markdown_table(table: Table, numbers_from: int | None = None) -> str:

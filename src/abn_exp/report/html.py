@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from abn_exp.report import comparisons, tables
 from abn_exp.report.comparisons import group_cells
 from abn_exp.report.figures import MOST_BANDS
-from abn_exp.report.formatting import Table, number_text, p_text
+from abn_exp.report.formatting import Table, number_text, p_equation, p_text
 from abn_exp.report.interactive import (
     FAINT,
     INK,
@@ -31,7 +31,7 @@ from abn_exp.report.interactive import (
 )
 from abn_exp.report.stats import Array
 from abn_exp.report.tables import Report
-from abn_exp.report.verdicts import Judgement, power_of_difference, sentence
+from abn_exp.report.verdicts import Judgement, count_text, power_of_difference, sentence
 
 MOST_SEEDS = 40  # the power curves end here
 # Nothing is loaded from anywhere; 'self' is for `scripts/report.py --watch`, which serves the page.
@@ -154,8 +154,7 @@ def _notes(report: Report, more: Sequence[str]) -> list[str]:
 
 
 def _row(label: str, norm: str, judgement: Judgement, pooled: bool = False) -> ForestRow:
-    n = judgement.mean.n[0]
-    note = f"n = {n}, p = {p_text(judgement.uncorrected.difference)}, after Holm's correction "
+    note = f"{count_text(judgement.mean)}, {p_equation(judgement.uncorrected.difference)}, after Holm's correction "
     note += f"{p_text(judgement.corrected.difference)}: {judgement.verdict}"
     return ForestRow(label, norm, judgement.mean.difference, judgement.interval, note, pooled)
 

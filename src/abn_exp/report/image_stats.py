@@ -22,7 +22,6 @@ class CrossedMean:
     """A mean over seeds and test images, both taken as random, in percent or points."""
 
     mean: float
-    standard_error: float
     interval: Interval  # covers new seeds and a new test set
     from_seeds: float  # standard error that is the seeds' alone
     from_images: float  # standard error that is the test set's alone
@@ -60,7 +59,7 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
     n, m = x.shape
     mean = float(x.mean()) if n else NAN
     if n < 2 or m < 2:
-        return CrossedMean(mean, NAN, (NAN, NAN), NAN, NAN)
+        return CrossedMean(mean, (NAN, NAN), NAN, NAN)
     rows, columns = x.mean(axis=1), x.mean(axis=0)
     ms_seeds = m * rows.var(ddof=1)
     ms_images = n * columns.var(ddof=1)
@@ -68,11 +67,10 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
     ms_rest = max(0.0, total - (n - 1) * ms_seeds - (m - 1) * ms_images) / ((n - 1) * (m - 1))
     seeds, images = ms_seeds / (n * m), max(0.0, ms_images - ms_rest) / (n * m)
     if seeds + images == 0:
-        return CrossedMean(mean, 0.0, (NAN, NAN), 0.0, 0.0)
+        return CrossedMean(mean, (NAN, NAN), 0.0, 0.0)
     by_seeds, by_images = st.t.ppf((1 + CONFIDENCE) / 2, [n - 1, m - 1]) * np.sqrt([seeds, images])
     half = math.hypot(by_seeds, by_images)
-    error = math.sqrt(seeds + images)
-    return CrossedMean(mean, error, (mean - half, mean + half), math.sqrt(seeds), math.sqrt(images))
+    return CrossedMean(mean, (mean - half, mean + half), math.sqrt(seeds), math.sqrt(images))
 
 
 def split_spread(correct: ArrayLike) -> SpreadSplit:

@@ -18,6 +18,7 @@ from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from abn_exp.report.figures import DASH, DASH_DOT, DASH_DOT_DOT, DOT, MOST_BANDS, norm_styles
+from abn_exp.report.formatting import number_text
 from abn_exp.report.stats import Array, summarize
 
 INK = "#1a1a1a"  # text and BN; the page's script swaps it for a light grey in the dark theme
@@ -68,7 +69,7 @@ def forest(rows: Sequence[ForestRow], delta: float | None, reference: str, sign:
     for i, row in enumerate(rows):
         known = all(map(math.isfinite, row.interval))
         low, high = row.interval if known else (row.estimate, row.estimate)
-        estimate, *ends = (f"{value:{sign}.2f}" for value in (row.estimate, low, high))
+        estimate, *ends = (number_text(value, 2, sign) for value in (row.estimate, low, high))
         hover = f"{estimate} ({' to '.join(ends)})" if known else f"{estimate}, no interval"
         style, common = colour(row.norm, names), {"name": row.norm, "meta": row.norm, "showlegend": False}
         bars = {"type": "data", "symmetric": False, "color": style, "thickness": 2, "width": 0}

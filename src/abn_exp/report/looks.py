@@ -99,10 +99,11 @@ class Plan:
     def judge(self, cells: Iterable[Cell], look: int) -> Judgement:
         """Judge the primary comparison by the seeds of a look. Raises ValueError where a cell is missing, or where
         one was run on several kinds of device."""
-        pairs = self.pairs(cells)
+        cells = list(cells)
+        pairs, norms = self.pairs(cells), (self.norm, self.reference)
         if {_planned_group(cell) for cell, _ in pairs} != set(self.groups):
             raise ValueError(f"The runs of the comparison in {PLAN} are not all there.")
-        if len(pairs) > len(self.groups):
+        if len({c.device for c in cells if _planned_group(c) in self.groups and c.norm in norms and c.ended}) > 1:
             raise ValueError(f"The comparison in {PLAN} was run on several kinds of device, which are not averaged.")
         (found,) = judge([pooled_difference(pairs, self.seeds_at(look))], self.delta, *self.levels(look))
         return found
@@ -189,7 +190,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable[Cell]) -> list[int]:
+def record_look(folder: Path, comparisons: Sequence[Comparison]) -> list[int]:
     """Add the number of seeds that this report compares to those of earlier reports, and return the earlier ones.
 
     It is the number of seeds that came to an end, with a score or with a failure: of both norms where they are
@@ -197,10 +198,9 @@ def record_look(folder: Path, comparisons: Sequence[Comparison], cells: Iterable
 
     Raises DamagedFile where what earlier reports left cannot be read.
     """
-    ended = {cell.key: cell.scores["test_acc"].keys() | cell.failed for cell in cells}
     now = {}
     for c in comparisons:
-        own, base = ended[c.cell.key], ended[c.cell.dataset, c.cell.model, c.reference, c.cell.variant]
+        own, base = c.cell.ended, c.base.ended
         pairs, fewer = len(own & base), min(len(own), len(base))
         now["/".join(c.cell.key)] = pairs if pairs >= 2 and 2 * pairs >= fewer else fewer  # as in `compare_means`
     earlier = read_looks(folder / LOOKS, read_study_file(folder, LOOKS))
@@ -245,14 +245,18 @@ def judge_primary(
     if interim:
         return Primary(question, pairs, withheld="It is judged when all runs of the sweep have come to their end.")
     all_cells = {cell.key: cell for pair in asked([*cells, *unbegun]) for cell in pair}
-    if left := sum(run.status == "unfinished" for cell in all_cells.values() for run in cell.runs):
+    states = [run.status for cell in all_cells.values() for run in cell.runs]
+    if left := sum(status in ("unfinished", "damaged") for status in states):  # the command restores what is damaged
         have = "one of its runs has" if left == 1 else f"{left} of its runs have"
+        also = ", or cannot be read" if "damaged" in states else ""
         then = "Give the command again, or remove the folders of runs that are not to be trained."
-        return Primary(question, pairs, withheld=f"It is not judged yet: {have} not come to an end. {then}")
+        return Primary(question, pairs, withheld=f"It is not judged yet: {have} not come to an end{also}. {then}")
     if question.statistic == "spread":
         spreads = judge_spreads([compare_spread(*pair) for pair in pairs])
         return Primary(question, pairs, spreads={a.key: s for (a, _), s in zip(pairs, spreads, strict=True)})
-    if question.statistic == "pooled" and not one_kind_each(*zip(*pairs, strict=True)):
+    groups, norms = {_planned_group(cell) for cell, _ in pairs}, (question.norm, question.reference)
+    of_question = [c for c in cells if _planned_group(c) in groups and c.norm in norms and c.ended]
+    if question.statistic == "pooled" and not one_kind_each(of_question):
         why = "It was run on several kinds of device, which are not averaged: there are the cells' own comparisons."
         return Primary(question, [], withheld=why)  # no pairs: nothing waits for it
     if question.statistic == "pooled":

@@ -32,6 +32,7 @@ class CellImages:
 @dataclass(frozen=True)
 class PairImages:
     cell: Cell
+    base: Cell
     seeds: tuple[int, ...]  # those of which both runs have predictions
     difference: CrossedMean
     mcnemar: tuple[McNemar, ...]  # one a seed
@@ -51,14 +52,13 @@ def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
         cell.key: {run.seed: p for run in cell.runs if run.result and (p := read_predictions(run)) is not None}
         for cell in cells
     }
-    digests = {cell.key: _same_images(found[cell.key]) for cell in cells}
     of_cells, of_pairs, left_out = [], [], []
     for cell in cells:
         by_seed = found[cell.key]
         where = f"{cell.dataset} with {cell.model}, {cell.norm} ({cell.variant})"
         if missing := sorted(set(cell.scores["test_acc"]) - by_seed.keys()):
             left_out.append(f"{where}: no predictions of seeds {', '.join(map(str, missing))}.")
-        if not digests[cell.key]:
+        if not _same_images(by_seed.values()):
             left_out.append(f"{where}: its runs were tested on different images.")
         elif by_seed:
             correct = np.array([p.last_correct for p in by_seed.values()])
@@ -67,17 +67,17 @@ def image_evidence(cells: Sequence[Cell], reference: str) -> ImageEvidence:
     for cell, base in pairs_of(cells, None, reference):
         ours, theirs = found[cell.key], found[base.key]
         seeds = tuple(sorted(ours.keys() & theirs.keys()))
-        if not seeds or not _same_images({**ours, **{-1 - k: p for k, p in theirs.items()}}):
+        if not seeds or not _same_images([*ours.values(), *theirs.values()]):
             continue
         a, b = (np.array([side[seed].last_correct for seed in seeds]) for side in (ours, theirs))
         agreeing = agreement((ours[seed].last, theirs[seed].last) for seed in seeds)
         difference = crossed_mean(a.astype(np.float64) - b)
-        of_pairs.append(PairImages(cell, seeds, difference, tuple(mcnemar(a, b)), agreeing))
+        of_pairs.append(PairImages(cell, base, seeds, difference, tuple(mcnemar(a, b)), agreeing))
     return ImageEvidence(of_cells, of_pairs, left_out if any(found.values()) else _none(cells))
 
 
-def _same_images(predictions: dict[int, Predictions]) -> bool:
-    return len({(p.labels_sha256, len(p.last)) for p in predictions.values()}) <= 1
+def _same_images(predictions: Iterable[Predictions]) -> bool:
+    return len({(p.labels_sha256, len(p.last)) for p in predictions}) <= 1
 
 
 def _none(cells: Iterable[Cell]) -> list[str]:

@@ -34,7 +34,7 @@ Spending = Literal["obrien_fleming", "pocock"]
 
 CELLS = 200
 NODES = 24
-SMALLEST = 1e-200  # level of a look
+SMALLEST = 1e-15  # level of a look; an r much further out cannot be told from 1
 LOWEST = -7.0  # where the lowest cell ends, as a standard normal quantile
 
 

@@ -24,7 +24,7 @@ MIN_PAIRS = 10
 EXACT_SWAPS = 14  # 2^13 swaps that differ in the statistic; above this, swaps are drawn at random
 RESAMPLES = 9_999
 CORRELATION = 0.5  # between the two scores of a seed in simulations; 0.45 to 0.7 was found
-MOST_PAIRS = 200  # no answer to "how many pairs" is searched beyond it
+MOST_PAIRS = 160  # ten doubled until nobody would train as many: no answer to "how many pairs" is searched beyond it
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def spread_sentence(j: SpreadJudgement, what: str, norm: str, reference: str) ->
         f"{s.std[1]:.2f} points"
     )
     needed = pairs_needed(ALPHA / j.family)
-    takes = f"80 % takes {needed} pairs" if needed is not None else "80 % takes more than 200 pairs"
+    takes = f"80 % takes {needed} pairs" if needed is not None else f"80 % takes more than {MOST_PAIRS} pairs"
     if s.n < MIN_PAIRS:
         return f"{text}, {n}): undecided, the test needs {MIN_PAIRS} pairs; to notice a ratio of 2 in {takes}."
     after = f", Holm {p_text(j.p_holm)} over {j.family}" if j.family > 1 else ""

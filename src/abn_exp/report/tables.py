@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scipy import stats as st
-
 from abn_exp.report import stats
 from abn_exp.report.comparisons import (
     METRICS,
@@ -174,7 +172,8 @@ def difference_table(report: Report) -> Table:
     for c in report.comparisons:
         m = c.mean.mean
         effect = "-" if math.isnan(m.effect) else f"{signed_text(m.effect)} ({m.effect_name})"
-        seeds = ["-" if n is None else f"{n:,}" for n in (c.mean.seeds_for_delta, c.mean.seeds_for_equivalence)]
+        too_many = "> 10,000" if c.mean.std > 0 else "-"
+        seeds = [too_many if n is None else f"{n:,}" for n in (c.mean.seeds_for_delta, c.mean.seeds_for_equivalence)]
         more = [p_text(m.p_sign_flip), effect, number_text(c.mean.detectable), *seeds]
         more.append(_family(c.mean.family, c.primary))
         rows.append([*_where(report, c.cell), *_judged(c.mean), *more])
@@ -204,10 +203,9 @@ def spread_table(report: Report) -> Table:
     header += ["p (swaps)", "p (Holm)", "level kept, normal and t (3 df)", "power at ratio 2", "less spread?"]
     header += ["family"]
     rows = []
-    bases = {cell.group: cell for cell in report.cells if cell.norm == report.reference}
     for c in report.comparisons:
         s = c.spread.found
-        paired = c.cell.scores["test_acc"].keys() & bases[c.cell.group].scores["test_acc"].keys()
+        paired = c.cell.scores["test_acc"].keys() & c.base.scores["test_acc"].keys()
         own = stats.std_interval(c.cell.sample("test_acc", sorted(paired)))
         row = [_pairs(s.n), number_text(s.std[0]), interval_text(own), number_text(s.std[1])]
         row += [number_text(s.ratio), interval_text(s.ratio_interval), p_text(s.p), p_text(c.spread.p_holm)]
@@ -245,13 +243,12 @@ def pair_images_table(report: Report) -> Table:
     header += ["SE of seeds", "SE of images", "images that one alone has right: norm, reference"]
     header += ["McNemar p < 0.05", "agreement"]
     rows = []
-    bases = {cell.group: cell for cell in report.cells if cell.norm == report.reference}
     for p in report.images.pairs:
         d, seeds = p.difference, len(p.seeds)
-        half = (d.mean - d.from_seeds * _t(seeds), d.mean + d.from_seeds * _t(seeds))
-        own = stats.present(p.cell.sample("test_acc", p.seeds) - bases[p.cell.group].sample("test_acc", p.seeds))
-        varies = stats.has_spread(own, 100.0)  # else there is no interval, as in the table of differences
-        row = [_pairs(seeds), signed_text(d.mean), *(interval_text(i) if varies else "-" for i in (half, d.interval))]
+        own = p.cell.sample("test_acc", p.seeds) - p.base.sample("test_acc", p.seeds)
+        intervals = stats.t_interval(own), d.interval
+        varies = stats.has_spread(stats.present(own), 100.0)  # else there is none, as in the table of differences
+        row = [_pairs(seeds), signed_text(d.mean), *(interval_text(i) if varies else "-" for i in intervals)]
         row += [number_text(d.from_seeds), number_text(d.from_images)]
         alone = (sum(getattr(m, side) for m in p.mcnemar) / seeds for side in ("candidate_alone", "reference_alone"))
         row += [", ".join(f"{count:.0f}" for count in alone)]
@@ -260,25 +257,20 @@ def pair_images_table(report: Report) -> Table:
     return _table(report, header, rows)
 
 
-def _t(n: int) -> float:
-    return float(st.t.ppf((1 + stats.CONFIDENCE) / 2, n - 1)) if n > 1 else stats.NAN
-
-
 def checkpoint_selection_tables(report: Report) -> list[Table]:
     """What the choice of the epoch does: to each cell, and to each difference; none where no peak was recorded."""
     if not any(cell.scores["test_acc_peak"] for cell in report.cells):
         return []
     own, differences = [], []
-    compared = {c.cell.key for c in report.comparisons}  # without what is withheld
+    bases = {c.cell.key: c.base for c in report.comparisons}  # without what is withheld
     for group in group_cells(report.cells).values():
         seeds = started_seeds(group)
-        base = next((cell for cell in group if cell.norm == report.reference), None)
         for cell in group:
             last, best, peak = (cell.sample(metric, seeds) for metric in METRICS)
             gains = [stats.summarize(other - last) for other in (best, peak)]
             whole = stats.summarize(last)
             own.append([*_where(report, cell), str(whole.n), number_text(whole.mean), *map(_signed, gains)])
-            if base is not None and cell.key in compared:
+            if (base := bases.get(cell.key)) is not None:
                 pairs = [stats.summarize(cell.sample(m, seeds) - base.sample(m, seeds)) for m in METRICS]
                 differences.append([*_where(report, cell), _pairs(pairs[0].n), *map(_signed, pairs)])
     header = ["n", "last epoch (%)", "best val epoch - last", "peak on the test set - last"]

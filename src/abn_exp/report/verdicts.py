@@ -211,7 +211,7 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
 
     def tested(name: str, level: float) -> str:
         if j.at_look:
-            return f"p = {getattr(p, name):.2g}, level of this look {level:.2g}"
+            return f"p = {getattr(p, name):.3g}, level of this look {level:.3g}"
         holm = f", Holm {p_text(getattr(q, name))} over {j.family}" if j.family > 1 else ""
         return f"{p_equation(getattr(p, name))}{holm}"
 
@@ -223,9 +223,9 @@ def sentence(j: Judgement, what: str, sides: tuple[str, str] | None = None) -> s
         text += f"by the two-sided test of no difference ({tested('difference', j.level)})"
     elif j.verdict == "undecided":
         if j.at_look:
-            text += f"no test passes the level of this look (no difference: p = {p.difference:.2g}, level "
-            text += f"{j.level:.2g}; one-sided against +{delta} and -{delta}: p = {p.not_better:.2g} and "
-            text += f"{p.not_worse:.2g}, level {j.level_delta:.2g})"
+            text += f"no test passes the level of this look (no difference: p = {p.difference:.3g}, level "
+            text += f"{j.level:.3g}; one-sided against +{delta} and -{delta}: p = {p.not_better:.3g} and "
+            text += f"{p.not_worse:.3g}, level {j.level_delta:.3g})"
         else:
             text += f"no test rejects (no difference: {tested('difference', j.level)}; +{delta} or more: "
             text += f"{tested('not_better', j.level_delta)}; -{delta} or less: {tested('not_worse', j.level_delta)})"

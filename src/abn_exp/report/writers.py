@@ -60,7 +60,8 @@ without it, 0 where the seeds vary less. McNemar's test is on the two runs of on
 classifies rightly, exact two-sided p."""
 EFFECTS_NOTE = """\
 - Effects and changes are taken within cells that are otherwise the same. A mean of several rows averages each seed
-  over them first, so its n is seeds; a seed that one of the rows lacks is left out. effects.csv has these numbers."""
+  over them first, so its n is seeds; a seed that one of the rows lacks is left out. effects.csv has these numbers. A
+  pair that is also among the differences to {reference} has its verdict there; here its family is another."""
 CONVENTIONS = """\
 - Test accuracy is that of the last epoch's weights on the test set. n counts finished seeds: 4/5 means that of the
   five seeds started in that comparison one has no score here. It is left out, never filled in.
@@ -118,7 +119,10 @@ def markdown(report: Report, drawn: Sequence[str]) -> str:
         parts += ["## Runs without a result", markdown_list(missing(report))]
     parts += [f"![{FIGURES[name]}](figures/{name}.png)" for name in drawn]
     notes = CONVENTIONS.format(delta=report.delta, conditional=report.conditional)
-    parts += ["## How to read this", f"{notes}\n{EFFECTS_NOTE}" if report.effects else notes]
+    parts += [
+        "## How to read this",
+        f"{notes}\n{EFFECTS_NOTE.format(reference=report.reference)}" if report.effects else notes,
+    ]
     parts += ["## Test accuracy (%) of every seed"]
     for group, cells in group_cells(report.cells).items():
         seeds = started_seeds(cells)
@@ -161,7 +165,8 @@ def latex(report: Report) -> str:
     header, rows = accuracy_table(report)
     differences = {c.cell.key: c.mean for c in report.comparisons}
     first = header.index("n")
-    header = [*header[: first + 3], f"minus {report.reference} (points){report.sequential}", "p (Holm)", "verdict"]
+    minus = f"minus {report.reference} (points) [95 %, uncorrected{report.sequential}]"
+    header = [*header[: first + 3], minus, "p (Holm)", "verdict"]
     cells = [cell for group in group_cells(report.cells).values() for cell in group]
     lines = []
     for cell, row in zip(cells, rows, strict=True):
@@ -208,7 +213,8 @@ def _judgement(j: Judgement) -> dict[str, object]:
     m, p, q = j.mean, j.uncorrected, j.corrected
     row: dict[str, object] = {"method": m.method, "n": m.n[0], "n_other": m.n[1], "difference": m.difference}
     row |= _pair("difference", j.interval) | _pair("difference_90", j.interval_delta)
-    row |= {"delta": j.delta, "family": j.family, "p": p.difference, "p_holm": q.difference}
+    row |= {"delta": j.delta, "level": j.level, "level_delta": j.level_delta, "family": j.family}
+    row |= {"p": p.difference, "p_holm": q.difference}
     row |= {"p_not_better": p.not_better, "p_not_better_holm": q.not_better}
     row |= {"p_not_worse": p.not_worse, "p_not_worse_holm": q.not_worse, "verdict": j.verdict}
     row |= {"std_of_differences": j.std, "detectable": j.detectable}
@@ -230,7 +236,7 @@ def cells_csv(report: Report) -> str:
                 row |= {f"{metric}_min": s.minimum, f"{metric}_max": s.maximum}
             if (c := compared.get(cell.key)) is not None:
                 m, s2 = c.mean.mean, c.spread.found
-                row |= {"reference": c.reference, "primary": c.primary} | _judgement(c.mean)
+                row |= {"reference": c.base.norm, "primary": c.primary} | _judgement(c.mean)
                 row |= {"p_sign_flip": m.p_sign_flip, "effect": m.effect, "effect_name": m.effect_name}
                 row |= {"std_ratio": s2.ratio} | _pair("std_ratio", s2.ratio_interval)
                 row |= {"spread_pairs": s2.n, "p_spread": s2.p, "p_spread_holm": c.spread.p_holm}
