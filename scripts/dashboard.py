@@ -18,8 +18,9 @@ from abn_exp.errors import in_a_line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", default="abn_exp", help="the W&B project (default: %(default)s)")
-    parser.add_argument("--entity", help="the user or team it belongs to (default: that of the key)")
+    project, team = os.environ.get("WANDB_PROJECT") or "abn_exp", os.environ.get("WANDB_ENTITY") or None
+    parser.add_argument("--project", default=project, help="the W&B project (default: %(default)s)")
+    parser.add_argument("--entity", default=team, help="the user or team it belongs to (default: that of the key)")
     parser.add_argument("--name", help="show only the runs of this study, train.py's name= (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON and save nothing")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -236,8 +237,10 @@ def test_a_server_that_never_answers_costs_one_wait(
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
     with silent, caplog.at_level(logging.WARNING):
-        with open_run(tmp_path) as tracker:
+        (tmp_path / "wandb-run-id").write_text("0123abcd")  # of a run that goes on, and keeps its id
+        with open_run(tmp_path, directory=tmp_path) as tracker:
             assert tracker.run.offline
+            assert tracker.run_id == "0123abcd"
         with open_run(tmp_path) as tracker:
             assert tracker.run.offline
         assert caplog.text.count("no connection") == 1
@@ -370,21 +373,21 @@ def test_what_a_server_has_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     thread.start()
     monkeypatch.setattr(tracking, "_server", lambda: (f"http://127.0.0.1:{server.server_port}", SECRET))
     try:
-        found = {name: tuple(tracking._ask(settings(tmp_path), name)) for name in Server.answers}
+        found = {name: tuple(tracking._ask("abn_exp", None, name)) for name in Server.answers}
         with pytest.raises(ValueError, match="no"):
-            tracking._ask(settings(tmp_path), "something else")
+            tracking._ask("abn_exp", None, "something else")
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     assert found == {
-        "tail": (5, True, False),
-        "summary": (6, True, True),
-        "empty": (0, False, False),
-        "none": (0, True, False),
+        "tail": (True, 5, True, False),
+        "summary": (True, 6, True, True),
+        "empty": (True, 0, False, False),
+        "none": (False, 0, True, False),
     }
     with pytest.raises(OSError, match="refused"):
-        tracking._ask(settings(tmp_path), "tail")
+        tracking._ask("abn_exp", None, "tail")
 
 
 class Recorder:
@@ -417,9 +420,9 @@ def test_upload_brings_what_is_missing_and_nothing_else(tmp_path: Path, monkeypa
     for directory in (whole, cut, killed):
         (directory / "wandb-run-id").write_text(directory.parts[-3])
     _, second, _, last = (line["epoch"] for line in read_metrics(whole))
-    there = {"a": tracking.Uploaded(last, True, True), "b": tracking.Uploaded(second, False, False)}
-    there["d"] = tracking.Uploaded(last, False, False)
-    monkeypatch.setattr(tracking, "_ask", lambda _, run_id: there[run_id])
+    there = {"a": tracking.Uploaded(True, last, True, True), "b": tracking.Uploaded(True, second, False, False)}
+    there["d"] = tracking.Uploaded(True, last, False, False)
+    monkeypatch.setattr(tracking, "_ask", lambda _, __, run_id: there[run_id])
     monkeypatch.setattr(tracking, "_resolve_mode", lambda _: "online")
     monkeypatch.setattr(tracking, "Tracker", Recorder)
     Recorder.logged = []
@@ -438,6 +441,102 @@ def test_upload_brings_what_is_missing_and_nothing_else(tmp_path: Path, monkeypa
     assert {directory for directory, _ in Recorder.logged} == {cut, offline, killed}
     with pytest.raises(ValueError, match="There are no runs in"):
         list(tracking.upload(tmp_path / "nothing"))
+
+
+def test_a_run_that_cannot_be_uploaded_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one whose folder is not here is not said to be complete."""
+    config = yaml.safe_dump({"name": "study", "seed": 0, "wandb": {"mode": "disabled"}})
+    study = tmp_path / "study"
+    refused, fine, damaged = (finish_run(study, norm, 0, 0.5, config=config) for norm in ("a", "b", "c"))
+    (damaged / "result.json").write_text("{")
+    monkeypatch.setattr(tracking, "_resolve_mode", lambda _: "offline" if tracking._unreachable else "online")
+    monkeypatch.setattr(tracking, "Tracker", Recorder)
+
+    def offline(self: Recorder, *_: Any, **__: Any) -> None:  # as where a deleted run's id is refused
+        self.run = SimpleNamespace(offline=self.directory == refused)
+        tracking._unreachable = self.directory == refused
+
+    monkeypatch.setattr(Recorder, "log_result", offline, raising=False)
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match="1 of the runs are not uploaded whole; their lines say why"):
+        lines.extend(tracking.upload(study))
+    assert lines == [
+        f"{refused}: not uploaded whole; try again when the server answers",
+        f"{fine}: 4 epochs, result",
+        "3 runs, 2 of them lacked something in W&B; 1 that are damaged or packed were not looked at",
+    ]
+
+
+@pytest.mark.usefixtures("own")
+def test_runs_of_one_command_are_not_one_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WANDB_RUN_ID would be the id of each; an agent gives one to each command, and its command trains one run."""
+    monkeypatch.setenv("WANDB_RUN_ID", "x")
+    ids: set[str | None] = {"x"}
+    for _ in range(2):
+        with open_run(tmp_path, "offline") as tracker:
+            ids.add(tracker.run_id)
+    assert len(ids) == 3
+
+
+def test_an_agent_s_command_trains_one_run(cli: Cli, tmp_path: Path) -> None:
+    done = cli.run(*TINY, "seeds=three", f"results_dir={tmp_path}", env={"WANDB_SWEEP_ID": "x"})
+    assert done.code == 1
+    assert done.err.startswith("error: An agent of W&B has one run of W&B for a command")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Refused:
+    """Stands for W&B's module: of the runs that are asked for, those with an old id were deleted."""
+
+    class errors:
+        class Error(Exception):
+            pass
+
+        class AuthenticationError(Error):
+            pass
+
+    Settings = SimpleNamespace
+
+    def init(self, **arguments: Any) -> SimpleNamespace:
+        if arguments["id"] == "deleted":
+            raise self.errors.Error("run deleted was previously created and deleted")
+        return SimpleNamespace(**arguments)
+
+
+def test_a_run_that_was_deleted_there_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is only not reached goes offline."""
+    monkeypatch.setitem(sys.modules, "wandb", Refused())
+    monkeypatch.setattr(tracking, "_unreachable", False)
+    answers = [tracking.Uploaded(False, 0, True, False), tracking.Uploaded(True, 3, True, False)]
+    monkeypatch.setattr(tracking, "_ask", lambda *_: answers.pop(0))
+    arguments = {"dir": str(tmp_path), "id": "deleted", "resume": "allow"}
+    run = tracking._init("online", arguments, settings(tmp_path, "auto"))
+    assert (run.mode, run.resume) == ("online", None)
+    assert run.id != "deleted"
+    assert "run deleted was deleted there; it begins anew" in caplog.text
+    assert (
+        tracking._init("online", arguments, settings(tmp_path, "auto")) is None
+    )  # Refused.init refuses offline, too
+    assert tracking._unreachable
+    assert answers == []
+
+
+@pytest.mark.usefixtures("own")
+def test_a_run_that_stops_in_its_first_epoch_logs_nothing_for_it(cli: Cli, tmp_path: Path) -> None:
+    """The network's table comes with the epoch: alone, W&B would take it for the epoch, and refuse that later."""
+    layer = SimpleNamespace(name="conv", output_shape=(3, 8, 8))
+    summary: Any = SimpleNamespace(layers=[layer])
+    for epochs in ([], [1, 2]):
+        with open_run(tmp_path, "offline", directory=tmp_path) as tracker:
+            tracker.log_network(summary)
+            for epoch in epochs:
+                tracker.log_epoch({"epoch": epoch})
+        (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+        history = [line["item"] for line in records(cli, folder).get("history", [])]
+        assert [line["_step"] for line in history] == epochs
+    assert ["network._type" in line for line in history] == [True, False]
 
 
 @pytest.mark.usefixtures("own")

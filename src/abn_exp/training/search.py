@@ -109,7 +109,8 @@ class Search:
         plans = [self._plan(self._words([*norm, *first], space.seeds[0])) for norm in chosen]
         if any(plan.config.devices > 1 for plan in plans):  # Lightning would repeat the command, with another trial
             raise ConfigError(
-                "devices=1 is the only choice in a search; start the command several times to use several GPUs."
+                "devices=1 is the only choice in a search; to use several GPUs, start the command for each, with "
+                "CUDA_VISIBLE_DEVICES=0, 1, ..."
             )
         if any(plan.config.dry_run for plan in plans):
             raise ConfigError("dry_run=true is not for a search: give it to train.py, with the overrides of a trial.")

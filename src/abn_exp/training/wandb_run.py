@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -63,6 +65,7 @@ class Tracker:
         self.command = f"python scripts/runs.py --upload {study}"  # uploads what could not be uploaded
         self.failed = False  # whether something could not be logged or uploaded
         self._epoch = 0  # the last one that W&B has
+        self._network: dict[str, Any] = {}  # a table to be logged with the first epoch
         self._log_model = settings.log_model
         if (mode := _resolve_mode(settings.mode)) == "disabled":
             return
@@ -81,9 +84,15 @@ class Tracker:
             earlier = _read_id(directory)
         if earlier is not None:
             arguments |= {"id": earlier, "resume": "allow"}
-        self.run = _init(mode, arguments, required=settings.mode == "online")
+        elif "WANDB_SWEEP_ID" not in os.environ:  # an agent's run has the agent's id
+            arguments["id"] = secrets.token_hex(4)  # not WANDB_RUN_ID, with which all runs of a multirun would be one
+        self.run = _init(mode, arguments, settings)
         if self.run is None:
             return
+        if directory is None and (
+            init.get("job_type") != "report" or not self.run.offline
+        ):  # what --upload leaves out
+            self.command = f"wandb sync {Path(self.run.dir).parent}"
         self._attempt(_define_axes)
         if directory is not None:
             write_text_atomic(directory / "wandb-run-id", self.run.id)
@@ -92,7 +101,7 @@ class Tracker:
                 _remove_earlier_segments(self.run)
             if not self.run.offline:
                 with suppress(Exception):  # else W&B's client leaves out what is there
-                    self._epoch = _ask(settings, earlier).epoch
+                    self._epoch = _ask(self.run.project, self.run.entity, self.run.id).epoch
         if self.run.offline:
             log.info("W&B: offline, run %s; `%s` uploads it once you are logged in", self.run.id, self.command)
         else:
@@ -103,19 +112,24 @@ class Tracker:
         return self.run.id if self.run is not None else None
 
     def log_network(self, summary: NetworkSummary) -> None:
-        """Log what the network's layers hold and cost as a table, with the first epoch."""
+        """Log what the network's layers hold and cost as a table, with the first epoch.
+
+        Not before: of a run that is stopped in its first epoch, W&B would take the table for that epoch.
+        """
         if self._epoch > 0:
             return
         rows = [{**vars(layer), "output_shape": "x".join(map(str, layer.output_shape))} for layer in summary.layers]
         values = [list(row.values()) for row in rows]
-        self._attempt(lambda run: run.log({"network": as_table(list(rows[0]), values)}, step=1, commit=False))
+        self._attempt(lambda _: self._network.update(network=as_table(list(rows[0]), values)))
 
     def log_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Log one epoch's numbers, unless W&B has them already."""
         epoch = metrics["epoch"]
         if epoch > self._epoch:
             self._epoch = epoch
-            self._attempt(lambda run: run.log(dict(metrics), step=epoch, commit=True))
+            values = {**metrics, **self._network}
+            self._network = {}
+            self._attempt(lambda run: run.log(values, step=epoch, commit=True))
 
     def log_result(self, result: RunResult) -> None:
         """Write a finished run's headline numbers into the W&B run's summary.
@@ -174,6 +188,7 @@ class Tracker:
 class Uploaded(NamedTuple):
     """What W&B has of a run."""
 
+    known: bool  # whether there is such a run
     epoch: int  # the last one; 0 where there is none
     ended: bool  # whether it is not running there any more
     tested: bool  # whether its test accuracy is there
@@ -187,30 +202,42 @@ def upload(folder: Path) -> Iterator[str]:
 
     It may be repeated: runs that are complete there are skipped. A study's report follows its runs.
 
-    Raises ConfigError where there is no key, or no server that takes it, ValueError without runs.
+    Raises ConfigError where there is no key, or no server that takes it, and at the end where runs are not uploaded
+    whole; ValueError without runs.
     """
+    global _unreachable
     folder = folder.resolve()
     runs = find_runs(folder)
     if not runs:
         raise ValueError(f"There are no runs in {folder}; give a folder that train.py wrote, results/NAME.")
-    missing = 0
+    missing = failed = skipped = 0
     for run in runs:
         if run.status == "damaged" or not run.directory.is_dir():
+            skipped += 1
             continue
+        _unreachable = False  # whether the server answers is asked anew
         with run_lock(run.directory) as free:
             try:
                 done = _upload(run) if free else "being trained, it logs its epochs itself"
-            except DamagedFile as error:
+            except (DamagedFile, NotUploaded) as error:
                 done = str(error)
+                failed += 1
         if done:
             missing += free
             yield f"{run.directory}: {done}"
-    yield f"{len(runs)} runs, {missing} of them lacked something in W&B"
+    left_out = f"; {skipped} that are damaged or packed were not looked at" if skipped else ""
+    yield f"{len(runs)} runs, {missing} of them lacked something in W&B{left_out}"
     if missing and (folder / "report.csv").is_file():
         whole = next(run for run in runs if run.status != "damaged")
         settings = WandbConfig.model_validate(read_config(whole.directory)["wandb"] | _HERE)
         with Tracker(settings, folder, **report_arguments(folder.name)) as tracker:
             tracker.log_report(folder)
+    if failed:
+        raise ConfigError(f"{failed} of the runs are not uploaded whole; their lines say why.")
+
+
+class NotUploaded(Exception):
+    """Something of one run could not be uploaded."""
 
 
 def _upload(run: Run) -> str:
@@ -220,10 +247,10 @@ def _upload(run: Run) -> str:
     if (mode := _resolve_mode(settings.mode)) != "online":  # without a key that is refused there
         raise ConfigError(f"W&B is {mode} here, so nothing can be uploaded; unset WANDB_MODE.")
     run_id = _read_id(run.directory)
-    there = Uploaded(0, False, False)
+    there = Uploaded(False, 0, False, False)
     if run_id is not None:
         try:
-            there = _ask(settings, run_id)
+            there = _ask(settings.project, settings.entity, run_id)
         except (OSError, ValueError) as error:
             raise ConfigError(f"W&B does not answer: {in_a_line(error)}.") from error
     if there.epoch > 0 and _counts_from_zero(run.directory):  # an older version's, whole when it was logged
@@ -240,7 +267,7 @@ def _upload(run: Run) -> str:
         tracker.log_result(run.result)
     tracker.finish(exit_code=0 if run.result is not None else 1)
     if tracker.run is None or tracker.run.offline or tracker.failed:
-        raise ConfigError(f"W&B: {run.directory} is not uploaded whole; try again when the server answers.")
+        raise NotUploaded("not uploaded whole; try again when the server answers")
     return f"{sum(line['epoch'] > there.epoch for line in lines)} epochs" + (", result" if run.result else "")
 
 
@@ -302,7 +329,7 @@ def _remove_earlier_segments(run: Any) -> None:
     A process that was killed leaves a file that ends `wandb sync`, even an upload of the other files.
     """
     own = Path(run.dir).parent
-    for folder in own.parent.glob(f"offline-run-*-{run.id}*"):  # W&B adds -1 where two began in one second
+    for folder in own.parent.glob(f"offline-run-*-{escape(run.id)}*"):  # W&B adds -1 where two began in one second
         if folder != own:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -314,13 +341,13 @@ QUERY = """query RunResumeStatus($project: String, $entity: String, $name: Strin
 }"""
 
 
-def _ask(settings: WandbConfig, run_id: str) -> Uploaded:
+def _ask(project: str, entity: str | None, run_id: str) -> Uploaded:
     """Ask the server what it has of a run, with the query by which W&B's own client resumes one.
 
     Raises OSError where it does not answer, ValueError where the answer is not one to this question.
     """
     url, key = _server()
-    variables = {"project": settings.project, "entity": settings.entity, "name": run_id}
+    variables = {"project": project, "entity": entity, "name": run_id}
     body = {"query": QUERY, "operationName": "RunResumeStatus", "variables": variables}
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
@@ -329,11 +356,13 @@ def _ask(settings: WandbConfig, run_id: str) -> Uploaded:
         answer = json.load(response)
     if not isinstance(answer.get("data"), dict):
         raise ValueError(f"{url} answers {answer}")
-    bucket = (answer["data"]["model"] or {}).get("bucket") or {}
+    found = (answer["data"]["model"] or {}).get("bucket")
+    bucket = found or {}
     tail = json.loads(bucket.get("historyTail") or "[]")
     summary = json.loads(bucket.get("summaryMetrics") or "{}")
     last = json.loads(tail[-1]) if tail else summary
-    return Uploaded(last.get("epoch", 0), bucket.get("state") != "running", "final/test_acc" in summary)
+    ended, tested = bucket.get("state") != "running", "final/test_acc" in summary
+    return Uploaded(found is not None, last.get("epoch", 0), ended, tested)
 
 
 @cache
@@ -433,8 +462,11 @@ def _resolve_mode(mode: str) -> str:
     return "offline"
 
 
-def _init(mode: Any, arguments: dict[str, Any], *, required: bool) -> Any:
-    """Start the run, offline where the server does not answer in time; None where not even that is possible."""
+def _init(mode: Any, arguments: dict[str, Any], chosen: WandbConfig) -> Any:
+    """Start the run, offline where the server does not answer in time; None where not even that is possible.
+
+    A run that was deleted on the server begins anew there: its id is refused for ever.
+    """
     import wandb
 
     global _unreachable
@@ -453,13 +485,27 @@ def _init(mode: Any, arguments: dict[str, Any], *, required: bool) -> Any:
             try:
                 return wandb.init(mode="online", settings=settings, **arguments)
             except wandb.errors.Error as error:
-                if required and isinstance(error, wandb.errors.AuthenticationError):
+                if chosen.mode == "online" and isinstance(error, wandb.errors.AuthenticationError):
                     raise ConfigError(f"wandb.mode=online, but the key is refused: {in_a_line(error)}.") from error
+                if _is_gone(chosen, arguments):
+                    log.warning("W&B: run %s was deleted there; it begins anew", arguments["id"])
+                    return _init(mode, arguments | {"id": secrets.token_hex(4), "resume": None}, chosen)
                 _unreachable = True
                 log.warning("W&B: no connection (%s); going on offline", in_a_line(error))
+                wandb.teardown()  # else the id of the run is in use
         return wandb.init(mode="offline", settings=settings, **arguments)
     except ConfigError:
         raise
     except Exception as error:
         log.warning("W&B: %s (%s); going on without it", in_a_line(error), type(error).__name__)
         return None
+
+
+def _is_gone(settings: WandbConfig, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the server answers that it has no run of the id with which one was to go on."""
+    if arguments.get("resume") is None:
+        return False
+    try:
+        return not _ask(settings.project, settings.entity, arguments["id"]).known
+    except (OSError, ValueError):
+        return False
