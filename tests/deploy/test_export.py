@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from abn_exp.analysis.trained import Opener, find_trained
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.data.prepare import load
+from abn_exp.data.splits import first_of_each_class
 from abn_exp.deploy import __main__ as classify
 from abn_exp.deploy import export as exporting
 from abn_exp.deploy import graph as tracing
@@ -25,7 +26,7 @@ from abn_exp.deploy.export import FILES, export, open_run
 from abn_exp.deploy.fold import Fold
 from abn_exp.deploy.graph import Normalization
 from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
-from abn_exp.deploy.verify import Mismatch, verify
+from abn_exp.deploy.verify import Answer, Mismatch, verify
 from abn_exp.errors import ConfigError, DamagedFile
 from abn_exp.models import resnet18_paper
 from abn_exp.norm import InstanceEnhancementBatchNorm2d
@@ -149,6 +150,8 @@ def test_mistakes_of_who_classifies_are_one_sentence(
         onnx.helper.make_model(foreign, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8), damaged
     )
     assert "was not written by scripts/export.py" in classify_fails(monkeypatch, capsys, damaged, image)
+    Image.new("RGB", (32, 32)).save(tmp_path / "program.png", "EPS")  # which Ghostscript would run
+    assert "is no image" in classify_fails(monkeypatch, capsys, network, tmp_path / "program.png")
 
     deep = tmp_path / "deep.png"
     Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(deep)
@@ -161,7 +164,7 @@ def test_mistakes_of_who_classifies_are_one_sentence(
         monkeypatch, capsys, network, image, other
     )
     other.write_text("no image")
-    assert "is no image that Pillow reads" in classify_fails(monkeypatch, capsys, network, other)
+    assert "is no image that is read here: BMP, GIF, " in classify_fails(monkeypatch, capsys, network, other)
     assert "No such file" in classify_fails(monkeypatch, capsys, network, tmp_path / "gone.png")
     assert "No such file" in classify_fails(monkeypatch, capsys, tmp_path / "gone.onnx", image)
 
@@ -243,14 +246,19 @@ def test_of_an_engine_that_decides_otherwise_no_older_file_is_left(
 def test_what_a_part_of_the_test_set_is_compared_with_is_of_all_classes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of images is read class by class."""
+    """A folder of images is read class by class. And an image has its number in the whole set."""
     opened, seen = open_run(trained, "last", None), []
     test, order = opened.data.test, opened.data.test.labels.argsort()
     by_class = replace(test, images=test.images[order], labels=test.labels[order])
 
     def recorded(network: Any, graph: Any, engine: Any, images: Any, labels: Tensor, *others: Any) -> Any:
         seen.append(labels)
-        return verify(network, graph, engine, images, labels, *others)
+        changing = (lambda images: wrong(engine(images))) if len(labels) == 20 else engine
+        return verify(network, graph, changing, images, labels, *others)
+
+    def wrong(answer: Answer) -> Answer:
+        answer.bits["layer2.conv"][-1] *= -1
+        return answer
 
     def of_twenty(run: Any, graph: Any, check: Any) -> Any:
         writer = Writer(graph)
@@ -260,7 +268,10 @@ def test_what_a_part_of_the_test_set_is_compared_with_is_of_all_classes(
     monkeypatch.setattr(exporting, "verify", recorded)
     monkeypatch.setattr(exporting, "_qonnx", of_twenty)
     monkeypatch.setattr(exporting, "require_extra", lambda *_: None)
-    export(replace(opened, data=replace(opened.data, test=by_class)), tmp_path / "out", qonnx=True)
+    summary = export(replace(opened, data=replace(opened.data, test=by_class)), tmp_path / "out", qonnx=True)
+    last = int(first_of_each_class(by_class.labels, 20)[-1])
+    assert last > 300
+    assert f"first in test image {last} (counted from 0)" in summary["engines"]["qonnx"]
     assert torch.equal(seen[0], by_class.labels)  # the whole set, in its order
     assert seen[1].bincount().tolist() == [2] * 10
 

@@ -5,6 +5,7 @@ Needs ONNX Runtime, numpy and Pillow, and nothing else. The class names and the 
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 FORMAT = "abn_exp 1"
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded by Pillow itself, by no other program
 BATCH = 100  # images at a time: a map of the paper's network takes 1.6 MB an image
 
 
@@ -48,13 +50,13 @@ class Classifier:
     def read(self, path: Path) -> NDArray[np.uint8]:
         """Return an image as (3, S, S). Raises ValueError or OSError where it is not one of that size."""
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 mode = image.mode
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ValueError(f"{path} is no image that Pillow reads.") from error
+            raise ValueError(f"{path} is no image that is read here: {', '.join(FORMATS)}.") from error
         if mode.startswith(("I", "F")):  # Pillow clips these to 255
             raise ValueError(f"{path} has more than 8 bits a channel (mode {mode}); convert it first.")
         height, width, _ = pixels.shape
@@ -73,9 +75,11 @@ class Classifier:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m abn_exp.deploy", description="Classify images.")
     parser.add_argument("file", type=Path, help="network.onnx, written by scripts/export.py")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="in any format that Pillow reads")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=", ".join(FORMATS))
     arguments = parser.parse_args()
     try:
         classifier = Classifier.open(arguments.file)

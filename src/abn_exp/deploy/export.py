@@ -108,7 +108,7 @@ def export(
         chosen = first_of_each_class(run.data.test.labels, count)
         images, labels = run.data.test.images[chosen], run.data.test.labels[chosen]
         shown = partial(progress, name + part)
-        return verify(run.network, graph, engine, images, labels, run.normalization, shown)
+        return verify(run.network, graph, engine, images, labels, run.normalization, shown, chosen)
 
     try:
         verifications["ONNX Runtime"] = check("ONNX Runtime", engine)

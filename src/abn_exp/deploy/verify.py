@@ -66,13 +66,17 @@ def verify(
     labels: Tensor,
     normalization: Normalization,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    numbers: Tensor | None = None,
 ) -> Verification:
     """Run all images (N, 3, S, S), uint8, through an engine and through torch, and compare them.
 
-    Raises Mismatch, whose text names the layer and the image.
+    ``numbers`` (N,) are the images' own in the test set, where they are a part of it. Raises Mismatch, whose text
+    names the layer and the image.
     """
     found = Verification()
+    numbers = torch.arange(len(images)) if numbers is None else numbers
     for start, batch in _batches(graph, images):
+        these = numbers[start : start + len(batch)]
         answer = engine(batch.numpy())
         x = normalization(batch)
         forced = _Forced(network, graph, answer)
@@ -83,36 +87,36 @@ def verify(
             if layer.name in answer.sums:
                 equal = torch.from_numpy(answer.sums[layer.name]) == forced.sums[layer.node]
                 found.sums += equal.numel()
-                _require(equal, f"{layer.name} makes other sums than torch's", start)
+                _require(equal, f"{layer.name} makes other sums than torch's", these)
             if layer.name not in answer.bits:
                 continue
             other = forced.other[layer.name]
             if layer.fold is not None:
                 found.folded_bits += other.numel()
-                _require(~other, f"{layer.name} reads other bits than torch's, folded from {layer.decided_by}", start)
+                _require(~other, f"{layer.name} reads other bits than torch's, folded from {layer.decided_by}", these)
                 continue
             found.real_bits += other.numel()
             value, bound = bounds.of(layer.node.inputs[0].inputs[0])
             what = f"{layer.name} reads a sign of {layer.decided_by} that rounding does not explain"
-            _require(~other | (value.abs() <= bound), what, start)
+            _require(~other | (value.abs() <= bound), what, these)
             if layer.name in answer.real:
                 fine = (torch.from_numpy(answer.real[layer.name]).double() - value).abs() <= bound
-                _require(fine, f"{layer.decided_by}, before the signs that {layer.name} reads, is not torch's", start)
+                _require(fine, f"{layer.decided_by}, before the signs that {layer.name} reads, is not torch's", these)
             if count := int(other.sum()):
                 found.differing[layer.name] = found.differing.get(layer.name, 0) + count
             differs |= other.flatten(1).any(1)
         value, bound = bounds.of(graph.nodes[-1])
-        _require((logits.double() - value).abs() <= bound, "a logit of torch is off by more than rounding", start)
+        _require((logits.double() - value).abs() <= bound, "a logit of torch is off by more than rounding", these)
         fits = ((torch.from_numpy(answer.logits).double() - value).abs() <= bound).all(1)
         for i in (~fits).nonzero().flatten().tolist():
             flipped = _explanation(network, graph, answer, bounds, x, normalization, i)
             for name in flipped:
                 found.differing[name] = found.differing.get(name, 0) + 1
             fits[i], differs[i] = bool(flipped), True
-        _require(fits[:, None], "a logit of the engine is off by more than rounding", start)
+        _require(fits[:, None], "a logit of the engine is off by more than rounding", these)
         if differs.any():
             logits[differs] = network(x[differs])
-        _count(found, start, differs, torch.from_numpy(answer.logits), logits, labels[start : start + len(batch)])
+        _count(found, these, differs, torch.from_numpy(answer.logits), logits, labels[start : start + len(batch)])
         progress(start + len(batch), len(images))
     return found
 
@@ -163,19 +167,21 @@ def _explanation(
     return [layer.name for k, (layers, _) in enumerate(near) if choice >> k & 1 for layer in layers]
 
 
-def _count(found: Verification, start: int, differs: Tensor, logits: Tensor, torchs: Tensor, labels: Tensor) -> None:
+def _count(
+    found: Verification, these: Tensor, differs: Tensor, logits: Tensor, torchs: Tensor, labels: Tensor
+) -> None:
     classes, expected = logits.argmax(1), torchs.argmax(1)
     found.images += len(labels)
     found.images_with_differences += int(differs.sum())
-    found.changed += (start + (classes != expected).nonzero().flatten()).tolist()
+    found.changed += these[classes != expected].tolist()
     found.correct += int((classes == labels).sum())
     found.correct_torch += int((expected == labels).sum())
 
 
-def _require(fine: Tensor, what: str, start: int) -> None:
+def _require(fine: Tensor, what: str, these: Tensor) -> None:
     bad = (~fine.flatten(1)).any(1)
     if bad.any():
-        raise Mismatch(f"{what}, first in test image {start + int(bad.nonzero()[0])} (counted from 0).")
+        raise Mismatch(f"{what}, first in test image {int(these[bad][0])} (counted from 0).")
 
 
 def _batches(graph: Graph, images: Tensor) -> Iterator[tuple[int, Tensor]]:
