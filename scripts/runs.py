@@ -9,6 +9,8 @@ from abn_exp.commandline import print_error
 from abn_exp.errors import end_with_reader
 from abn_exp.report.progress import clean, list_runs
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # norms of one's own lie beside train.py
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="List runs with state, progress and time to go, or look after them.")

@@ -2,13 +2,18 @@
 
 import lzma
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from torch import nn
 
-from abn_exp.errors import DamagedFile
+from abn_exp.binarize import BinaryConv2d
+from abn_exp.errors import ConfigError, DamagedFile
+from abn_exp.models.build import initialize_
 from abn_exp.records import NETWORK
 from abn_exp.report.pack import pack
 from abn_exp.results import RunResult, find_runs, read_result, write_result
@@ -18,6 +23,7 @@ from abn_exp.trained_network import (
     load_input_format,
     load_network,
     load_predictions,
+    load_trained_network,
     pack_network,
     read_checkpoint,
     weights_file,
@@ -61,6 +67,40 @@ def test_a_packed_network_computes_the_same_where_latent_weights_are_zero(
     (directory / NETWORK).write_bytes(content[:-50])
     with pytest.raises(DamagedFile, match=r"network.ckpt is damaged"):
         load_network(directory)
+
+
+class Scaled(BinaryConv2d):
+    """Of XNOR-Net and ReActNet: a channel is scaled by the mean size of its latent weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+
+
+def scaled_network(num_classes: int, image_size: int, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+    layers = nn.Conv2d(3, 8, 3), norm_layer(8), Scaled(8, 8, 3), norm_layer(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
+
+
+def test_a_network_that_uses_the_size_of_latent_weights_keeps_them(tmp_path: Path) -> None:
+    norm = {"_target_": "torch.nn.BatchNorm2d", "_partial_": True}
+    config = {"model": {"_target_": f"{__name__}.scaled_network"}, "norm": norm, "dataset": {"image_size": 16}}
+    directory = start_run(tmp_path, "bn", 0, config=yaml.safe_dump(config))
+    network = initialize_(scaled_network(4, 16, nn.BatchNorm2d), 0)
+    (directory / "checkpoints").mkdir()
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"num_classes": 4, "state_dict": state}, directory / "checkpoints" / "last.ckpt")
+    content = pack_network(directory)
+    shutil.rmtree(directory / "checkpoints")
+    (directory / NETWORK).write_bytes(content)
+    images = torch.randn(5, 3, 16, 16)
+    assert torch.equal(load_network(directory)(images), network.eval()(images))
+
+
+def test_weights_that_there_cannot_be_are_not_to_be_trained_again_for(tmp_path: Path) -> None:
+    """`force=true` would replace the run, and end in the same message."""
+    directory = start_run(tmp_path, "bn", 0, config="recipe: {val_fraction: 0.0}\n")
+    with pytest.raises(ConfigError, match="was trained without validation, so no weights of it are the best"):
+        load_trained_network(directory, "best")
 
 
 # --- Predictions ---

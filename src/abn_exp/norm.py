@@ -228,8 +228,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def _synchronized_batch_norm(
     x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -247,8 +247,9 @@ def _synchronized_batch_norm(
     centred = values - mean.view(shape)
     var = _SumOverProcesses.apply(centred.square().sum(dims)) / count
     with torch.no_grad():
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / (count - 1)), momentum)
+        for running, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if running is not None:
+                running.lerp_(value, momentum)
     SynchronizedStatistics.count = count
     y = centred * torch.rsqrt(var + eps).view(shape)
     y = y if weight is None else y * weight.view(shape)

@@ -149,17 +149,28 @@ def _read_weights(directory: Path, weights: Literal["last", "best"]) -> tuple[Pa
 
 def pack_network(run: OfRun | str | Path) -> bytes:
     """Return `network.ckpt` of a run: its last weights, the binary ones as their signs in int8 and the others as they
-    are. Compressed, a sign takes little more than a bit. Errors as in `load_network`."""
+    are. Compressed, a sign takes little more than a bit. Errors as in `load_network`.
+
+    Where a network of one's own computes anything else with these, since a layer uses the size of its latent weights,
+    too, all weights are kept as they are.
+    """
     import torch
 
     from abn_exp.binarize import BinaryConv2d, BinaryLinear
 
     _, checkpoint = _read_weights(directory_of(run), "last")
-    kept = {name: checkpoint[name] for name in ("num_classes", "state_dict")}
-    for name, layer in load_network(run).named_modules():
+    state, network = dict(checkpoint["state_dict"]), load_network(run)
+    for name, layer in network.named_modules():
         if isinstance(layer, BinaryConv2d | BinaryLinear):
             signs = layer.binarization.weights(layer.weight.detach())
-            kept["state_dict"][f"network.{name}.weight"] = signs.to(torch.int8)
+            state[f"network.{name}.weight"] = signs.to(torch.int8)
+    size = read_config(directory_of(run))["dataset"]["image_size"]
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(images)
+        network.load_state_dict({key.removeprefix("network."): value for key, value in state.items()})
+        same = torch.equal(before, network(images))
+    kept = {"num_classes": checkpoint["num_classes"], "state_dict": state if same else checkpoint["state_dict"]}
     file = io.BytesIO()
     torch.save(kept, file)
     return file.getvalue()
@@ -173,6 +184,8 @@ def load_trained_network(directory: Path, weights: Literal["last", "best"] = "la
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run's folder; give one that holds config.yaml (.../seed-0).")
     if not weights_file(directory, weights).is_file():
+        if weights == "best" and not read_config(directory)["recipe"]["val_fraction"]:
+            raise ConfigError(f"{directory} was trained without validation, so no weights of it are the best.")
         raise ConfigError(f"{directory} has no checkpoints/{weights}.ckpt; train it again with force=true.")
     if not (directory / "result.json").is_file():
         raise ConfigError(f"{directory} is not of a finished run; train to the end first.")

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.stats import norm as normal
-from torch import nn
+from torch import Tensor, nn
 
 from abn_exp.analysis import activation_report, activations
 from abn_exp.analysis.activations import (
@@ -211,6 +211,12 @@ def test_response_curves_are_drawn_as_far_as_there_are_thresholds() -> None:
 
 def test_no_bands_without_a_formula() -> None:
     assert band_shares(InstanceEnhancementBatchNorm2d(3)) is None
+
+    class Tanh(AttentionBatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.tanh(super().forward(input))
+
+    assert band_shares(Tanh(3)) is None  # its thresholds are not those of ABN's formula
 
 
 def test_the_shift_of_a_norm_that_may_name_it_otherwise_is_not_known() -> None:

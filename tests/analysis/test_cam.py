@@ -51,6 +51,16 @@ def test_grad_cam_is_captum_s(network: nn.Module, size: int, layer: str, cells: 
         assert found.maps.amax() > 0
 
 
+def test_of_a_layer_that_is_used_twice_the_map_is_its_last() -> None:
+    conv, act, other = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    twice = nn.Sequential(conv, act, other, nn.Sequential(act), head)
+    apart = nn.Sequential(conv, nn.ReLU(), other, nn.Sequential(nn.ReLU()), head)
+    images = torch.randn(2, 3, 16, 16)
+    found, expected = cam.grad_cam(twice, "1", images), cam.grad_cam(apart, "3.0", images)
+    torch.testing.assert_close(found.maps, expected.maps)
+
+
 def test_no_map_large_enough() -> None:
     with pytest.raises(ValueError, match="no feature map of at least 4 x 4"):
         cam.target_layer(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), torch.zeros(1, 3, 8, 8))

@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,11 @@ def test_one_line_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         "train",
         "test",
     ]
+
+
+def test_what_a_reader_without_an_archive_gives_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, arrays = CATALOG["digits"], CATALOG["digits"].read(Path())
+    arrays["train_images"] = arrays["train_images"].astype(np.int32)
+    monkeypatch.setitem(CATALOG, "digits", replace(info, read=lambda _: arrays))
+    with pytest.raises(ValueError, match=r"digits is not what it should be .*; its reader in the catalog makes it"):
+        load("digits", tmp_path)

@@ -1,11 +1,13 @@
 """Building a network from its configuration, with norms of a user's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from abn_exp.binarize import Binarization
 from abn_exp.errors import ConfigError
 from abn_exp.models.build import build_network
 from abn_exp.training.setup import make_network
@@ -91,6 +93,39 @@ def test_a_norm_s_own_start_is_the_one_that_it_trains_from(tmp_path: Path) -> No
     assert not first.gate.weight.any()
     assert torch.equal(first.drawn, again.get_parameter("drawn"))
     assert not torch.equal(first.drawn, other.get_parameter("drawn"))
+
+
+class Drawn(nn.Module):
+    """A linear layer whose weights are drawn when it is made."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) @ self.weight.T
+
+
+def with_drawn_weights(num_classes: int, image_size: int, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm_layer(4), Drawn(num_classes))
+
+
+def test_what_a_norm_draws_changes_no_other_layer() -> None:
+    """Else two norms of a seed would not start from the same weights."""
+    model, drawn = {"_target_": f"{__name__}.with_drawn_weights"}, []
+    for norm in ("torch.nn.BatchNorm2d", f"{__name__}.Gated"):
+        torch.manual_seed(0)
+        drawn.append(build_network(model, {"_target_": norm, "_partial_": True}, 10, 32).get_parameter("2.weight"))
+    assert torch.equal(*drawn)
+
+
+def test_a_part_of_an_argument_that_is_a_data_class_may_stand_alone() -> None:
+    """As where `recipe=paper` sets one field of `binarization`, and the file of the network none."""
+    model = {"_target_": "abn_exp.models.binarynet", "width": 0.125, "binarization": {"sign_zero": "zero"}}
+    layer = build_network(model, {"_target_": "torch.nn.BatchNorm2d", "_partial_": True}, 10, 32).get_submodule(
+        "layer2.conv"
+    )
+    assert layer.binarization == Binarization(sign_zero="zero")
 
 
 def test_a_layer_beyond_any_memory_is_told_in_words() -> None:

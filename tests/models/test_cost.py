@@ -3,13 +3,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.measure import Measurement
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from abn_exp import models
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
+from abn_exp.errors import ConfigError
 from abn_exp.models.cost import LayerSummary, summarize
 from abn_exp.norm import AttentionBatchNorm2d
 
@@ -55,7 +57,7 @@ def test_a_network_counted_by_hand() -> None:
 
 
 def test_bits_are_packed_into_whole_bytes() -> None:
-    assert summarize(nn.Sequential(BinaryConv2d(3, 1, 1)), 4).totals["bytes_packed"] == 1
+    assert summarize(nn.Sequential(BinaryConv2d(3, 1, 1), nn.Flatten()), 4).totals["bytes_packed"] == 1
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
@@ -121,3 +123,40 @@ def test_table_fits_a_terminal_of_80_columns(name: str) -> None:
     console = Console(width=200)
     table = summarize(on_meta(name), 32).table()
     assert Measurement.get(console, console.options, table).maximum <= 80
+
+
+class Shared(nn.Module):
+    """A PReLU that is used twice, a layer that nothing calls, and a pair as the output of a layer with parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.PReLU(4)
+        self.attention, self.unused = nn.MultiheadAttention(4, 1), BinaryConv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.act(self.conv(x))).flatten(2).transpose(1, 2)
+        return F.conv2d(self.attention(x, x, x)[0].mT[..., None], self.unused.weight).mean((2, 3))
+
+
+def test_each_parameter_is_counted_once() -> None:
+    network = Shared()
+    summary = summarize(network, 8)
+    assert summary.totals["total"] == sum(p.numel() for p in network.parameters())
+    assert summary.totals["binary"] == 16
+    rows = [(layer.name, layer.parameters) for layer in summary.layers if layer.name in ("act", "unused")]
+    assert rows == [("act", 4), ("act", 0), ("unused", 16)]
+
+
+def test_what_gives_no_logits_is_refused() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x), self.conv(x)
+
+    with pytest.raises(ConfigError, match=r"a network should return a tensor .* this one returns a tuple"):
+        summarize(TwoHeads(), 4)
+    with pytest.raises(ConfigError, match=r"this one returns one of \[1, 2, 1, 1\]"):
+        summarize(nn.Conv2d(3, 2, 4), 4)

@@ -8,7 +8,7 @@ from tests.helpers.runs import REPOSITORY
 from tests.helpers.scripts import load_script
 
 
-@pytest.mark.parametrize("name", ["analyze", "evaluate", "export", "search"])
+@pytest.mark.parametrize("name", ["analyze", "evaluate", "export", "runs", "search"])
 def test_a_script_imports_what_lies_beside_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = [path for path in sys.path if path not in ("", ".", str(REPOSITORY))]
     monkeypatch.setattr(sys, "path", elsewhere)

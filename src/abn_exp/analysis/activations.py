@@ -198,8 +198,8 @@ def band_shares(norm: nn.Module) -> dict[str, float] | None:
     0 and 0.27846, none above; a negative gamma turns +1 into -1. A scale inside the gate moves thresholds, and
     changes their number only where it is 0. Without a gate in the forward pass there is one threshold.
     """
-    attention = isinstance(norm, AttentionBatchNorm2d)
-    if not isinstance(norm, nn.BatchNorm2d) or not (attention or type(norm) is nn.BatchNorm2d):
+    attention = type(norm) is AttentionBatchNorm2d  # another formula's, of a class of one's own, is not known
+    if not isinstance(norm, AttentionBatchNorm2d | nn.BatchNorm2d) or not (attention or type(norm) is nn.BatchNorm2d):
         return None
     beta, gamma = (
         torch.full((norm.num_features,), default) if value is None else value.detach().cpu()

@@ -56,7 +56,8 @@ def grad_cam(network: nn.Module, layer: str, images: Tensor, targets: Tensor | N
     .. math:: M = \mathrm{ReLU}\Big(\sum_c \alpha_c A_c\Big), \qquad
               \alpha_c = \mathrm{mean}_{h, w} \frac{\partial\, \mathrm{logit}}{\partial A_c}
 
-    A is the output of the module named `layer`; M is enlarged bilinearly to the image.
+    A is the output of the module named `layer`, its last where it is used several times; M is enlarged bilinearly to
+    the image.
     """
     kept: list[Tensor] = []
 
@@ -67,9 +68,9 @@ def grad_cam(network: nn.Module, layer: str, images: Tensor, targets: Tensor | N
     with network.get_submodule(layer).register_forward_hook(keep), torch.enable_grad():
         logits = network(images)
         targets = logits.argmax(1) if targets is None else targets.to(logits.device)
-        (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), kept)
+        (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), kept[-1:])
     weights = gradient.mean((2, 3), keepdim=True)
-    small = F.relu((weights * kept[0].detach()).sum(1, keepdim=True))
+    small = F.relu((weights * kept[-1].detach()).sum(1, keepdim=True))
     maps = F.interpolate(small, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return Maps(maps, logits.detach().softmax(1), targets, (small.shape[2], small.shape[3]))
 

@@ -87,10 +87,11 @@ def load(
         arrays = info.read(Path())
     else:
         arrays = _read(file)
-        try:
-            _check(arrays)
-        except ValueError as error:
-            raise ValueError(f"{file} is not what it should be ({error}): {_REMEDY}") from error
+    try:
+        _check(arrays)
+    except ValueError as error:
+        remedy = f": {_REMEDY}" if file is not None else "; its reader in the catalog makes it."
+        raise ValueError(f"{file or name} is not what it should be ({error}){remedy}") from error
     side = arrays["train_images"].shape[-1]
     if image_size not in (None, side):
         raise ValueError(f"{name} has images of {side} pixels a side, not image_size={image_size}")

@@ -91,9 +91,19 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
     if norm.get("_partial_") is not True or model.get("_partial_", False) is not False:
         raise ConfigError("norm._partial_ should be true and model._partial_ absent: a network makes its norms.")
     try:
-        norm_layer = instantiate(norm, _convert_="all")
+        made = instantiate(norm, _convert_="all")
+
+        def norm_layer(*features: Any, **options: Any) -> nn.Module:
+            with torch.random.fork_rng(devices=[]):  # what one norm draws changes no layer beside it
+                layer: nn.Module = made(*features, **options)
+                return layer
+
         network = instantiate(
-            model, num_classes=num_classes, image_size=image_size, norm_layer=norm_layer, _convert_="all"
+            _with_classes(model),
+            num_classes=num_classes,
+            image_size=image_size,
+            norm_layer=norm_layer,
+            _convert_="all",
         )
     except (InstantiationException, OmegaConfBaseException) as error:
         text = str(error.__cause__ if error.__cause__ is not None else error).splitlines()[0]
@@ -119,6 +129,18 @@ def build_network(model: dict[str, Any], norm: dict[str, Any], num_classes: int,
             except ValueError as error:
                 raise ConfigError(f"norm: {error}") from error
     return network
+
+
+def _with_classes(node: dict[str, Any]) -> dict[str, Any]:
+    """Return a node in which every argument that is a data class names it: some of its fields may stand alone."""
+    target = get_object(node["_target_"])
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    named = dict(node)
+    for key, value in node.items():
+        kind = hints.get(key)
+        if isinstance(value, dict) and inspect.isclass(kind) and is_dataclass(kind):
+            named[key] = {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | value
+    return named
 
 
 def initialize_(

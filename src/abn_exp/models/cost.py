@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
+from abn_exp.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,34 @@ def summarize(network: nn.Module, image_size: int) -> NetworkSummary:
     """Count what `network` holds and does for one image (3, image_size, image_size).
 
     Runs one forward pass in evaluation mode without gradients; buffers, generators and every module's training flag
-    are afterwards as they were. Works on the meta device, too.
+    are afterwards as they were. Works on the meta device, too. A layer that is used several times has a row for each,
+    its parameters in the first; one that is not used by a call of its own has one without an output.
+
+    Raises ConfigError where the network's output is not one row of logits an image.
     """
     layers: list[LayerSummary] = []
+    seen: set[int] = set()  # parameters that are counted
 
-    def record(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
-        parameters = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-        binary = layer.weight.numel() if isinstance(layer, BinaryConv2d | BinaryLinear) else 0
+    def record(name: str, layer: nn.Module, _: Any, output: Any) -> None:
+        own = {id(parameter): parameter.numel() for parameter in layer.parameters(recurse=False)}
+        parameters = sum(count for key, count in own.items() if key not in seen)
+        latent = layer.weight if isinstance(layer, BinaryConv2d | BinaryLinear) else None
+        binary = latent.numel() if latent is not None and parameters else 0
+        seen.update(own)
         macs = 0
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(output, Tensor):
             macs = output[0].numel() * layer.weight[0].numel()
         layers.append(
             LayerSummary(
                 name=name,
                 kind=type(layer).__name__,
-                output_shape=tuple(output.shape[1:]),
+                output_shape=tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
                 parameters=parameters,
                 binary_parameters=binary,
                 bytes_real=4 * parameters,
                 bytes_packed=math.ceil(binary / 8) + 4 * (parameters - binary),
-                binary_macs=macs if binary else 0,
-                real_macs=0 if binary else macs,
+                binary_macs=0 if latent is None else macs,
+                real_macs=macs if latent is None else 0,
             )
         )
 
@@ -102,8 +110,14 @@ def summarize(network: nn.Module, image_size: int) -> NetworkSummary:
             for name, module in network.named_modules():
                 if next(module.parameters(recurse=False), None) is not None:
                     hooks.enter_context(module.register_forward_hook(partial(record, name)))
-            network.eval()(image)
+            output = network.eval()(image)
     finally:
         for module, flag in training.items():
             module.training = flag
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        found = f"one of {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ConfigError(f"a network should return a tensor (images, classes) of logits; this one returns {found}.")
+    for name, module in network.named_modules():
+        if any(id(parameter) not in seen for parameter in module.parameters(recurse=False)):
+            record(name, module, None, None)
     return NetworkSummary(tuple(layers))
