@@ -38,10 +38,12 @@ def main(cfg: DictConfig) -> float | None:
     command = shlex.join(["python", "train.py", *hydra_config.overrides.task])
     try:
         # Imported where needed: --help should not wait for pydantic, nor a wrong value for torch and Lightning.
-        from abn_exp.identity import plan_run
+        from abn_exp.identity import plan_run, restore_quoted
 
+        if hydra_config.mode == RunMode.MULTIRUN:  # with another launcher, whose processes may be somewhere else
+            os.chdir(hydra_config.runtime.cwd)
         plan = plan_run(cfg, dict(hydra_config.runtime.choices))
-        if hydra_config.mode == RunMode.MULTIRUN:  # with another launcher than this project's
+        if hydra_config.mode == RunMode.MULTIRUN:
             from abn_exp.training.workers import Job, train_one
 
             label = f"{' '.join(plan.cell[:3])} s{plan.config.seed}"
@@ -51,11 +53,9 @@ def main(cfg: DictConfig) -> float | None:
 
         check_looks([plan], hydra_config.overrides.task, multirun=False)
         if plan.config.dry_run:
-            from abn_exp.identity import restore_quoted
             from abn_exp.training.estimate import dry_run
 
-            if not plan.config.force:
-                restore_quoted(plan)
+            restore_quoted(plan)
             for line in dry_run([plan]):
                 print(line, flush=True)
             return None

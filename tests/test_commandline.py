@@ -40,7 +40,7 @@ def test_overrides_may_stand_before_options(typed: str, ordered: str) -> None:
         ("norm=bm", "norm=bm is not allowed: it should be abn, abn_backward,"),
         ("model=binarnet", "; did you mean binarynet?"),
         ("norm=bn,abn", "norm=bn,abn has several values: add -m to train each."),
-        ("seed=3,4", "seed=3,4 has several values: add -m to train each, or write a list as seed=[3,4]."),
+        ("seed=3,4", "seed=3,4 has several values: add -m to train each, or write a list as 'seed=[3,4]'."),
         ("norm=", "norm= is not allowed: it should be abn, abn_backward,"),
         ("hydra/launcher=slurm", 'hydra/launcher=slurm needs a plug-in: pip install --editable ".[slurm]".'),
         ("hydra/launcher=ray_local", 'pip install --editable ".[ray]".'),

@@ -86,7 +86,7 @@ def hydra_sentence(error: Exception, conf: Path | None = None) -> str:
         return unknown_key(key, _keys(conf)) + (hint if key.startswith(OPEN) else "")
     if match := re.search(r"Ambiguous value for argument '(.+?)=(.+?)'", text):
         key, values = match.groups()
-        hint = "" if key in _groups(_composed(conf)) else f", or write a list as {key}=[{values}]"
+        hint = "" if key in _groups(_composed(conf)) else f", or write a list as '{key}=[{values}]'"
         return f"{key}={values} has several values: add -m to train each{hint}."
     if match := re.search(r"Could not find '(.+)/(.*?)' Available options in '.+?': (.+)", text):
         group, chosen, options = match[1], match[2], match[3].split()

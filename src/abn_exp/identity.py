@@ -62,6 +62,11 @@ class RunPlan:
     def directory(self) -> Path:
         return Path(self.study, *self.cell, f"seed-{self.config.seed}")
 
+    def differing(self, directory: Path) -> list[str]:
+        """Return the options in which the configuration recorded in a folder differs. Raises ValueError where it is
+        damaged."""
+        return differing_options(self.config.model_dump(), read_config(directory))
+
     @property
     def config_hash(self) -> str:
         """Twelve hexadecimal digits of the identity."""
@@ -86,6 +91,9 @@ def plan_of(config: Config, choices: dict[str, str], init_by_run: bool) -> RunPl
     for group, choice in choices.items():
         if not re.fullmatch(NAME, choice):  # it becomes a folder's name
             raise ConfigError(f"{group}={choice} is not allowed: it should be the name of a file in conf/{group}.")
+        # norm=ABN finds abn.yaml where a file system ignores case, and would be another run. The list takes 0.2 s.
+        if choice != choice.lower() and choice not in GlobalHydra.instance().config_loader().get_group_options(group):
+            raise ConfigError(f"{group}={choice} is not allowed: no file in conf/{group} has exactly this name.")
     places = GlobalHydra.instance().config_loader().get_search_path().get_path()
     own = _group_options(tuple(place.path for place in places), tuple(choices.items()))
     ours, everything = set_options(config.model_dump()), all_options(config.model_dump())
@@ -190,15 +198,16 @@ def _run_directories(folder: Path) -> Iterator[Path]:
 def restore_quoted(plan: RunPlan) -> Path | None:
     """Write the record of a run that was quoted into the run's own folder, and return the archive that it is from.
 
-    None, and nothing is written, where a run has begun in the folder, or where no finished run of the same identity
-    was quoted. It has weights where the study was packed with its networks.
+    None, and nothing is written, with `force`, where a run has begun in the folder, or where no finished run of the
+    same identity was quoted. It has weights where the study was packed with its networks.
     """
     directory, study = plan.directory, quoted(plan.study)
     source = study / directory.relative_to(plan.study)
-    if (directory.is_dir() and has_begun(directory)) or not (study / RECORDS).is_file():
+    begun = directory.is_dir() and has_begun(directory)
+    if plan.config.force or begun or not (study / RECORDS).is_file():
         return None
     try:
-        if read_result(source) is None or differing_options(plan.config.model_dump(), read_config(source)):
+        if read_result(source) is None or plan.differing(source):
             return None
     except (ValueError, OSError) as error:
         log.warning("%s; it is not taken as finished", error)

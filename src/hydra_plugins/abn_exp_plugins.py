@@ -8,9 +8,11 @@ is imported here.
 """
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -20,6 +22,8 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,14 +61,38 @@ class StudySweeper(BasicSweeper):
         from abn_exp.training.sweep import split_into_batches
 
         assert self.config is not None
-        return split_into_batches(self.config, overrides)
+        batches = split_into_batches(self.config, overrides)
+        if isinstance(self.launcher, WorkerLauncher):  # which leaves out finished runs by itself
+            return batches
+        to_do = [c.to_do for c in self.callbacks if hasattr(c, "to_do")]
+        return [[job for job in batch if all(asked(job) for asked in to_do)] for batch in batches]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run all batches. What ends another launcher, as a job that was killed, ends neither report nor list of what
+        is missing: the runs that are finished are not lost."""
+        try:
+            return super().sweep(arguments)
+        except Exception as error:
+            if isinstance(self.launcher, WorkerLauncher) or isinstance(error, HydraException):
+                raise
+            log.error("%s: %s", type(error).__name__, error)
+            return []
 
     def is_done(self) -> bool:
-        """Ask before each batch but the first whether the comparison is decided by what the batches before found."""
+        """Ask before each batch but the first whether the comparison is decided by what the batches before found.
+
+        A batch of which everything is finished is passed over.
+        """
         assert self.config is not None
-        looked = self.batch_index if self.config.get("looks") is not None else 0
-        decided = looked and any(c.decided(looked) for c in self.callbacks if hasattr(c, "decided"))
-        return bool(decided) or super().is_done()
+        while True:
+            looked = self.batch_index if self.config.get("looks") is not None else 0
+            decided = looked and any(c.decided(looked) for c in self.callbacks if hasattr(c, "decided"))
+            if decided or super().is_done():
+                return True
+            assert self.overrides is not None
+            if self.overrides[self.batch_index]:
+                return False
+            self.batch_index += 1
 
 
 class WorkerLauncher(Launcher):

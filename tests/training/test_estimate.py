@@ -15,7 +15,15 @@ import yaml
 from abn_exp.identity import RunPlan
 from abn_exp.trained_network import write_config
 from abn_exp.training import estimate
-from abn_exp.training.estimate import Speed, disk_sentence, dry_run, image_counts, measure_speed, seconds_left
+from abn_exp.training.estimate import (
+    Speed,
+    disk_sentence,
+    disk_use,
+    dry_run,
+    image_counts,
+    measure_speed,
+    seconds_left,
+)
 from abn_exp.training.setup import load_data, make_loaders
 from tests.helpers.records import finish_run, start_run
 
@@ -80,6 +88,17 @@ def test_a_disk_that_is_too_small_is_said(make_plan: Make, monkeypatch: pytest.M
     assert 0 < float(found[1]) < float(found[2])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
     assert disk_sentence(plans, 2).endswith("1.0 MB are free, WHICH IS NOT ENOUGH")
+
+
+def test_state_that_is_no_tensor_takes_no_place(make_plan: Make) -> None:
+    """As an epoch that a layer of one's own counts, in torch's way."""
+
+    class Counting(torch.nn.Linear):
+        def get_extra_state(self) -> int:
+            return 3
+
+    config = make_plan().config
+    assert disk_use(config, Counting(2, 3)) == disk_use(config, torch.nn.Linear(2, 3))
 
 
 def test_a_dry_run_lists_the_runs_and_adds_up_what_is_left(

@@ -9,7 +9,9 @@ import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,12 +20,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from abn_exp.errors import ConfigError
 from abn_exp.identity import RunPlan, plan_run
-from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result
+from abn_exp.results import Run, find_runs, has_begun, read_metrics, read_result, write_result
 from abn_exp.training.sweep import SweepCallback, expand
 from abn_exp.training.workers import Job, Outcome
 from tests.helpers.cli import FORKED_WORKERS, NO_FIGURES, Cli, Started, until
@@ -323,6 +326,88 @@ def test_a_run_without_a_result_of_its_own_is_told(
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
     assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
+
+
+@pytest.mark.usefixtures("hydra")
+def test_a_run_that_was_refused_is_known_to_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal removes its folder. Without it the primary comparison would be judged by the other seeds."""
+    words = ["norm=bn,abn", "seeds=three", "primary={norm:abn}"]
+    config = composed(f"results_dir={tmp_path}/results", "wandb=disabled", *TINY, *words)
+    callback = SweepCallback()
+    callback.on_multirun_start(config)
+    for plan in callback.plans:
+        if plan.config.seed == 2:
+            shutil.rmtree(plan.directory)
+        else:
+            result = read_result(finish_run(tmp_path / "other", plan.choices["norm"], plan.config.seed, 0.5))
+            assert result is not None
+            write_result(plan.directory, result)
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
+        callback.on_multirun_end(config)
+    assert caplog.text.count("NOT BEGUN") == 2
+    assert "It is not judged yet: 2 of its runs have" in (tmp_path / "results" / "runs" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("hydra")
+def test_a_look_that_cannot_be_taken_ends_in_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["norm=bn,abn", "seeds=until_decided", "looks=[2,3]"]
+    config = composed(f"results_dir={tmp_path}/results", "wandb=disabled", *TINY, *words)
+    callback = SweepCallback()
+    callback.on_multirun_start(config)
+    for plan, device in zip(callback.plans[:4], ["cpu", "cpu", "NVIDIA H200", "NVIDIA H200"], strict=True):
+        norm, seed = plan.choices["norm"], plan.config.seed
+        result = read_result(finish_run(tmp_path / "other", norm, seed, 0.5, device=device))
+        assert result is not None
+        write_result(plan.directory, result)
+    assert callback.decided(1)  # nothing more is run
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
+        callback.on_multirun_end(config)
+    assert re.findall(r"NO LOOK at 2 seeds: .*", caplog.text) == [
+        "NO LOOK at 2 seeds: The comparison in plan.json was run on several kinds of device, which are not averaged."
+    ]
+    assert "NOT BEGUN" not in caplog.text
+    assert (tmp_path / "results" / "runs" / "report.md").is_file()
+
+
+def another_launchers(*todo: str) -> Any:
+    """The sweeper with a launcher that is not this project's; `todo` are the runs that are not finished."""
+    sweeper = import_module("hydra_plugins.abn_exp_plugins").StudySweeper()
+    sweeper.config, sweeper.launcher = OmegaConf.create({"looks": [1, 2, 3]}), Mock()
+    sweeper.callbacks = [SimpleNamespace(to_do=lambda job: job[0] in todo, decided=lambda looked: looked == 3)]
+    return sweeper
+
+
+def test_finished_runs_are_not_given_to_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would begin a job for each; and a batch without any, with which submitit fails, is passed over."""
+    batches = [[["a"], ["b"]], [["c"]], [["d"], ["e"]]]
+    monkeypatch.setattr("abn_exp.training.sweep.split_into_batches", lambda *_: batches)
+    sweeper = another_launchers("a", "e")
+    sweeper.overrides = sweeper.split_arguments([], None)
+    given = []
+    while not sweeper.is_done():
+        given.append(sweeper.get_job_batch())
+    assert given == [[["a"]], [["e"]]]
+
+
+def test_a_job_that_ends_another_launcher_ends_no_report(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one of SLURM that was killed; what Hydra itself refuses is an error of the command."""
+    error: Exception = RuntimeError("job 3 has no result")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    sweeper = another_launchers()
+    monkeypatch.setattr(type(sweeper).__base__, "sweep", fail)
+    with caplog.at_level(logging.ERROR, "hydra_plugins"):
+        assert sweeper.sweep([]) == []
+    assert "RuntimeError: job 3 has no result" in caplog.text
+    error = HydraException("no such key")
+    with pytest.raises(HydraException):
+        sweeper.sweep([])
 
 
 @pytest.mark.usefixtures("hydra")

@@ -4,6 +4,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -105,3 +107,15 @@ def test_a_worker_without_a_run_is_told_to_end() -> None:
     workers._stop([idle])  # type: ignore[list-item]
     assert theirs.recv() is None
     assert not done
+
+
+def test_a_worker_does_not_hear_ctrl_c() -> None:
+    """Of its terminal, which sends it to all processes: not even the first, whose start begins another process."""
+    program = (
+        "import signal\nfrom multiprocessing import resource_tracker\n"
+        "from abn_exp.training.workers import sigint_blocked\n"
+        "with sigint_blocked():\n    resource_tracker.ensure_running()\n"
+        "    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

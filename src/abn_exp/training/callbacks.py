@@ -55,19 +55,13 @@ class EpochLogger(pl.Callback):
         self.lines = count_from_one(state_dict["lines"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.lines:  # also where all epochs are done, and on_train_start is not called
-            self._write(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer)
-        self.best = max((line["val/acc"] for line in self.lines if "val/acc" in line), default=None)
-        self.started, self.epochs_before = time.monotonic(), trainer.current_epoch
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # not later: where all epochs are done, on_train_start is not called
             write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         for line in self.lines:
             self.tracker.log_epoch(line)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started, self.epochs_before = time.monotonic(), trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signs = {name: weight > 0 for name, weight in binary_weights(pl_module)}
@@ -115,10 +109,9 @@ class EpochLogger(pl.Callback):
         if not self.brief:
             parts.append(f"acc {metrics['train/acc']:.3f}")
         if "val/acc" in metrics:
-            self.best = max(accuracy for accuracy in (self.best, metrics["val/acc"]) if accuracy is not None)
             parts.append(f"val {metrics['val/acc']:.3f}")
             if not self.brief:
-                parts.append(f"best {self.best:.3f}")
+                parts.append(f"best {max(line['val/acc'] for line in self.lines):.3f}")
         if "test/acc" in metrics:
             parts.append(f"test {metrics['test/acc']:.3f}")
         log.info(" ".join([*parts, speed_text(metrics["images_per_second"]), f"ETA {clock(eta)}"]))
@@ -209,6 +202,15 @@ class KillAllRanks(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _wait_for_the_end if trainer.is_global_zero else signal.SIG_DFL)
+
+
+class IgnoreSigterm(pl.Callback):
+    """Ignores SIGTERM in a job that submitit has given to SLURM, as submitit does: the warning of which it knows is
+    SIGUSR2. SLURM sends SIGTERM to a job that is preempted with a grace time, and requeues what it ends afterwards; a
+    job that stops by itself is over. Lightning's own handler, which would stop it, is registered before training."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wait_for_the_end(*_: Any) -> None:

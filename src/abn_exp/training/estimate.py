@@ -14,10 +14,9 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.identity import RunPlan
 from abn_exp.models.build import build_network
 from abn_exp.optimizer import state_size
-from abn_exp.options import differing_options
+from abn_exp.records import read_run_file
 from abn_exp.report.progress import clock, describe, progress, speed_text
-from abn_exp.results import Run, find_runs
-from abn_exp.trained_network import read_config
+from abn_exp.results import find_run
 
 SECONDS = 2.0  # that each cell's speed is measured in training, and in evaluation
 
@@ -31,7 +30,8 @@ class DiskUse(NamedTuple):
 
 def disk_use(config: Config, network: torch.nn.Module) -> DiskUse:
     """Return what the checkpoints of a run of this network will take; the network may be on the meta device."""
-    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    state_dict = network.state_dict().values()  # with what `get_extra_state` of one's own layer gives, of any kind
+    weights = sum(value.numel() * value.element_size() for value in state_dict if isinstance(value, torch.Tensor))
     trained = sum(weight.numel() * weight.element_size() for weight in network.parameters())
     state = round(trained * state_size(config.recipe.optimizer.model_dump()))
     best = weights if config.recipe.val_fraction > 0 else 0
@@ -122,7 +122,6 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
 
     Each cell that has runs to do is measured for some seconds, in this process.
     """
-    found = {run.directory: run for folder in {plan.study for plan in plans} for run in find_runs(folder)}
     to_do: list[RunPlan] = []
     total, finished = 0.0, 0
     ordered = sorted(plans, key=lambda plan: (plan.directory.parent, plan.config.seed))
@@ -130,7 +129,7 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
         yield str(cell)
         pending: list[tuple[RunPlan, int]] = []
         for plan in group:
-            state, rest, done = _state(plan, found.get(plan.directory))
+            state, rest, done = _state(plan)
             finished += state == "finished" and not plan.config.force
             if state not in ("finished", "refused") or plan.config.force:
                 pending.append((plan, 0 if plan.config.force else done))
@@ -153,18 +152,15 @@ def dry_run(plans: Sequence[RunPlan]) -> Iterator[str]:
         yield disk_sentence(to_do, count)
 
 
-def _state(plan: RunPlan, run: Run | None) -> tuple[str, str, int]:
+def _state(plan: RunPlan) -> tuple[str, str, int]:
     """Return a run's state, what there is to say, and how many epochs it need not train again."""
-    if run is None:
+    directory = plan.directory
+    if read_run_file(directory, "config.yaml") is None:
         return "not begun", "", 0
-    state, rest = describe(run)
-    if (
-        state == "finished"
-        and not plan.config.force
-        and differing_options(plan.config.model_dump(), read_config(run.directory))
-    ):
+    state, rest = describe(find_run(directory))
+    if state == "finished" and not plan.config.force and plan.differing(directory):
         return "refused", "it holds the result of another configuration", 0
-    return state, rest, progress(run.directory)[0] if state not in ("finished", "damaged", "not begun") else 0
+    return state, rest, progress(directory)[0] if state not in ("finished", "damaged", "not begun") else 0
 
 
 def _at_once(plans: Sequence[RunPlan]) -> tuple[int, float]:

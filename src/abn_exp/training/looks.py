@@ -166,13 +166,6 @@ def is_decided(folder: Path, looked: int) -> bool:
     return plan.entries[looked - 1]["verdict"] != "undecided" or looked == len(plan.looks)
 
 
-def seeds_of_looks(folder: Path, looked: int) -> set[int]:
-    """Return the seeds that so many looks ask for, whether or not the last was taken."""
-    plan = read_plan(folder)
-    assert plan is not None
-    return set(plan.seeds_at(looked - 1))
-
-
 def _in_cells(cell: tuple[str, str, str, str], plan: Plan) -> bool:
     dataset, model, norm, variant = cell
     return (dataset, model, variant) in plan.groups and norm in (plan.norm, plan.reference)

@@ -21,6 +21,7 @@ from abn_exp.data.catalog import CATALOG
 from abn_exp.data.prepare import ImageDataset, Split
 from abn_exp.identity import RunPlan
 from abn_exp.machine import available_memory, cpu_count
+from abn_exp.optimizer import build_optimizer
 from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.setup import compile_, configure_process, make_loaders, make_network, select_device
 from abn_exp.training.workers import sigint_blocked
@@ -48,7 +49,7 @@ class StepLoop:
         self.loaders = make_loaders(config, data, device)
         steps = len(self.loaders["train"])
         self.classifier = LitClassifier(self.network, config.recipe, config.seed, classes, steps)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True)
+        self.optimizer = build_optimizer(config.recipe.optimizer.model_dump(), self.network.parameters())
 
     def loss(self, images: Tensor, labels: Tensor, stage: Stage = "train") -> tuple[Tensor, Tensor]:
         """Return the loss of a batch and the predicted classes."""
@@ -114,8 +115,8 @@ def measure_best_count(plans: Sequence[RunPlan]) -> int:
 def candidates(pending: int, device: torch.device, threads: int) -> list[int]:
     """Return the numbers to try: powers of two and as many as there are cores for, never more than are pending."""
     cores = max(1, cpu_count() // threads)
-    most = min(pending, cores if device.type == "cpu" else min(16, cores))
-    return sorted({count for count in (1, 2, 4, 8, 16, 32, 64, cores) if count <= most})
+    most = min(pending, cores if device.type == "cpu" else min(16 * torch.cuda.device_count(), cores))
+    return sorted({count for count in (1, 2, 4, 8, 16, 32, 64, 128, cores) if count <= most})
 
 
 def choose(rates: dict[int, float]) -> int:

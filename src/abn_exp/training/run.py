@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from multiprocessing import current_process
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_object
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -32,7 +33,6 @@ from abn_exp.errors import ConfigError, DamagedFile, Diverged, NotContinued, Sto
 from abn_exp.files import modified, remove_temporary_files, run_lock, write_text_atomic, writing
 from abn_exp.identity import RunPlan, restore_quoted
 from abn_exp.models.cost import NetworkSummary, summarize
-from abn_exp.options import differing_options
 from abn_exp.report.progress import clock, speed_text
 from abn_exp.results import (
     RunResult,
@@ -52,7 +52,7 @@ from abn_exp.trained_network import (
     write_input_format,
     write_predictions,
 )
-from abn_exp.training.callbacks import EpochLogger, KillAllRanks, StepProgressBar
+from abn_exp.training.callbacks import EpochLogger, IgnoreSigterm, KillAllRanks, StepProgressBar
 from abn_exp.training.checkpoints import AtomicCheckpointIO, checkpoints, keep_weights, previous, usable_checkpoint
 from abn_exp.training.classifier import LitClassifier, Stage
 from abn_exp.training.extend import begin_with_shorter_run
@@ -100,7 +100,7 @@ def run(plan: RunPlan, command: str, steps: Counter | None = None, patience: flo
     if process_rank(config) > 0:
         return _run_worker_rank(plan)
     device = select_device(config)
-    source = None if config.force else restore_quoted(plan)
+    source = restore_quoted(plan)
     directory.mkdir(parents=True, exist_ok=True)
     with run_lock(directory, patience) as free, _log_to(directory / "train.log"):
         if not free:
@@ -241,7 +241,7 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None, 
         what = f"precision={config.precision} is slower than fp32 on this device"
         log.warning("%s: a pass takes %.1f times as long", what, times)
     summary = summarize(network, config.dataset.image_size)
-    targets = {part["_target_"].rpartition(".")[0] for part in (config.norm, config.model)}
+    targets = _targets([config.norm, config.model, config.recipe.optimizer.model_dump()])
     modules = targets | {type(layer).__module__ for layer in network.modules()}
     made_with = {  # read before training, so that an error here cannot end a run after its last epoch
         "versions": provenance.versions() | provenance.own_code(modules),
@@ -288,6 +288,16 @@ def _train_and_test(plan: RunPlan, device: torch.device, steps: Counter | None, 
     return result
 
 
+def _targets(parts: Iterable[Any]) -> set[str]:
+    """Return the modules that the `_target_`s of a configuration are named by, and those that they are defined in."""
+    found = set()
+    for part in (part for part in parts if isinstance(part, dict)):
+        if "_target_" in part:
+            found |= {part["_target_"].rpartition(".")[0], get_object(part["_target_"]).__module__}
+        found |= _targets(part.values())
+    return found
+
+
 def _checkpoint_to_go_on_from(directory: Path, inputs: InputFormat, copied: bool) -> Path | None:
     """Return the run's last whole checkpoint, None where there is none.
 
@@ -316,6 +326,8 @@ def _trainer(
     callbacks = [EpochLogger(directory, tracker, brief=not alone), *checkpoints(directory, keep_best="val" in stages)]
     if config.devices > 1:
         callbacks.append(KillAllRanks())
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        callbacks.append(IgnoreSigterm())
     return pl.Trainer(
         **trainer_options(config, device),
         strategy="ddp" if config.devices > 1 else "auto",
@@ -443,7 +455,7 @@ def _check_same_config(plan: RunPlan) -> RunResult | None:
             finished = read_result(directory)
         except DamagedFile as error:
             log.warning("%s; the record is made again, from the last checkpoint if there is one", error)
-        different = differing_options(plan.config.model_dump(), read_config(directory))
+        different = plan.differing(directory)
     except ValueError as error:  # damaged, or of a later version
         raise ConfigError(f"{error}; force=true runs the run again from its start.") from error
     if different:

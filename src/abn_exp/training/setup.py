@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 PASS = 0.1  # seconds of a pass that is long enough to compare precisions by
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # one of them is there where a driver is loaded
+NVIDIA_DRIVER = (  # one of them is there where a driver is loaded; the last is that of Windows in WSL 2
+    Path("/proc/driver/nvidia"),
+    Path("/dev/nvidia0"),
+    Path("/usr/lib/wsl/lib/libcuda.so.1"),
+)
 EVALUATED = 500  # images in a batch of validation and test
 BATCHES_PER_GROUP = 20  # steps that share Lightning's overhead of 0.3 ms or more
 
@@ -51,7 +55,11 @@ def select_device(config: Config) -> torch.device:
         raise ConfigError(
             f"device=cuda, but torch sees no CUDA device ({_cuda_build()}); use device=cpu or device=auto."
         )
-    if kind == "cuda" and config.precision in ("exact16", "bf16") and not torch.cuda.is_bf16_supported():
+    if (
+        kind == "cuda"
+        and config.precision in ("exact16", "bf16")
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise ConfigError(f"precision={config.precision}, but this GPU has no bfloat16; use precision=fp32.")
     if kind == "cpu":
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -143,9 +151,11 @@ def load_data(config: Config) -> ImageDataset:
     info, held = CATALOG.get(options.name), [len(data.train.labels), len(data.test.labels)]
     expected = options.images or ([info.train_count, info.test_count] if info is not None else held)
     if held != expected:  # it was not there when the run was named
+        then = "now that this is known, the same command begins a run of that set."
+        if info is not None and not info.archive:
+            then = "correct the counts of its entry in CATALOG."
         raise ConfigError(
-            f"{options.name} has {held[0]} + {held[1]} images here, not {expected[0]} + {expected[1]}; now that this "
-            "is known, the same command begins a run of that set."
+            f"{options.name} has {held[0]} + {held[1]} images here, not {expected[0]} + {expected[1]}; {then}"
         )
     return data
 

@@ -5,10 +5,11 @@ is used.
 """
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,21 +21,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from abn_exp.commandline import hydra_sentence
+from abn_exp.commandline import HYDRA_ERRORS, hydra_sentence
 from abn_exp.config import Config, read
 from abn_exp.errors import STOPPED, ConfigError, DamagedFile, Stopped
 from abn_exp.files import modified, write_text_atomic
 from abn_exp.identity import GROUPS, RunPlan, init_by_run, plan_of, quoted, restore_quoted
 from abn_exp.machine import cpu_count
-from abn_exp.options import differing_options
 from abn_exp.records import read_run_file, read_study_file
-from abn_exp.results import RunResult, find_runs, has_begun, read_result
-from abn_exp.trained_network import read_config, write_config
+from abn_exp.results import RunResult, find_run, has_begun, read_result
+from abn_exp.trained_network import write_config
 from abn_exp.training.workers import Job, train
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class SweepCallback(Callback):
         """Refuse the whole sweep where one of its runs is not allowed; log what there is to do."""
         try:
             self._start(config)
-        except (HydraException, OmegaConfBaseException) as error:  # some of which are OSErrors
+        except HYDRA_ERRORS as error:  # some of which are OSErrors
             raise SystemExit(f"error: {hydra_sentence(error)}") from None
         except (ConfigError, DamagedFile, OSError) as error:
             raise SystemExit(f"error: {error}") from None
@@ -63,19 +61,23 @@ class SweepCallback(Callback):
 
     def _start(self, config: DictConfig) -> None:
         _check_sweeper(config)
+        if "WANDB_SWEEP_ID" in os.environ:
+            raise ConfigError(
+                "An agent of W&B has one run of W&B for a command, so that a command trains one run: leave out -m, "
+                "study= and seeds=, and let the sweep's file list the values."
+            )
         self._planned = expand(config)
         if not self._planned:
             last = f"; the looks end at seed {config.looks[-1] - 1}" if config.looks is not None else ""
             raise ConfigError(f"This command has no run{last}: choose other seeds.")
         # Two commands may be one run, where an option has no effect on what the other one chooses.
         self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
-        self.errors = dict[Path, str]()
+        self.errors, self.no_look = dict[Path, str](), ""
         self.before = {plan.directory: modified(plan.directory / "result.json") for plan in self.plans}
         _check_devices(self.plans)
         _check_launcher(self.plans, config)
         looks = check_looks(self.plans, config.hydra.overrides.task, multirun=True)
-        force = self.plans[0].config.force
-        if not force and (taken := [plan for plan in self.plans if restore_quoted(plan) is not None]):
+        if taken := [plan for plan in self.plans if restore_quoted(plan) is not None]:
             log.info("%d finished runs are taken from %s", len(taken), quoted(taken[0].study))
         if self.plans[0].config.dry_run:
             from abn_exp.training.estimate import dry_run
@@ -109,9 +111,13 @@ class SweepCallback(Callback):
             if read_run_file(plan.directory, "config.yaml") is None:
                 write_config(plan.directory, plan.config.model_dump(), _single_command(overrides, plan))
 
+    def to_do(self, overrides: Sequence[str]) -> bool:
+        """Return whether a run is not finished."""
+        return finished_result(self._planned[tuple(overrides)]) is None
+
     def decided(self, looked: int) -> bool:
         """Return whether, after so many batches of runs, the primary comparison needs no more."""
-        from abn_exp.training.looks import is_decided, seeds_of_looks
+        from abn_exp.training.looks import is_decided
 
         folder, looks = self.plans[0].study, self.plans[0].config.looks
         assert looks is not None
@@ -120,9 +126,8 @@ class SweepCallback(Callback):
                 self._write_configs(looks[looked])
                 return False
         except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
-        seeds = seeds_of_looks(folder, looked)
-        self.plans = [plan for plan in self.plans if plan.config.seed in seeds]  # the others are not needed
+            self.no_look = f"NO LOOK at {looks[looked - 1]} seeds: {error}"
+        self.plans = [plan for plan in self.plans if plan.config.seed < looks[looked - 1]]  # the others: not needed
         return True
 
     def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
@@ -174,7 +179,12 @@ class SweepCallback(Callback):
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
         from abn_exp.report.build import print_report, write_report
 
-        failed = []
+        if (
+            self.plans[0].config.looks is None
+        ):  # else runs that were refused at their start are not known to be missing
+            with suppress(OSError):
+                self._write_configs(None)
+        failed = [self.no_look] if self.no_look else []
         for folder in sorted({plan.study for plan in self.plans}):
             try:
                 report = write_report(folder)
@@ -193,19 +203,16 @@ class SweepCallback(Callback):
 
     def _failed(self) -> list[str]:
         """Return a line for each of this multirun's runs that has no result of its own, with the reason."""
-        folders = {plan.study for plan in self.plans}
-        found = {run.directory: run for folder in folders for run in find_runs(folder)}
         lines = []
         for plan in self.plans:
-            run = found.get(plan.directory)
-            error = self.errors.get(plan.directory) or "no reason recorded"
-            if run is None or not has_begun(plan.directory):
+            run, error = find_run(plan.directory), self.errors.get(plan.directory) or "no reason recorded"
+            if not has_begun(plan.directory):
                 lines.append(f"NOT BEGUN {plan.directory}: {error}")
             elif run.result is None:
                 lines.append(f"{run.status.upper()} {plan.directory}: {run.reason or error}")
             elif plan.config.force and modified(plan.directory / "result.json") == self.before[plan.directory]:
                 lines.append(f"NOT REPLACED {plan.directory}: {error}")
-            elif differing_options(plan.config.model_dump(), read_config(run.directory)):
+            elif plan.differing(plan.directory):
                 lines.append(f"REFUSED {plan.directory}: it holds the result of another configuration")
         return lines
 
@@ -302,7 +309,7 @@ def finished_result(plan: RunPlan) -> RunResult | None:
         return None
     try:
         result = read_result(plan.directory)
-        same = result is not None and not differing_options(plan.config.model_dump(), read_config(plan.directory))
+        same = result is not None and not plan.differing(plan.directory)
     except (ValueError, OSError):
         return None
     return result if same else None

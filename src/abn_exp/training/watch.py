@@ -58,15 +58,16 @@ class StepWatch:
         return f"no step for {waited:.0f} s{usual}"
 
 
-def warn_of_standstill(plan: RunPlan, standstill: str, pid: int | None) -> None:
-    """Log the run, its directory and what to do; whether to kill it is for the user to decide."""
-    log.warning(
-        "%s in %s: this run may never end. `kill -9 %s` ends it, and the same command goes on from its last whole "
-        "epoch.",
-        standstill,
-        plan.directory,
-        pid,
-    )
+def warn_of_standstill(watch: StepWatch, steps: Counter, plan: RunPlan, pid: int | None) -> None:
+    """Log a standstill, the run's directory and what to do; whether to kill it is for the user to decide."""
+    if standstill := watch.standstill(steps.value, time.monotonic()):
+        log.warning(
+            "%s in %s: this run may never end. `kill -9 %s` ends it, and the same command goes on from its last "
+            "whole epoch.",
+            standstill,
+            plan.directory,
+            pid,
+        )
 
 
 @contextmanager
@@ -77,8 +78,7 @@ def watching(plan: RunPlan, steps: Counter) -> Iterator[None]:
     def look() -> None:
         watch = StepWatch()
         while not ended.wait(POLL):
-            if standstill := watch.standstill(steps.value, time.monotonic()):
-                warn_of_standstill(plan, standstill, os.getpid())
+            warn_of_standstill(watch, steps, plan, os.getpid())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

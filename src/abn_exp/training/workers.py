@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 from hydra.core.utils import configure_log
@@ -68,7 +69,7 @@ def train(jobs: Sequence[Job], count: int, job_logging: DictConfig) -> Generator
                         worker.job = None
                 if worker.process.is_alive():
                     if worker.job is not None:
-                        worker.warn_of_standstill()
+                        warn_of_standstill(worker.watch, worker.steps, worker.job.plan, worker.process.pid)
                     elif worker.ready and waiting:
                         worker.begin(waiting.pop())
                     continue
@@ -126,11 +127,6 @@ class _Worker:
         hint = ", as Linux does where memory runs out" if code == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
 
-    def warn_of_standstill(self) -> None:
-        assert self.job is not None
-        if standstill := self.watch.standstill(self.steps.value, time.monotonic()):
-            warn_of_standstill(self.job.plan, standstill, self.process.pid)
-
 
 def _stop(workers: list[_Worker]) -> None:
     """End the workers: those that wait at once, those that train by SIGTERM, what is left after GRACE by SIGKILL."""
@@ -154,6 +150,7 @@ def _stop(workers: list[_Worker]) -> None:
 @contextmanager
 def sigint_blocked() -> Iterator[None]:
     """Block SIGINT for processes that are started inside: a terminal sends it to all processes of a command."""
+    resource_tracker.ensure_running()  # which, where it begins inside, unblocks the signal again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
