@@ -56,5 +56,5 @@ $(VENV)/.installed-uv: | $(BIN)/python
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "abn_exp needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "abn_exp needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.13 ...")'
 	$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python*; exit 1; }  # one without pip, where venv is a package apart

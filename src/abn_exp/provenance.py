@@ -75,7 +75,11 @@ def _cpu_name() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor that does not say
-        return platform.processor() or platform.machine()
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS, where platform knows no more than "arm"
+        told = (
+            subprocess.run(asked, capture_output=True, text=True, check=False) if sys.platform == "darwin" else None
+        )
+        return (told.stdout.strip() if told else "") or platform.processor() or platform.machine()
 
 
 @cache
