@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from abn_exp import provenance
 from abn_exp.binarize import BinaryConv2d, BinaryLinear
 from abn_exp.deploy.export import require_extra
-from abn_exp.deploy.graph import Graph, Normalization, trace
+from abn_exp.deploy.graph import Graph, trace
 from abn_exp.files import write_text_atomic
 from abn_exp.models import binarynet, resnet18_paper
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.report.formatting import csv_text
+from abn_exp.trained_network import InputFormat
 from benchmarks.measure import interleaved, peak_bytes, quartiles, seconds
 from benchmarks.report import cell, device_folder, table
 
@@ -42,7 +43,7 @@ TWO_THRESHOLDS = {"bn": 0.0, "abn, 18 %": 0.18, "abn, all": 1.0}  # share of cha
 BATCHES = (1, 64)
 FOLDED = ("network.onnx", "OpenVINO")
 ENGINES = ("torch", "torch, compiled", "ONNX Runtime, float32", *FOLDED)
-NORMALIZATION = Normalization.of([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+INPUT = InputFormat(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), None)
 
 
 def make_network(model: str, norm: str, width: float | None = None) -> nn.Module:
@@ -99,13 +100,13 @@ def make_engine(name: str, network: nn.Module, batch: int) -> Engine:
         plain = binarize_once_(network)
         call = torch.compile(plain) if name != "torch" else plain
         size = 4 * sum(parameter.numel() for parameter in network.parameters())
-        return Engine(lambda images: call(NORMALIZATION(images)), size)
+        return Engine(lambda images: call(INPUT.normalize(images)), size)
     if name == "OpenVINO":
         return _openvino(trace(network, 32), batch)
     if name == "network.onnx":
         from abn_exp.deploy.onnx import Writer, with_digest
 
-        return _onnx_runtime(with_digest(Writer(trace(network, 32)).model(NORMALIZATION, {})))
+        return _onnx_runtime(with_digest(Writer(trace(network, 32)).model(INPUT, {})))
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(folder) / "float32.onnx"
@@ -120,7 +121,7 @@ def make_engine(name: str, network: nn.Module, batch: int) -> Engine:
 
 class _Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
-        return images.float() * NORMALIZATION.scale + NORMALIZATION.shift
+        return INPUT.normalize(images)
 
 
 def _onnx_runtime(content: bytes) -> Engine:
@@ -148,7 +149,7 @@ def _openvino(graph: Graph, batch: int) -> Engine:
     from abn_exp.deploy.openvino import Writer, serialized
 
     writer = Writer(graph)
-    model = writer.model(NORMALIZATION)
+    model = writer.model(INPUT)
     files = serialized(model)
     model.reshape([batch, 3, 32, 32])
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}

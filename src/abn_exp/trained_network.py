@@ -209,10 +209,15 @@ class InputFormat:
 
         With the two roundings of training, u (1 / (255 std)) + (-mean / std): a sign may depend on them.
         """
+        scale, shift = (value.to(images.device) for value in self.scale_and_shift())
+        return images.float().mul_(scale).add_(shift)
+
+    def scale_and_shift(self) -> "tuple[Tensor, Tensor]":
+        """Return scale and shift of x = scale u + shift for pixels u, each (3, 1, 1), in float32."""
         import torch
 
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
-        return images.float().mul(1 / (255 * std)).add_(-mean / std)
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return 1 / (255 * std), -mean / std
 
 
 _INPUT = TypeAdapter(InputFormat)

@@ -28,7 +28,7 @@ def test_channels_have_two_thresholds_in_the_share_that_the_norm_s_name_says(nor
 
 def test_every_engine_gives_torch_s_logits() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    expected = inference.make_network("BinaryNet", "abn, 18 %", 0.125)(inference.NORMALIZATION(images))
+    expected = inference.make_network("BinaryNet", "abn, 18 %", 0.125)(inference.INPUT.normalize(images))
     for name in inference.ENGINES:
         if name == "torch, compiled":
             continue  # compiles for half a minute; tests/training hold compiled networks to the same

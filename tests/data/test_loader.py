@@ -6,7 +6,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from abn_exp.data.loader import BatchGroups, BatchLoader
 from abn_exp.data.prepare import Split
-from abn_exp.deploy.graph import Normalization
 from abn_exp.seeding import generator
 from abn_exp.trained_network import InputFormat
 
@@ -88,7 +87,6 @@ def test_it_normalises_as_a_run_s_input_format_does_to_the_last_bit() -> None:
     ((images, _),) = BatchLoader(split, torch.arange(20), 20, mean=MEAN, std=STD, device="cpu")
     inputs = InputFormat(split.images.shape[-1], MEAN, STD, None)
     assert torch.equal(inputs.normalize(split.images), images)
-    assert torch.equal(Normalization.of(MEAN, STD)(split.images), images)  # what an export computes
 
 
 def test_only_the_indices_are_used() -> None:

@@ -14,7 +14,7 @@ from abn_exp.binarize import Binarization
 from abn_exp.deploy.graph import trace
 from abn_exp.deploy.verify import Mismatch, verify
 from abn_exp.models import binarynet, resnet18_paper
-from tests.helpers.deploy import NORMALIZATION, images, trained
+from tests.helpers.deploy import INPUT, images, trained
 
 COUNT = 12
 LABELS = torch.zeros(COUNT, dtype=torch.int64)
@@ -37,10 +37,10 @@ def test_qonnx_s_executor_decides_as_torch_does(
     qonnx = pytest.importorskip("abn_exp.deploy.qonnx")
     network = trained(build, norm, **options)
     graph = trace(network, 16)
-    found = verify(network, graph, qonnx.Executor(graph, NORMALIZATION), images(COUNT), LABELS, NORMALIZATION)
+    found = verify(network, graph, qonnx.Executor(graph, INPUT), images(COUNT), LABELS, INPUT)
     bits = sum(COUNT * int(np.prod(layer.node.inputs[0].shape)) for layer in graph.layers)
     assert found.folded_bits + found.real_bits == bits
-    model = qonnx.QonnxWriter(graph).qonnx_model(NORMALIZATION)
+    model = qonnx.QonnxWriter(graph).qonnx_model(INPUT)
     kinds = {node.op_type for node in model.graph.node if node.domain}
     thresholds = any(x.fold is not None and x.fold.counts.max(initial=0) < 2 for x in graph.layers)
     assert kinds == {"BipolarQuant", *["MultiThreshold"] * thresholds}
@@ -54,13 +54,13 @@ def test_openvino_decides_as_torch_does(build: Callable[..., nn.Module], norm: s
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     network = trained(build, norm, **options)
     graph = trace(network, 16)
-    with openvino.OpenVINO(graph, NORMALIZATION, 1) as engine:
-        found = verify(network, graph, engine, images(COUNT), LABELS, NORMALIZATION)
+    with openvino.OpenVINO(graph, INPUT, 1) as engine:
+        found = verify(network, graph, engine, images(COUNT), LABELS, INPUT)
     real = sum(COUNT * int(np.prod(x.node.inputs[0].shape)) for x in graph.layers if x.fold is None)
     assert (found.images, found.real_bits) == (COUNT, real)
     layer = graph.layers[-1]
-    with openvino.OpenVINO(graph, NORMALIZATION, 1, sums=layer) as engine:
-        found = verify(network, graph, engine, images(COUNT), LABELS, NORMALIZATION)
+    with openvino.OpenVINO(graph, INPUT, 1, sums=layer) as engine:
+        found = verify(network, graph, engine, images(COUNT), LABELS, INPUT)
     assert found.sums == COUNT * int(np.prod(layer.node.shape))
 
 
@@ -70,7 +70,7 @@ def test_openvino_s_file_holds_a_bit_a_weight_and_its_kernels_multiply_bits() ->
 
     network = trained(binarynet, "abn", width=0.25)
     writer = openvino.Writer(trace(network, 16))
-    model = writer.model(NORMALIZATION)
+    model = writer.model(INPUT)
     _, binary = openvino.serialized(model)
     weights = sum(m.weight.numel() for m in network.modules() if type(m).__name__.startswith("Binary"))
     rest = 4 * (sum(p.numel() for p in network.parameters()) - weights)
@@ -84,7 +84,7 @@ def test_openvino_s_file_holds_a_bit_a_weight_and_its_kernels_multiply_bits() ->
 def test_a_layer_of_twelve_channels_is_given_as_a_real_one() -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     writer = openvino.Writer(trace(trained(resnet18_paper, "abn", width=0.75), 16))
-    writer.model(NORMALIZATION)
+    writer.model(INPUT)
     assert writer.real_layers["layer1.0.conv1"] == "12 input channels are no multiple of 8"
     assert "layer2.0.conv2" not in writer.real_layers
 
@@ -92,7 +92,7 @@ def test_a_layer_of_twelve_channels_is_given_as_a_real_one() -> None:
 def test_a_crash_of_openvino_is_a_sentence() -> None:
     openvino = pytest.importorskip("abn_exp.deploy.openvino")
     graph = trace(trained(binarynet, "bn"), 16)
-    with openvino.OpenVINO(graph, NORMALIZATION, 1) as engine:
+    with openvino.OpenVINO(graph, INPUT, 1) as engine:
         engine.observed.process.kill()
         with pytest.raises(Mismatch, match=r"OpenVINO ended its process with signal SIGKILL"):
             engine(images(1).numpy())

@@ -24,7 +24,6 @@ from abn_exp.deploy import export as exporting
 from abn_exp.deploy import graph as tracing
 from abn_exp.deploy.export import FILES, export, open_run
 from abn_exp.deploy.fold import Fold
-from abn_exp.deploy.graph import Normalization
 from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
 from abn_exp.deploy.verify import Answer, Mismatch, verify
 from abn_exp.errors import ConfigError, DamagedFile
@@ -110,9 +109,9 @@ def test_images_are_classified_without_torch(trained: Path, exported: Path, tmp_
     paths = images_in(tmp_path, 8)
     command = [sys.executable, "-c", WITHOUT, str(exported / "network.onnx"), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    normalization = open_run(trained, "last", None).normalization
+    normalize = open_run(trained, "last", None).input_format.normalize
     with torch.no_grad():
-        logits = load_network(trained)(normalization(load("digits", tmp_path).test.images[:8]))
+        logits = load_network(trained)(normalize(load("digits", tmp_path).test.images[:8]))
     best = logits.softmax(1).max(1)
     expected = [f"{p}: {k} ({v:.1%})" for p, v, k in zip(paths, best.values, best.indices.tolist(), strict=True)]
     assert done.stdout.splitlines() == expected
@@ -262,7 +261,7 @@ def test_what_a_part_of_the_test_set_is_compared_with_is_of_all_classes(
 
     def of_twenty(run: Any, graph: Any, check: Any) -> Any:
         writer = Writer(graph)
-        engine = OnnxRuntime(with_digest(writer.model(run.normalization, {})), writer.codes, 1)
+        engine = OnnxRuntime(with_digest(writer.model(run.input_format, {})), writer.codes, 1)
         return check(engine, 20), {}, []
 
     monkeypatch.setattr(exporting, "verify", recorded)
@@ -298,7 +297,7 @@ def test_what_has_changed_in_a_folder_since_the_training_is_noticed(
     moved.rename(tmp_path / "images")
     opened = open_run(plan.directory, "last", None)
     assert opened.data.classes == ("cat", "dog")
-    assert torch.equal(opened.normalization.scale, Normalization.of(inputs.mean, inputs.std).scale)
+    assert opened.input_format == inputs
     (found,) = find_trained([plan.study])
     before = Opener(None, None, torch.device("cpu"))
     images = before.images(found)

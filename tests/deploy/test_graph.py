@@ -12,7 +12,7 @@ from abn_exp.deploy.graph import Graph, trace
 from abn_exp.errors import ConfigError
 from abn_exp.models import binarynet, resnet18_paper
 from abn_exp.models.build import restore_biases_
-from tests.helpers.deploy import NORMALIZATION, images, norm_layer, trained
+from tests.helpers.deploy import INPUT, images, norm_layer, trained
 
 
 def reasons(graph: Graph) -> dict[str, str | None]:
@@ -51,7 +51,7 @@ def test_iebn_reads_the_whole_map() -> None:
 
 def test_a_network_is_left_as_it_was() -> None:
     network = trained(binarynet, "abn")
-    x = NORMALIZATION(images(4))
+    x = INPUT.normalize(images(4))
     before = network(x)
     state = {key: value.clone() for key, value in network.state_dict().items()}
     trace(network, 16)
@@ -126,7 +126,7 @@ def test_what_stands_between_may_be_any_function_of_single_values(
     layer = graph.layers[1]
     assert layer.reason == reason
     if reason is None:
-        x = NORMALIZATION(images(5))
+        x = INPUT.normalize(images(5))
         threshold = layer.node.inputs[0]
         while threshold.op != "threshold":
             (threshold,) = threshold.inputs

@@ -18,7 +18,7 @@ from abn_exp.deploy.graph import Graph, trace
 from abn_exp.deploy.onnx import OnnxRuntime, Writer, with_digest
 from abn_exp.deploy.verify import Answer, Engine, Mismatch, Verification, _Bounds, _Forced, verify
 from abn_exp.models import binarynet, resnet18, resnet18_paper, vgg_small
-from tests.helpers.deploy import NORMALIZATION, images, trained
+from tests.helpers.deploy import INPUT, images, trained
 
 COUNT = 24
 LABELS = torch.zeros(COUNT, dtype=torch.int64)
@@ -26,11 +26,11 @@ LABELS = torch.zeros(COUNT, dtype=torch.int64)
 
 def engine_of(graph: Graph) -> OnnxRuntime:
     writer = Writer(graph)
-    return OnnxRuntime(with_digest(writer.model(NORMALIZATION, {})), writer.codes, 1)
+    return OnnxRuntime(with_digest(writer.model(INPUT, {})), writer.codes, 1)
 
 
 def check(network: nn.Module, graph: Graph, engine: Engine) -> Verification:
-    return verify(network, graph, engine, images(COUNT), LABELS, NORMALIZATION)
+    return verify(network, graph, engine, images(COUNT), LABELS, INPUT)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_file_decides_as_torch_does(build: Callable[..., nn.Module], norm: s
     network = trained(build, norm, **options)
     graph = trace(network, 16)
     writer = Writer(graph)
-    content = with_digest(writer.model(NORMALIZATION, {}))
+    content = with_digest(writer.model(INPUT, {}))
     found = check(network, graph, OnnxRuntime(content, writer.codes, 1))
     bits = {True: 0, False: 0}
     for layer in graph.layers:
@@ -63,7 +63,7 @@ def test_the_file_decides_as_torch_does(build: Callable[..., nn.Module], norm: s
     # and once more, by itself
     session = onnxruntime.InferenceSession(content)
     (logits,) = session.run(None, {"images": images(COUNT).numpy()})
-    expected = network(NORMALIZATION(images(COUNT))).numpy()
+    expected = network(INPUT.normalize(images(COUNT))).numpy()
     if not found.differing:
         assert np.allclose(logits, expected, atol=1e-4)
     assert np.array_equal(logits.argmax(1), expected.argmax(1))
@@ -73,7 +73,7 @@ def test_the_file_decides_as_torch_does(build: Callable[..., nn.Module], norm: s
 def test_weights_are_a_bit_each_in_the_file() -> None:
     network = trained(binarynet, "abn", width=0.25)
     binary = sum(m.weight.numel() for m in network.modules() if isinstance(m, BinaryConv2d | BinaryLinear))
-    model = Writer(trace(network, 16)).model(NORMALIZATION, {})
+    model = Writer(trace(network, 16)).model(INPUT, {})
     sizes = [len(tensor.raw_data) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
     assert binary / 8 <= sum(sizes) <= binary / 8 + 1024
     assert len(with_digest(model)) < binary / 8 + 4 * (sum(p.numel() for p in network.parameters()) - binary) + 12_000
@@ -150,7 +150,7 @@ def test_signs_within_rounding_and_what_they_change_are_counted(
     monkeypatch.setattr(verification, "UNIT", 1000 * verification.UNIT)
     values: dict[str, Tensor] = {}
     network.layer1[0].conv1.register_forward_pre_hook(lambda _, inputs: values.update(stem=inputs[0].clone()))
-    network(NORMALIZATION(images(COUNT)))
+    network(INPUT.normalize(images(COUNT)))
     near = np.abs(values["stem"].numpy()) < 1e-4
     assert 0 < near.sum() < 1000
     network.layer1[0].conv1._forward_pre_hooks.clear()
@@ -161,7 +161,7 @@ def test_signs_within_rounding_and_what_they_change_are_counted(
         """What follows the flipped signs is computed by torch, as an engine that had flipped them would."""
         answer = engine(batch)
         bits = {"layer1.0.conv1": answer.bits["layer1.0.conv1"]}
-        logits = _Forced(network, graph, Answer(answer.logits, bits)).run(NORMALIZATION(torch.from_numpy(batch)))
+        logits = _Forced(network, graph, Answer(answer.logits, bits)).run(INPUT.normalize(torch.from_numpy(batch)))
         return Answer(logits.numpy(), bits)
 
     found = check(network, graph, run)
@@ -174,7 +174,7 @@ def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(
 ) -> None:
     """The model as it is may decide a value near zero otherwise than the one that shows its bits."""
     network, graph = paper
-    x = NORMALIZATION(images(COUNT))
+    x = INPUT.normalize(images(COUNT))
     bits: dict[str, np.ndarray] = {}
     first = network.layer1[0].conv1
     first.register_forward_pre_hook(lambda _, inputs: bits.update(stem=np.where(inputs[0].numpy() >= 0, 1, -1)))
@@ -183,7 +183,7 @@ def test_logits_that_a_sign_within_rounding_explains_are_accounted_for(
     shown = {"layer1.0.conv1": bits["stem"].astype(np.int8)}
     forced = _Forced(network, graph, Answer(np.zeros(0, np.float32), shown))
     forced.run(x)
-    value, bound = _Bounds(forced.sums, x, NORMALIZATION).of(graph.layers[0].node.inputs[0].inputs[0])
+    value, bound = _Bounds(forced.sums, x, INPUT).of(graph.layers[0].node.inputs[0].inputs[0])
     ratio = value.abs() / bound
     flipped = {"layer1.0.conv1": shown["layer1.0.conv1"].copy()}
     flipped["layer1.0.conv1"].reshape(-1)[int(ratio.argmin())] *= -1
@@ -211,7 +211,7 @@ def test_bounds_hold_for_other_orders_of_addition_and_are_tight(
     """Values against the same network in float64; bounds against float32 in maps laid out in two ways."""
     network = trained(build, norm)
     graph = trace(network, 16)
-    x = NORMALIZATION(images(8))
+    x = INPUT.normalize(images(8))
     bits: dict[str, np.ndarray] = {}
     for layer in graph.layers:
 
@@ -225,7 +225,7 @@ def test_bounds_hold_for_other_orders_of_addition_and_are_tight(
     answer = Answer(np.zeros(0, np.float32), bits)
     forced = _Forced(network, graph, answer)
     float32 = [forced.run(x), forced.run(x.contiguous(memory_format=torch.channels_last))]
-    bounds = _Bounds(forced.sums, x, NORMALIZATION)
+    bounds = _Bounds(forced.sums, x, INPUT)
     value, bound = bounds.of(graph.nodes[-1])
     assert (bound > 0).all()
     assert bound.max() < tightness * value.abs().max()

@@ -8,10 +8,10 @@ import yaml
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from abn_exp.deploy.graph import Normalization
+from abn_exp.trained_network import InputFormat
 from tests.helpers.runs import REPOSITORY
 
-NORMALIZATION = Normalization.of([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
+INPUT = InputFormat(32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), None)
 
 
 class TanhBatchNorm2d(nn.BatchNorm2d):
@@ -52,7 +52,7 @@ def trained(build: Callable[..., nn.Module], norm: str, **options: Any) -> Any:
                 nn.init.normal_(module.weight, 0, 1)
             module.momentum = 1.0  # the statistics of one pass
     with torch.no_grad():
-        network.train()(NORMALIZATION(images(64)))
+        network.train()(INPUT.normalize(images(64)))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # a few channels are constant, as hardly any of a trained network
             assert module.running_var is not None

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from abn_exp.config import DatasetConfig, parse
-from abn_exp.data.loader import BatchLoader
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
 from abn_exp.files import writing
@@ -29,7 +28,7 @@ from abn_exp.provenance import device_kind, device_name, git_commit
 from abn_exp.report.progress import clock
 from abn_exp.results import Run, find_runs
 from abn_exp.trained_network import load_input_format, load_trained_network, read_config, weights_file
-from abn_exp.training.setup import trained_normalization
+from abn_exp.training.setup import trained_input_format
 
 Measured = dict[str, Any]  # text, numbers, tensors, and lists and dictionaries of these
 MEASURED_ON = "measured on"  # its key for where that was
@@ -105,10 +104,8 @@ class Opener:
         if (key := self.key(run)) != self._key or self._images is None:
             config = parse(read_config(run.directory))
             data = load(**source_at(config.dataset, self.root))
-            mean, std = trained_normalization(run.directory, data)
             chosen = first_of_each_class(data.test.labels, self.count)
-            batches = BatchLoader(data.test, chosen, 500, mean=mean, std=std, device="cpu")
-            normalized = torch.cat([images for images, _ in batches])
+            normalized = trained_input_format(run.directory, data).normalize(data.test.images[chosen])
             self._key = key
             self._images = TestImages(data, chosen, normalized.to(self.device), data.test.labels[chosen])
         return self._images

@@ -20,13 +20,13 @@ from abn_exp.analysis.trained import source_at
 from abn_exp.config import Config, parse
 from abn_exp.data.prepare import ImageDataset, load
 from abn_exp.data.splits import first_of_each_class
-from abn_exp.deploy.graph import Graph, Normalization, trace
+from abn_exp.deploy.graph import Graph, trace
 from abn_exp.deploy.verify import Engine, Mismatch, Verification, verify
 from abn_exp.errors import ConfigError
 from abn_exp.files import writing
 from abn_exp.models.cost import summarize
-from abn_exp.trained_network import load_trained_network, read_config
-from abn_exp.training.setup import trained_normalization
+from abn_exp.trained_network import InputFormat, load_trained_network, read_config
+from abn_exp.training.setup import trained_input_format
 
 EXTRAS = {
     "onnx": "deploy",
@@ -49,7 +49,7 @@ class TrainedRun:
     config: Config
     network: nn.Module
     data: ImageDataset
-    normalization: Normalization
+    input_format: InputFormat
 
 
 def require_extra(*packages: str) -> None:
@@ -71,8 +71,7 @@ def open_run(directory: Path, weights: Literal["last", "best"], root: str | None
         data = load(**source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"An export is verified on its test set, which is not at hand: {error}") from error
-    mean, std = trained_normalization(directory, data)
-    return TrainedRun(directory, weights, config, network, data, Normalization.of(mean, std))
+    return TrainedRun(directory, weights, config, network, data, trained_input_format(directory, data))
 
 
 def export(
@@ -101,14 +100,14 @@ def export(
     contents: dict[str, bytes] = {}
     verifications: dict[str, Verification | str] = {}
     notes: list[str] = []
-    contents["network.onnx"] = with_digest(writer.model(run.normalization, _metadata(run)))
+    contents["network.onnx"] = with_digest(writer.model(run.input_format, _metadata(run)))
     engine = OnnxRuntime(contents["network.onnx"], writer.codes, torch.get_num_threads())
 
     def check(name: str, engine: Engine, count: int | None = None, part: str = "") -> Verification:
         chosen = first_of_each_class(run.data.test.labels, count)
         images, labels = run.data.test.images[chosen], run.data.test.labels[chosen]
         shown = partial(progress, name + part)
-        return verify(run.network, graph, engine, images, labels, run.normalization, shown, chosen)
+        return verify(run.network, graph, engine, images, labels, run.input_format, shown, chosen)
 
     try:
         verifications["ONNX Runtime"] = check("ONNX Runtime", engine)
@@ -144,8 +143,8 @@ Found = tuple[Verification, dict[str, bytes], list[str]]  # what was compared, f
 def _qonnx(run: TrainedRun, graph: Graph, check: Callable[..., Verification]) -> Found:
     from abn_exp.deploy.qonnx import Executor, QonnxWriter
 
-    found = check(Executor(graph, run.normalization), QONNX_IMAGES)
-    content = QonnxWriter(graph).qonnx_model(run.normalization).SerializeToString(deterministic=True)
+    found = check(Executor(graph, run.input_format), QONNX_IMAGES)
+    content = QonnxWriter(graph).qonnx_model(run.input_format).SerializeToString(deterministic=True)
     return found, {"network.qonnx.onnx": content}, []
 
 
@@ -153,13 +152,13 @@ def _openvino(run: TrainedRun, graph: Graph, check: Callable[..., Verification])
     from abn_exp.deploy.openvino import OpenVINO, Writer, serialized
 
     threads = torch.get_num_threads()
-    with OpenVINO(graph, run.normalization, threads) as engine:
+    with OpenVINO(graph, run.input_format, threads) as engine:
         found = check(engine)
     for layer in graph.layers:
-        with OpenVINO(graph, run.normalization, threads, sums=layer) as engine:
+        with OpenVINO(graph, run.input_format, threads, sums=layer) as engine:
             found.sums += check(engine, SUMS_IMAGES, f", sums of {layer.name}").sums
     writer = Writer(graph)
-    xml, binary = serialized(writer.model(run.normalization))
+    xml, binary = serialized(writer.model(run.input_format))
     notes = [f"OpenVINO has no binary kernel for {name}: {reason}." for name, reason in writer.real_layers.items()]
     return found, {"network.xml": xml, "network.bin": binary}, notes
 

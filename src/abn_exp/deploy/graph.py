@@ -6,10 +6,10 @@ written from the result, and the rounding that their verification allows is comp
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +58,6 @@ class Node:
     shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def kind(self) -> str:
-        """Return what the values are: ``bits`` (-1, +1; also 0 with ``sign_zero="zero"``), ``sums`` or ``real``."""
-        if self.op in MOVES:
-            return self.inputs[0].kind
-        return {"sign": "bits", "threshold": "bits", "binary": "sums"}.get(self.op, "real")
-
 
 @dataclass(eq=False)
 class Layer:
@@ -95,23 +88,6 @@ class Graph:
 
     nodes: list[Node]
     layers: list[Layer]
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """x = scale u + shift for pixels u, each (3, 1, 1), in float32 and with the data loader's two roundings."""
-
-    scale: Tensor
-    shift: Tensor
-
-    @classmethod
-    def of(cls, mean: Sequence[float], std: Sequence[float]) -> Self:
-        """Return the normalisation with these statistics of pixels in [0, 1]."""
-        deviation = torch.tensor(std).view(3, 1, 1)
-        return cls(1 / (255 * deviation), -torch.tensor(mean).view(3, 1, 1) / deviation)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self.scale).add_(self.shift)
 
 
 @torch.library.custom_op("abn_exp::binary_layer", mutates_args=())
@@ -174,8 +150,10 @@ class _Reader:
                 self.value(node)  # in this order, so that no recursion is deep
         if not isinstance(result, fx.Node):
             raise ConfigError("This network does not return one tensor of logits, so it cannot be exported.")
-        last = self.value(result)
-        if last.kind != "real":
+        source = last = self.value(result)
+        while source.op in MOVES:
+            (source,) = source.inputs
+        if source.op == "binary":
             raise ConfigError("This network ends in a binary layer: its logits are no real numbers to export.")
         reached = _ancestors(last)
         layers = [self.layers[index] for index in sorted(self.layers)]

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from abn_exp.deploy.fold import Fold
-from abn_exp.deploy.graph import MOVES, Graph, Layer, Node, Normalization
+from abn_exp.deploy.graph import MOVES, Graph, Layer, Node
 from abn_exp.deploy.verify import Answer
+from abn_exp.trained_network import InputFormat
 
 OPSET, IR_VERSION = 18, 8  # the first opset with all that is used; older engines do not read it, newer ones do
 NO_DIGEST = "0" * 64
@@ -37,21 +38,22 @@ class Writer:
         self.bits: dict[Node, tuple[str, int]] = {}  # the name of the codes, and u
         self.codes: dict[str, tuple[str, int]] = {}
 
-    def model(self, normalization: Normalization, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    def model(self, input_format: InputFormat, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Return the model: uint8 images (N, 3, S, S) to logits (N, classes)."""
         pixels = self.add("Cast", ["images"], to=TensorProto.FLOAT)
-        model = self.assembled(normalization, pixels, TensorProto.UINT8, "N", [helper.make_opsetid("", OPSET)])
+        model = self.assembled(input_format, pixels, TensorProto.UINT8, "N", [helper.make_opsetid("", OPSET)])
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model
 
     def assembled(
-        self, normalization: Normalization, pixels: str, dtype: int, batch: int | str, opsets: list[Any]
+        self, input_format: InputFormat, pixels: str, dtype: int, batch: int | str, opsets: list[Any]
     ) -> onnx.ModelProto:
         """Return the model of all operations; its images are of type `dtype`, and `pixels` are these as float32."""
         image, last = next(node for node in self.graph.nodes if node.op == "image"), self.graph.nodes[-1]
-        value = self.add("Mul", [pixels, self.constant(normalization.scale.numpy())])
-        self.real[image] = self.add("Add", [value, self.constant(normalization.shift.numpy())])
+        scale, shift = input_format.scale_and_shift()
+        value = self.add("Mul", [pixels, self.constant(scale.numpy())])
+        self.real[image] = self.add("Add", [value, self.constant(shift.numpy())])
         for layer in self.graph.layers:
             self.codes[layer.name] = self.bits_of(layer.node.inputs[0])
         self.add("Identity", [self.real_of(last)], "logits")

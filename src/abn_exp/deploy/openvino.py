@@ -19,12 +19,14 @@ from typing import Any, Self
 
 import numpy as np
 import openvino as ov
+import torch
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from abn_exp.deploy.graph import BINARY, MOVES, UNARY, Graph, Layer, Node, Normalization
+from abn_exp.deploy.graph import BINARY, MOVES, UNARY, Graph, Layer, Node
 from abn_exp.deploy.openvino_process import receive, send
 from abn_exp.deploy.verify import Answer, Mismatch
+from abn_exp.trained_network import InputFormat
 
 BELOW_ZERO = -1.1754944e-38  # the largest float32 below zero that no engine takes for zero: +1 is what is above it
 # OpenVINO's names; the others are torch's
@@ -47,15 +49,16 @@ class Writer:
         self.signs: dict[str, Any] = {}
         self.buffers: list[Any] = []  # a constant of bits shares the memory of the array it is made of
 
-    def model(self, normalization: Normalization, *, observed: bool = False, sums: Layer | None = None) -> ov.Model:
+    def model(self, input_format: InputFormat, *, observed: bool = False, sums: Layer | None = None) -> ov.Model:
         """Return the model: uint8 images (1, 3, S, S) to logits.
 
         Further results are, with `observed`, the values before signs, and after them the sums of one layer.
         """
         image = next(node for node in self.graph.nodes if node.op == "image")
         images = op.parameter([1, *image.shape], np.uint8, name="images")
-        value = op.multiply(op.convert(images, np.float32), _constant(normalization.scale.numpy()[None]))
-        self.real[image] = op.add(value, _constant(normalization.shift.numpy()[None]))
+        scale, shift = input_format.scale_and_shift()
+        value = op.multiply(op.convert(images, np.float32), _constant(scale.numpy()[None]))
+        self.real[image] = op.add(value, _constant(shift.numpy()[None]))
         last = self.real_of(self.graph.nodes[-1])
         last.output(0).tensor.set_names({"logits"})
         results = [op.result(last)]
@@ -291,14 +294,10 @@ class OpenVINO:
     binary layer; all binary layers before that one are then as in the model as it is.
     """
 
-    def __init__(self, graph: Graph, normalization: Normalization, threads: int, sums: Layer | None = None) -> None:
-        self.sums = sums
-        writer = Writer(graph)
-        plain = writer.model(normalization)
-        self.plain = Process(plain, threads) if sums is None else None
-        self.writer = Writer(graph)
-        results = self.writer.model(normalization, observed=True, sums=sums)
-        self.observed = Process(results, threads)
+    def __init__(self, graph: Graph, input_format: InputFormat, threads: int, sums: Layer | None = None) -> None:
+        self.sums, self.writer, plain = sums, Writer(graph), Writer(graph)  # each holds the bits of its model
+        self.plain = Process(plain.model(input_format), threads) if sums is None else None
+        self.observed = Process(self.writer.model(input_format, observed=True, sums=sums), threads)
 
     def __enter__(self) -> Self:
         return self
@@ -314,11 +313,6 @@ class OpenVINO:
             (logits,) = self.plain(images)
         sums = {} if self.sums is None else {self.sums.name: values.pop()}
         real = dict(zip(self.writer.signs, values, strict=True))
-        return Answer(logits, {name: self.sign(name, value) for name, value in real.items()}, real, sums)
-
-    def sign(self, layer: str, value: NDArray[np.float32]) -> NDArray[np.int8]:
-        """Return the bits that a layer reads of real values."""
-        (module,) = (found.module for found in self.writer.graph.layers if found.name == layer)
-        if module.binarization.sign_zero == "zero":
-            return np.sign(value).astype(np.int8)
-        return np.where(value < 0, -1, 1).astype(np.int8)
+        signs = {layer.name: layer.module.binarization.activations for layer in self.writer.graph.layers}
+        bits = {name: signs[name](torch.from_numpy(value)).to(torch.int8).numpy() for name, value in real.items()}
+        return Answer(logits, bits, real, sums)

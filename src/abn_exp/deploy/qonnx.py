@@ -15,9 +15,10 @@ from qonnx.core.onnx_exec import execute_onnx
 from qonnx.transformation.infer_shapes import InferShapes
 
 from abn_exp.deploy.fold import Fold
-from abn_exp.deploy.graph import Graph, Layer, Node, Normalization
+from abn_exp.deploy.graph import Graph, Layer, Node
 from abn_exp.deploy.onnx import OPSET, Writer
 from abn_exp.deploy.verify import Answer
+from abn_exp.trained_network import InputFormat
 
 DOMAIN = "qonnx.custom_op.general"
 
@@ -25,9 +26,9 @@ DOMAIN = "qonnx.custom_op.general"
 class QonnxWriter(Writer):
     """Make the QONNX model of a graph, of a fixed batch: pixels as float32 (B, 3, S, S) to logits."""
 
-    def qonnx_model(self, normalization: Normalization, batch: int = 1) -> ModelProto:
+    def qonnx_model(self, input_format: InputFormat, batch: int = 1) -> ModelProto:
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-        model = self.assembled(normalization, "images", TensorProto.FLOAT, batch, opsets)
+        model = self.assembled(input_format, "images", TensorProto.FLOAT, batch, opsets)
         return ModelWrapper(model).transform(InferShapes()).model
 
     def bipolar(self, value: str) -> str:
@@ -88,12 +89,12 @@ def _odd(fold: Fold) -> NDArray[np.bool_]:
 class Executor:
     """qonnx's executor as an `Engine` of `verify`."""
 
-    def __init__(self, graph: Graph, normalization: Normalization) -> None:
-        self.graph, self.normalization = graph, normalization
+    def __init__(self, graph: Graph, input_format: InputFormat) -> None:
+        self.graph, self.input_format = graph, input_format
 
     def __call__(self, images: NDArray[np.uint8]) -> Answer:
         writer = QonnxWriter(self.graph)
-        model = ModelWrapper(writer.qonnx_model(self.normalization, len(images)))
+        model = ModelWrapper(writer.qonnx_model(self.input_format, len(images)))
         found = execute_onnx(model, {"images": images.astype(np.float32)}, return_full_exec_context=True)
         bits = {layer: found[name].astype(np.int8) for layer, (name, _) in writer.codes.items()}
         return Answer(found["logits"], bits)

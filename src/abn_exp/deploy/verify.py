@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from abn_exp.deploy.graph import Graph, Layer, Node, Normalization
+from abn_exp.deploy.graph import Graph, Layer, Node
+from abn_exp.trained_network import InputFormat
 
 UNIT = 2.0**-24  # the relative error of one rounding in float32
 FUNCTION = 8  # roundings that a sigmoid, SiLU or tanh may be off by: measured are 5, in three engines
@@ -64,7 +65,7 @@ def verify(
     engine: Engine,
     images: Tensor,
     labels: Tensor,
-    normalization: Normalization,
+    input_format: InputFormat,
     progress: Callable[[int, int], None] = lambda done, total: None,
     numbers: Tensor | None = None,
 ) -> Verification:
@@ -78,10 +79,10 @@ def verify(
     for start, batch in _batches(graph, images):
         these = numbers[start : start + len(batch)]
         answer = engine(batch.numpy())
-        x = normalization(batch)
+        x = input_format.normalize(batch)
         forced = _Forced(network, graph, answer)
         logits = forced.run(x)
-        bounds = _Bounds(forced.sums, x, normalization)
+        bounds = _Bounds(forced.sums, x, input_format)
         differs = torch.zeros(len(batch), dtype=torch.bool)
         for layer in graph.layers:
             if layer.name in answer.sums:
@@ -109,7 +110,7 @@ def verify(
         _require((logits.double() - value).abs() <= bound, "a logit of torch is off by more than rounding", these)
         fits = ((torch.from_numpy(answer.logits).double() - value).abs() <= bound).all(1)
         for i in (~fits).nonzero().flatten().tolist():
-            flipped = _explanation(network, graph, answer, bounds, x, normalization, i)
+            flipped = _explanation(network, graph, answer, bounds, x, input_format, i)
             for name in flipped:
                 found.differing[name] = found.differing.get(name, 0) + 1
             fits[i], differs[i] = bool(flipped), True
@@ -130,7 +131,7 @@ def _explanation(
     answer: Answer,
     bounds: "_Bounds",
     x: Tensor,
-    normalization: Normalization,
+    input_format: InputFormat,
     image: int,
 ) -> list[str]:
     """Return the layers whose bits, of values within rounding of zero, must differ for an image to have its logits.
@@ -159,7 +160,7 @@ def _explanation(
     images = x[image : image + 1].expand(count, -1, -1, -1)
     forced = _Forced(network, graph, Answer(answer.logits, copies))
     forced.run(images)
-    value, bound = _Bounds(forced.sums, images, normalization).of(graph.nodes[-1])
+    value, bound = _Bounds(forced.sums, images, input_format).of(graph.nodes[-1])
     fits = ((torch.from_numpy(answer.logits[image]).double() - value).abs() <= bound).all(1)
     if not fits.any():
         return []
@@ -224,8 +225,8 @@ class _Forced:
 class _Bounds:
     """Real values of a batch in float64, and how far any order of float32 operations can be from them."""
 
-    def __init__(self, sums: dict[Node, Tensor], x: Tensor, normalization: Normalization) -> None:
-        self.sums, self.x, self.shift = sums, x, normalization.shift
+    def __init__(self, sums: dict[Node, Tensor], x: Tensor, input_format: InputFormat) -> None:
+        self.sums, self.x, (_, self.shift) = sums, x, input_format.scale_and_shift()
         self.known: dict[Node, tuple[Tensor, Tensor]] = {}
 
     def of(self, node: Node) -> tuple[Tensor, Tensor]:

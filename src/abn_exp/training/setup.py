@@ -23,7 +23,7 @@ from abn_exp.errors import ConfigError, in_a_line
 from abn_exp.exact16 import check_exact16, has_integer_conv2d, use_exact16_
 from abn_exp.models.build import build_network, channels_last_, initialize_
 from abn_exp.seeding import derive_seed
-from abn_exp.trained_network import load_input_format
+from abn_exp.trained_network import InputFormat, load_input_format
 from abn_exp.warm_start import load_initial_weights_
 
 if TYPE_CHECKING:
@@ -176,13 +176,13 @@ def normalization(config: Config, data: ImageDataset) -> tuple[Sequence[float], 
     return mean, std
 
 
-def trained_normalization(directory: Path, data: ImageDataset) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and standard deviation that a run was trained with. Raises ConfigError where the data set has
-    other classes than then, and what `load_input_format` raises."""
-    inputs = load_input_format(directory)
-    if inputs.classes not in (None, tuple(data.classes)):
+def trained_input_format(directory: Path, data: ImageDataset) -> InputFormat:
+    """Return the input of a trained network. Raises ConfigError where the data set has other classes than then, and
+    what `load_input_format` raises."""
+    found = load_input_format(directory)
+    if found.classes not in (None, tuple(data.classes)):
         raise ConfigError(f"{data.name} has other classes now than when {directory} was trained.")
-    return inputs.mean, inputs.std
+    return found
 
 
 def make_loaders(
