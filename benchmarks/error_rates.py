@@ -23,9 +23,8 @@ from abn_exp.report.formatting import markdown_table, replace_between
 from abn_exp.report.pooled import random_effects
 from abn_exp.report.sequential import Spending, nominal_levels
 from abn_exp.report.spread import MIN_PAIRS, random_swaps, rejection_rate, swap_p
-from abn_exp.report.stats import ALPHA
+from abn_exp.report.stats import ALPHA, Array
 
-Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 DELTA = 0.5  # points

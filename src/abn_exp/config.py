@@ -112,7 +112,7 @@ class DatasetConfig(Section):
         return root or "./data"
 
     @model_validator(mode="after")
-    def path_is_for_folders(self) -> Self:
+    def keys_agree(self) -> Self:
         if self.name == "folder" and not self.path:
             raise ValueError("dataset=folder needs dataset.path=FOLDER with FOLDER/{train,test}/<class>/<image>")
         if self.name != "folder" and self.path:
@@ -175,16 +175,12 @@ class RecipeConfig(Section):
     test_every_epoch: bool = Field(description="whether the test set is evaluated each epoch, and the peak recorded")
 
     @model_validator(mode="after")
-    def warmup_ends(self) -> Self:
+    def schedules_end(self) -> Self:
         if self.schedule.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"recipe.schedule.warmup_epochs={self.schedule.warmup_epochs} must be less than "
                 f"recipe.epochs={self.epochs}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def clip_range_ascends(self) -> Self:
         start, end = self.clip_latent_range
         if start >= end:
             raise ValueError(f"recipe.clip_latent_range={self.clip_latent_range} must begin before it ends")

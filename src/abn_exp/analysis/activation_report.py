@@ -1,6 +1,7 @@
 """The report on the binary activations of trained networks, norm beside norm."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from abn_exp.analysis.activations import (
     analyze,
     check_places,
     drawn_part,
-    imbalance,
 )
 from abn_exp.analysis.outcome import of_networks, slopes
 from abn_exp.analysis.summary import (
@@ -178,7 +178,7 @@ def _described(c: Contrast) -> str:
 
 
 def _measure(network: nn.Module, images: TestImages) -> Measured:
-    return analyze(network, images.normalized, images.labels).plain()
+    return asdict(analyze(network, images.normalized, images.labels))
 
 
 def _additional(network: NetworkActivations) -> dict[str, float]:
@@ -240,7 +240,7 @@ def _draw(
         report.figure(f"{kind}_{name}", figure, f"{caption}, {where}")
 
     title = "Imbalance of channels"
-    per_layer = _each(by_norm, lambda x: float(imbalance(x.p_plus).mean()))
+    per_layer = _each(by_norm, lambda x: x.scores()["imbalance_of_channels"])
     add("imbalance", pictures.layer_means({where: per_layer}, layers, title, "|2 P(+1) - 1|"), title)
 
     channels = {
@@ -255,14 +255,19 @@ def _draw(
     title = "Norm outputs on the test set"
     add("values", pictures.curves(values, middles, title, "Value", "Density"), title)
 
-    shown = {layer: {norm: seeds[0].norms[layer].responses for norm, seeds in by_norm.items()} for layer in norms[:6]}
+    shown = {
+        layer: {norm: seeds[0].norms[layer].responses.numpy() for norm, seeds in by_norm.items()}
+        for layer in norms[:6]
+    }
     title = "Learned responses of seven channels, first seed: solid where the sign is +1"
     part = drawn_part([y >= 0 for by_norm in shown.values() for y in by_norm.values()])
     cut = {layer: {norm: y[:, part] for norm, y in by_norm.items()} for layer, by_norm in shown.items()}
     add("responses", pictures.responses(cut, GRID[part], title), title)
 
-    part = drawn_part([each.norms[norm].signs for seeds in by_norm.values() for each in seeds for norm in norms])
-    signs = of_norms(lambda each, i: each.norms[norms[i]].signs[part])
+    part = drawn_part(
+        [each.norms[norm].signs.numpy() for seeds in by_norm.values() for each in seeds for norm in norms]
+    )
+    signs = of_norms(lambda each, i: each.norms[norms[i]].signs.numpy()[part])
     title = "Share of channels whose sign is +1"
     figure = pictures.curves(
         signs, GRID[part], title, "Standardised input", "Share of channels", limits=(-0.05, 1.05)

@@ -221,8 +221,8 @@ def band_shares(norm: nn.Module) -> dict[str, float] | None:
 class LearnedNorm:
     """The function of a norm on feature maps, from its learned parameters alone."""
 
-    responses: Array  # (7, G): of channels spread evenly from the lowest mean response to the highest
-    signs: Array  # (G,): the share of channels whose sign is +1
+    responses: Tensor  # (7, G): of channels spread evenly from the lowest mean response to the highest
+    signs: Tensor  # (G,): the share of channels whose sign is +1
     beyond: float  # beyond_one_threshold, mean over channels
     bands: dict[str, float] | None
     beta: float  # mean over channels, 0 where there is none, NaN where a norm may name its shift otherwise
@@ -236,7 +236,8 @@ def learned_norm(norm: nn.BatchNorm2d) -> LearnedNorm:
     bands = band_shares(norm)
     beta = float(norm.bias.detach().mean()) if norm.bias is not None else math.nan if bands is None else 0.0
     beyond = float(beyond_one_threshold(response(norm, WIDE)).mean())
-    return LearnedNorm(y[chosen], (y >= 0).mean(0), beyond, bands, beta)
+    signs = torch.from_numpy((y >= 0).mean(0))
+    return LearnedNorm(torch.from_numpy(y[chosen]), signs, beyond, bands, beta)
 
 
 @dataclass(frozen=True)
@@ -252,24 +253,12 @@ class NetworkActivations:
         """Return the places of a kind that a norm on feature maps feeds."""
         return [place for place in self.places if place.kind == kind and place.feature_map]
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as text, numbers and tensors, to be kept in a file."""
-        norms = {
-            name: {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(norm).items()}
-            for name, norm in self.norms.items()
-        }
-        places = [dict(vars(place)) for place in self.places]
-        return {"places": places, "images": self.images, "accuracy": self.accuracy, "norms": norms}
-
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """Return the object that `plain` describes."""
+        """Return the object of which `plain` is the `asdict`."""
         places = [Distribution(**values) for values in plain["places"]]
-        norms = {}
-        for name, values in plain["norms"].items():
-            arrays: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
-            norms[name] = LearnedNorm(**arrays)
-        return cls(places, plain["images"], plain["accuracy"], norms)
+        norms = {name: LearnedNorm(**values) for name, values in plain["norms"].items()}
+        return cls(**plain | {"places": places, "norms": norms})
 
     def scores(self) -> dict[str, float]:
         """Return the means over the binary layers that a norm on feature maps feeds."""

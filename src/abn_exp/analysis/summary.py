@@ -4,6 +4,7 @@ A number is measured once for each run. The same runs give the same bytes.
 """
 
 import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -253,6 +254,7 @@ class AnalysisWriter:
         settings = parse(read_config(run.directory)).wandb
         if settings.mode == "online":  # where it was trained; here there may be no key
             settings = settings.model_copy(update={"mode": "auto"})
+        settings = settings.model_copy(update={"dir": os.environ.get("WANDB_DIR") or "."})  # of this machine
         study = run.directory.parents[4]
         with Tracker(settings, study, group=study.name, name=self.title, tags=[kind], job_type="analysis") as tracker:
             if tracker.run is None:
