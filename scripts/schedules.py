@@ -11,13 +11,13 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from abn_exp.commandline import print_error
 from abn_exp.files import write_text_atomic
 from abn_exp.options import all_options
-from abn_exp.report.formatting import Table, interval_text, markdown_table, number_text, replace_between
+from abn_exp.report.formatting import Table, interval_text, markdown_table, number_text, replace_between, signed_text
 from abn_exp.report.stats import NAN, Summary, summarize
 from abn_exp.results import Run, find_runs
 from abn_exp.trained_network import read_config
@@ -50,12 +50,30 @@ def table(runs: Iterable[Run]) -> Table:
                     norm,
                     str(len(ended)) if len(results) == len(ended) else f"{len(results)}/{len(ended)}",
                     _accuracy(found),
+                    _minus_bn(ended, rows[row].get("bn", [])) if norm != "bn" else "",
                     _accuracy(test),
                     number_text(minutes.mean, 0),
                 ]
             )
-    header = ["changed", "epochs", "norm", "n", "validation (95 % interval)", "test (95 % interval)", "core-minutes"]
-    return header, lines
+    header = [
+        "changed",
+        "epochs",
+        "norm",
+        "n",
+        "validation (95 % interval)",
+        "minus bn (validation, points)",
+        "test (95 % interval)",
+    ]
+    return [*header, "core-minutes"], lines
+
+
+def _minus_bn(runs: Sequence[Run], base: Sequence[Run]) -> str:
+    """Return the mean difference in validation accuracy to the same seeds with BN, in points, with its interval."""
+    with_bn = {run.seed: accuracy for run, accuracy in zip(base, _accuracies(base), strict=True)}
+    found = summarize(
+        [accuracy - with_bn.get(run.seed, NAN) for run, accuracy in zip(runs, _accuracies(runs), strict=True)]
+    )
+    return f"{signed_text(found.mean)} ({interval_text(found.mean_interval)})"
 
 
 def _accuracy(found: Summary) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Search hyper-parameters with the same budget for each norm, judged by validation accuracy over seeds.
 
-    python scripts/search.py --trials 20 norm=bn,abn dataset=cifar10 recipe=quick \
+    python scripts/search.py --trials 20 norm=bn,abn dataset=cifar10 recipe=short \
         'recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))' 'recipe.batch_size=choice(64,128)' name=my-search
 
 The words are those of train.py. An option that is given a range is searched: interval(a,b), tag(log,interval(a,b)),

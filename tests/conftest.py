@@ -15,6 +15,7 @@ for name in [name for name in os.environ if name.startswith("WANDB_")]:  # of wh
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", DATA_DIR="/nonexistent")
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # torch, imported later, has one; others sleep
 os.environ.update(no_proxy="127.0.0.1,localhost", NO_PROXY="127.0.0.1,localhost")
+os.fsync = lambda _: None  # type: ignore[assignment]  # of power that fails: a process that is killed loses nothing
 gc.disable()  # until everything is imported: all of it stays, and looking through it takes a fifth of that time
 # A script's background jobs ignore SIGINT, and so would the processes to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

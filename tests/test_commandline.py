@@ -19,8 +19,8 @@ CONF = REPOSITORY / "conf"
         ("a=1 --config-dir x=y b=2", "--config-dir x=y a=1 b=2"),
         ("a=1 --config-dir=x=y b=2 --multirun c=3", "--config-dir=x=y --multirun a=1 b=2 c=3"),
         (
-            "norm=bn --resolve model=vgg_small --cfg job recipe=quick",
-            "--resolve --cfg job norm=bn model=vgg_small recipe=quick",
+            "norm=bn --resolve model=vgg_small --cfg job recipe=short",
+            "--resolve --cfg job norm=bn model=vgg_small recipe=short",
         ),
         ("", ""),
     ],

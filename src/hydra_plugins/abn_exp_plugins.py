@@ -8,7 +8,6 @@ is imported here.
 """
 
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,6 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,14 +65,16 @@ class StudySweeper(BasicSweeper):
         return [[job for job in batch if all(asked(job) for asked in to_do)] for batch in batches]
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run all batches. What ends another launcher, as a job that was killed, ends neither report nor list of what
-        is missing: the runs that are finished are not lost."""
+        """Run all batches. What ends another launcher, as a job that was killed, does not end the list of what is
+        finished and what is missing."""
         try:
             return super().sweep(arguments)
         except Exception as error:
             if isinstance(self.launcher, WorkerLauncher) or isinstance(error, HydraException):
                 raise
-            log.error("%s: %s", type(error).__name__, error)
+            for callback in self.callbacks:
+                if hasattr(callback, "cut_short"):
+                    callback.cut_short(self.batch_index, f"{type(error).__name__}: {error}")
             return []
 
     def is_done(self) -> bool:

@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
-from abn_exp.identity import RunPlan, plan_run
+from abn_exp.config import Config, _check_folders, read
+from abn_exp.identity import RunPlan, init_by_run, plan_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,10 +47,20 @@ def composing() -> Iterator[None]:
 
 def plan_in(folder: Path, *overrides: str, tiny: bool = True) -> RunPlan:
     """Compose a configuration as the command line would; its results go to `folder`."""
+    environment = sorted(item for item in os.environ.items() if item[0].startswith(("WANDB_", "DATA_DIR")))
     with composing():
-        words = [f"results_dir={folder}", *(TINY if tiny else []), *overrides]
-        cfg = compose("config", words, return_hydra_config=True)
-        return plan_run(cfg, dict(cfg.hydra.runtime.choices))
+        config, choices, by_run = _read((*(TINY if tiny else []), *overrides), tuple(environment))
+        if not any(word.startswith("results_dir=") for word in overrides):
+            config = config.model_copy(update={"results_dir": str(folder)})
+        _check_folders(config)  # which may have changed
+        return plan_of(config.model_copy(deep=True), dict(choices), by_run)
+
+
+@cache
+def _read(words: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> tuple[Config, dict[str, str], bool]:
+    """Compose and check a configuration; `environment` is what its interpolations read."""
+    cfg = compose("config", list(words), return_hydra_config=True)
+    return read(cfg), dict(cfg.hydra.runtime.choices), init_by_run(cfg)
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

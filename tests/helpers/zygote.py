@@ -101,22 +101,32 @@ def main() -> None:
     gc.disable()  # while everything is imported
     repository = Path(__file__).parents[2]
     sys.path.insert(0, str(repository))
-    import sklearn.datasets
     import wandb  # noqa: F401
     from hydra import compose, initialize_config_dir
+    from hydra._internal.hydra import Hydra
 
     import abn_exp.report.build
     import abn_exp.training.run
     import abn_exp.training.sweep
     import abn_exp.training.wandb_run  # noqa: F401
     from abn_exp import provenance
+    from abn_exp.data.prepare import load
     from abn_exp.identity import plan_run
 
     provenance.git_commit(), provenance.code_digest()  # once, not in each fork
-    sklearn.datasets.load_digits()
+    load("digits", ".")
+    os.fsync = lambda _: None  # type: ignore[assignment]  # as in conftest.py
+    get_mode = Hydra.get_mode
+
+    def mode_of(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        """Compose for `hydra.mode` alone only where something sets it."""
+        sets_it = any(word.lstrip("+").startswith(("study=", "seeds=", "hydra")) for word in overrides)
+        return get_mode(hydra, config_name, overrides) if sets_it else None
+
+    Hydra.get_mode = mode_of  # type: ignore[assignment,method-assign]
     with initialize_config_dir(version_base="1.3", config_dir=str(repository / "conf")):  # Hydra's parser learns
-        for dataset, norm in product(["digits", "folder dataset.path=."], ["abn", "bn"]):
-            words = [*f"dataset={dataset} norm={norm}".split(), "seed=0", "seeds=three"]
+        for dataset, norm in product(["digits", "folder dataset.path=. dataset.image_size=8"], ["abn", "bn"]):
+            words = [*f"dataset={dataset} norm={norm}".split(), "seed=0", "seeds=three", "model.width=0.0625"]
             cfg = compose("config", words, return_hydra_config=True)
             plan_run(cfg, dict(cfg.hydra.runtime.choices))
     gc.collect()

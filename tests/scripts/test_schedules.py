@@ -48,6 +48,10 @@ def test_rows_are_sorted_by_validation_accuracy_and_named_by_what_they_change(se
         validation = f"{mean:.2f} ± {std:.2f} ({mean - half:.2f} to {mean + half:.2f})"
         assert row["validation (95 % interval)"] == validation
         assert (row["n"], row["core-minutes"]) == ("3", "22")
+        minus = np.subtract(VALIDATION[variant, norm], VALIDATION[variant, "bn"]) * 100
+        half = 4.302653 * minus.std(ddof=1) / np.sqrt(3)
+        expected = f"+{minus.mean():.2f} ({minus.mean() - half:.2f} to {minus.mean() + half:.2f})"
+        assert row["minus bn (validation, points)"] == ("" if norm == "bn" else expected)
         assert row["test (95 % interval)"].startswith("50.00 ± 0.00 (")
 
 

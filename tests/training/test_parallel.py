@@ -37,9 +37,12 @@ def test_no_more_are_tried_than_there_are_runs_and_cores(monkeypatch: pytest.Mon
     assert candidates(100, CPU, 4) == [1, 2, 3]
     assert candidates(5, CPU, 1) == [1, 2, 4]
     assert candidates(1, CPU, 1) == [1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 12]
     monkeypatch.setattr(at_once, "cpu_count", lambda: 64)
     assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 16]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # sixteen for each
+    assert candidates(100, torch.device("cuda", 0), 1) == [1, 2, 4, 8, 16, 32]
 
 
 def test_one_run_or_one_core_is_not_measured(

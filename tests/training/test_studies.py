@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from abn_exp.identity import RunPlan
 from abn_exp.norm import AttentionBatchNorm2d
 from abn_exp.training import sweep
-from tests.helpers.cli import Cli
+from tests.helpers.cli import FORKED_WORKERS, NO_FIGURES, Cli
 from tests.helpers.runs import REPOSITORY, composing
 
 PAPER_SETS = {"cifar10", "cifar100", "tinyimagenet"}
@@ -144,12 +144,12 @@ def test_ablation_varies_one_part_of_the_norm_at_a_time() -> None:
 
 @pytest.mark.slow
 def test_one_command_runs_a_study_and_reports_it(cli: Cli, tmp_path: Path) -> None:
-    """Its worker is an interpreter of its own that imports train.py anew, as outside the tests."""
     done = cli.run(
         *("study=protocols", "dataset=digits", "seed=0", "dataset.train_images=100"),
         *("norm=bn,abn", "model.width=0.0625", "recipe.epochs=1", "recipe.batch_size=32"),
         *(f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}/hydra"),
         timeout=600,
+        inject=FORKED_WORKERS + NO_FIGURES,
     )
     assert done.code == 0, done.err + done.out
     text = (tmp_path / "protocols/report.md").read_text()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -375,7 +374,7 @@ def another_launchers(*todo: str) -> Any:
     """The sweeper with a launcher that is not this project's; `todo` are the runs that are not finished."""
     sweeper = import_module("hydra_plugins.abn_exp_plugins").StudySweeper()
     sweeper.config, sweeper.launcher = OmegaConf.create({"looks": [1, 2, 3]}), Mock()
-    sweeper.callbacks = [SimpleNamespace(to_do=lambda job: job[0] in todo, decided=lambda looked: looked == 3)]
+    sweeper.callbacks = [Mock(to_do=lambda job: job[0] in todo, decided=lambda looked: looked == 3)]
     return sweeper
 
 
@@ -391,9 +390,7 @@ def test_finished_runs_are_not_given_to_another_launcher(monkeypatch: pytest.Mon
     assert given == [[["a"]], [["e"]]]
 
 
-def test_a_job_that_ends_another_launcher_ends_no_report(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_job_that_ends_another_launcher_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one of SLURM that was killed; what Hydra itself refuses is an error of the command."""
     error: Exception = RuntimeError("job 3 has no result")
 
@@ -402,12 +399,32 @@ def test_a_job_that_ends_another_launcher_ends_no_report(
 
     sweeper = another_launchers()
     monkeypatch.setattr(type(sweeper).__base__, "sweep", fail)
-    with caplog.at_level(logging.ERROR, "hydra_plugins"):
-        assert sweeper.sweep([]) == []
-    assert "RuntimeError: job 3 has no result" in caplog.text
+    assert sweeper.sweep([]) == []
+    sweeper.callbacks[0].cut_short.assert_called_once_with(0, "RuntimeError: job 3 has no result")
     error = HydraException("no such key")
     with pytest.raises(HydraException):
         sweeper.sweep([])
+
+
+@pytest.mark.usefixtures("hydra")
+def test_a_sweep_that_is_cut_short_judges_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Jobs that were submitted may go on, and a report of now would be a look."""
+    words = ["norm=bn,abn", "seeds=until_decided", "looks=[2,3]"]
+    config = composed(f"results_dir={tmp_path}/results", "wandb=disabled", *TINY, *words)
+    callback = SweepCallback()
+    callback.on_multirun_start(config)
+    plan = callback.plans[0]
+    result = read_result(finish_run(tmp_path / "other", plan.choices["norm"], plan.config.seed, 0.5))
+    assert result is not None
+    write_result(plan.directory, result)
+    callback.cut_short(1, "RuntimeError: job 3 has no result")
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
+        callback.on_multirun_end(config)
+    assert "job 3 has no result; jobs that were submitted may go on" in caplog.text
+    assert caplog.text.count("NOT BEGUN") == 3  # of the first look
+    assert {path.name for path in plan.study.iterdir()} >= {"report.html", "plan.json"}
+    assert not (plan.study / "looks.json").exists()
+    assert not (plan.study / "report.md").exists()
 
 
 @pytest.mark.usefixtures("hydra")

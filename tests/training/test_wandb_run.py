@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
@@ -238,7 +239,10 @@ def test_a_server_that_never_answers_costs_one_wait(
     monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
     with silent, caplog.at_level(logging.WARNING):
         (tmp_path / "wandb-run-id").write_text("0123abcd")  # of a run that goes on, and keeps its id
+        monkeypatch.setattr(tracking, "QUICK_TIMEOUT", 1)
+        began = time.monotonic()
         with open_run(tmp_path, directory=tmp_path) as tracker:
+            assert time.monotonic() - began < 30  # 2 s for the client, 1 s for the question, on a quiet machine
             assert tracker.run.offline
             assert tracker.run_id == "0123abcd"
         with open_run(tmp_path) as tracker:
@@ -340,15 +344,20 @@ def test_a_run_that_goes_on_keeps_its_id_and_logs_all_its_epochs_again(
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers a GraphQL query with `answers[run id]`, a bucket or None; anything else with an empty object."""
+    """Answers a GraphQL query with `answers[run id]`, a bucket or None; anything else with an error."""
 
     answers: ClassVar[dict[str, Any]] = {}
+    projects: ClassVar[set[str]] = set()  # that are not there
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.headers["Authorization"] == "Basic " + base64.b64encode(f"api:{SECRET}".encode()).decode()
         name = body["variables"]["name"]
-        found = {"data": {"model": {"bucket": self.answers[name]}}} if name in self.answers else {"errors": ["no"]}
+        found: dict[str, Any] = (
+            {"data": {"model": {"bucket": self.answers[name]}}} if name in self.answers else {"errors": ["no"]}
+        )
+        if body["variables"]["project"] in self.projects:
+            found = {"data": {"model": None}}
         content = json.dumps(found).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -368,12 +377,14 @@ def test_what_a_server_has_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "empty": {"state": "running", "historyTail": "[]", "summaryMetrics": "{}"},
         "none": None,
     }
+    Server.projects = {"gone"}
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(tracking, "_server", lambda: (f"http://127.0.0.1:{server.server_port}", SECRET))
+    monkeypatch.setattr(tracking, "_server", lambda _: (f"http://127.0.0.1:{server.server_port}", SECRET))
     try:
         found = {name: tuple(tracking._ask("abn_exp", None, name)) for name in Server.answers}
+        found["project"] = tuple(tracking._ask("gone", None, "tail"))
         with pytest.raises(ValueError, match="no"):
             tracking._ask("abn_exp", None, "something else")
     finally:
@@ -385,6 +396,7 @@ def test_what_a_server_has_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "summary": (True, 6, True, True),
         "empty": (True, 0, False, False),
         "none": (False, 0, True, False),
+        "project": (True, 0, True, False),  # one that is not there, or that the key may not see
     }
     with pytest.raises(OSError, match="refused"):
         tracking._ask("abn_exp", None, "tail")
@@ -497,8 +509,11 @@ class Refused:
 
     Settings = SimpleNamespace
 
+    def teardown(self) -> None:
+        pass
+
     def init(self, **arguments: Any) -> SimpleNamespace:
-        if arguments["id"] == "deleted":
+        if arguments["mode"] == "online" and arguments["id"] == "deleted":
             raise self.errors.Error("run deleted was previously created and deleted")
         return SimpleNamespace(**arguments)
 
@@ -516,10 +531,8 @@ def test_a_run_that_was_deleted_there_begins_anew(
     assert (run.mode, run.resume) == ("online", None)
     assert run.id != "deleted"
     assert "run deleted was deleted there; it begins anew" in caplog.text
-    assert (
-        tracking._init("online", arguments, settings(tmp_path, "auto")) is None
-    )  # Refused.init refuses offline, too
-    assert tracking._unreachable
+    run = tracking._init("online", arguments, settings(tmp_path, "auto"))
+    assert (run.mode, run.id, tracking._unreachable) == ("offline", "deleted", True)
     assert answers == []
 
 

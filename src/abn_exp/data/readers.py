@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -229,6 +230,11 @@ def _read_tinyimagenet(zipped: zipfile.ZipFile) -> Arrays:
 
 def read_digits(_: Path) -> Arrays:
     """Return scikit-learn's digits, 8 x 8 to 32 x 32 (bilinear), in three equal channels; a fifth is test."""
+    return {name: array.copy() for name, array in _digits().items()}
+
+
+@cache
+def _digits() -> Arrays:
     import torch  # here, because the names in the catalog are read before it is known that anything is to be trained
     from sklearn.datasets import load_digits  # slow to import, and no other set needs it
 

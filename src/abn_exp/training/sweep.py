@@ -72,7 +72,7 @@ class SweepCallback(Callback):
             raise ConfigError(f"This command has no run{last}: choose other seeds.")
         # Two commands may be one run, where an option has no effect on what the other one chooses.
         self.plans = list({plan.directory: plan for plan in self._planned.values()}.values())
-        self.errors, self.no_look = dict[Path, str](), ""
+        self.errors, self.no_look, self.launcher_error = dict[Path, str](), "", ""
         self.before = {plan.directory: modified(plan.directory / "result.json") for plan in self.plans}
         _check_devices(self.plans)
         _check_launcher(self.plans, config)
@@ -130,6 +130,13 @@ class SweepCallback(Callback):
         self.plans = [plan for plan in self.plans if plan.config.seed < looks[looked - 1]]  # the others: not needed
         return True
 
+    def cut_short(self, looked: int, error: str) -> None:
+        """Note what has ended the launcher. Jobs that it has submitted may go on: there is no report that counts as a
+        look at them."""
+        self.launcher_error, looks = error, self.plans[0].config.looks
+        if looks is not None:
+            self.plans = [plan for plan in self.plans if plan.config.seed < looks[max(looked, 1) - 1]]
+
     def launch(self, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
         """Train what is not finished in worker processes, as many at a time as `seeds_at_once` says.
 
@@ -177,12 +184,19 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write and print the report of each folder; list what failed, and exit with 1 if anything did."""
-        from abn_exp.report.build import print_report, write_report
+        from abn_exp.report.build import print_report, update_page, write_report
 
-        if (
-            self.plans[0].config.looks is None
-        ):  # else runs that were refused at their start are not known to be missing
-            with suppress(OSError):
+        if self.launcher_error:
+            log.error(
+                "%s; jobs that were submitted may go on, and the same command goes on later", self.launcher_error
+            )
+            for folder in {plan.study for plan in self.plans}:
+                update_page(folder, first=0)
+            for line in self._failed():
+                log.error("%s", line)
+            raise SystemExit(1)
+        if self.plans[0].config.looks is None:  # a look asks for its runs by itself
+            with suppress(OSError):  # a run that was refused at its start has left nothing, and would not be missed
                 self._write_configs(None)
         failed = [self.no_look] if self.no_look else []
         for folder in sorted({plan.study for plan in self.plans}):

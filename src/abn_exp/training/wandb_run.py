@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -34,6 +34,7 @@ from abn_exp.trained_network import read_checkpoint, read_config
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30  # seconds that a server which cannot be reached may cost, once a process
+QUICK_TIMEOUT = 5  # seconds in which a server that is there says what it has of a run
 FINISH_TIMEOUT = 25  # seconds that a run's end waits for uploads
 Array = NDArray[np.int64]
 MAX_TAG, MAX_NAME = 64, 128  # characters that W&B takes
@@ -85,20 +86,18 @@ class Tracker:
         if earlier is not None:
             arguments |= {"id": earlier, "resume": "allow"}
         elif "WANDB_SWEEP_ID" not in os.environ:  # an agent's run has the agent's id
-            arguments["id"] = secrets.token_hex(4)  # not WANDB_RUN_ID, with which all runs of a multirun would be one
+            arguments["id"] = secrets.token_hex(8)  # not WANDB_RUN_ID, with which all runs of a multirun would be one
         self.run = _init(mode, arguments, settings)
         if self.run is None:
             return
-        if directory is None and (
-            init.get("job_type") != "report" or not self.run.offline
-        ):  # what --upload leaves out
+        if directory is None:  # --upload is for training runs
             self.command = f"wandb sync {Path(self.run.dir).parent}"
         self._attempt(_define_axes)
         if directory is not None:
             write_text_atomic(directory / "wandb-run-id", self.run.id)
         if earlier is not None:
             if not keep_offline:
-                _remove_earlier_segments(self.run)
+                _remove_earlier_segments(self.run, {earlier, self.run.id})
             if not self.run.offline:
                 with suppress(Exception):  # else W&B's client leaves out what is there
                     self._epoch = _ask(self.run.project, self.run.entity, self.run.id).epoch
@@ -188,7 +187,7 @@ class Tracker:
 class Uploaded(NamedTuple):
     """What W&B has of a run."""
 
-    known: bool  # whether there is such a run
+    known: bool  # whether there is such a run; True where the project is not known either
     epoch: int  # the last one; 0 where there is none
     ended: bool  # whether it is not running there any more
     tested: bool  # whether its test accuracy is there
@@ -250,7 +249,7 @@ def _upload(run: Run) -> str:
     there = Uploaded(False, 0, False, False)
     if run_id is not None:
         try:
-            there = _ask(settings.project, settings.entity, run_id)
+            there = _ask(settings.project, _entity(settings), run_id)
         except (OSError, ValueError) as error:
             raise ConfigError(f"W&B does not answer: {in_a_line(error)}.") from error
     if there.epoch > 0 and _counts_from_zero(run.directory):  # an older version's, whole when it was logged
@@ -323,14 +322,14 @@ def _counts_from_zero(directory: Path) -> bool:
         return file.readline().startswith(b'{"epoch": 0,')
 
 
-def _remove_earlier_segments(run: Any) -> None:
+def _remove_earlier_segments(run: Any, ids: set[str]) -> None:
     """Remove what an earlier process wrote offline of the same run: whatever is logged now begins at its start.
 
     A process that was killed leaves a file that ends `wandb sync`, even an upload of the other files.
     """
     own = Path(run.dir).parent
-    for folder in own.parent.glob(f"offline-run-*-{escape(run.id)}*"):  # W&B adds -1 where two began in one second
-        if folder != own:
+    for folder in own.parent.glob("offline-run-*"):  # W&B adds -1 where two began in one second
+        if folder != own and any(re.fullmatch(rf".*-{re.escape(run_id)}(-\d+)?", folder.name) for run_id in ids):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -341,40 +340,45 @@ QUERY = """query RunResumeStatus($project: String, $entity: String, $name: Strin
 }"""
 
 
-def _ask(project: str, entity: str | None, run_id: str) -> Uploaded:
+def _ask(project: str, entity: str | None, run_id: str, timeout: int = INIT_TIMEOUT) -> Uploaded:
     """Ask the server what it has of a run, with the query by which W&B's own client resumes one.
 
     Raises OSError where it does not answer, ValueError where the answer is not one to this question.
     """
-    url, key = _server()
+    url, key = _server(timeout)
     variables = {"project": project, "entity": entity, "name": run_id}
     body = {"query": QUERY, "operationName": "RunResumeStatus", "variables": variables}
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/graphql", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=INIT_TIMEOUT) as response:
+    with urllib.request.urlopen(request, timeout=timeout) as response:
         answer = json.load(response)
     if not isinstance(answer.get("data"), dict):
         raise ValueError(f"{url} answers {answer}")
-    found = (answer["data"]["model"] or {}).get("bucket")
-    bucket = found or {}
+    project_there = answer["data"]["model"]  # None where there is none, or none that the key may see
+    bucket = (project_there or {}).get("bucket") or {}
     tail = json.loads(bucket.get("historyTail") or "[]")
     summary = json.loads(bucket.get("summaryMetrics") or "{}")
     last = json.loads(tail[-1]) if tail else summary
     ended, tested = bucket.get("state") != "running", "final/test_acc" in summary
-    return Uploaded(found is not None, last.get("epoch", 0), ended, tested)
+    return Uploaded(project_there is None or bool(bucket), last.get("epoch", 0), ended, tested)
 
 
 @cache
-def _server() -> tuple[str, str | None]:
+def _server(timeout: int) -> tuple[str, str | None]:
     """Return the server's address and the key. Raises OSError where it does not answer, or does not take the key."""
     import wandb
 
     try:
-        api = wandb.Api(timeout=INIT_TIMEOUT)
+        api = wandb.Api(timeout=timeout)
     except wandb.errors.Error as error:
         raise OSError(in_a_line(error)) from error
     return api.settings["base_url"], api.api_key
+
+
+def _entity(settings: WandbConfig) -> str | None:
+    """Return the entity that `wandb.init` takes; None: the key's own."""
+    return settings.entity or os.environ.get("WANDB_ENTITY") or None
 
 
 def _fit(text: str, limit: int) -> str:
@@ -489,7 +493,7 @@ def _init(mode: Any, arguments: dict[str, Any], chosen: WandbConfig) -> Any:
                     raise ConfigError(f"wandb.mode=online, but the key is refused: {in_a_line(error)}.") from error
                 if _is_gone(chosen, arguments):
                     log.warning("W&B: run %s was deleted there; it begins anew", arguments["id"])
-                    return _init(mode, arguments | {"id": secrets.token_hex(4), "resume": None}, chosen)
+                    return _init(mode, arguments | {"id": secrets.token_hex(8), "resume": None}, chosen)
                 _unreachable = True
                 log.warning("W&B: no connection (%s); going on offline", in_a_line(error))
                 wandb.teardown()  # else the id of the run is in use
@@ -506,6 +510,6 @@ def _is_gone(settings: WandbConfig, arguments: Mapping[str, Any]) -> bool:
     if arguments.get("resume") is None:
         return False
     try:
-        return not _ask(settings.project, settings.entity, arguments["id"]).known
+        return not _ask(settings.project, _entity(settings), arguments["id"], QUICK_TIMEOUT).known
     except (OSError, ValueError):
         return False
