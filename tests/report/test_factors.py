@@ -42,6 +42,18 @@ def test_of_norms_with_levels_of_their_own_all_are_named() -> None:
     assert describe_group(cells[2:], find_factors(settings)) == "digits with binarynet (norm.m absent)"
 
 
+def test_of_many_factors_those_that_differ_from_the_reference_are_named() -> None:
+    usual = {"lr": 1, "epochs": 2, "width": 3, "decay": 4}
+    changed: list[dict[str, int]] = [{}, *({key: 9} for key in usual)]
+    settings = {("digits", "binarynet", "bn", f"v{i}"): usual | change for i, change in enumerate(changed)}
+    found, cells = find_factors(settings), [Cell(*key, (), {}, {}) for key in settings]
+    assert describe_group(cells[:1], found) == "digits with binarynet (every factor at its reference)"
+    assert describe_group(cells[2:3], found) == "digits with binarynet (epochs 9)"
+    settings.popitem()
+    found = find_factors(settings)
+    assert describe_group(cells[:1], found) == "digits with binarynet (epochs 2, lr 1, width 3)"
+
+
 def test_groups_of_different_norms_never_share_a_description() -> None:
     rows = [("bn", "one", {"norm.eps": 1}), ("iebn", "two", {"norm.eps": 1})]
     gates = [("abn", variant, {"norm.eps": 1, "norm.gate": gate}) for variant, gate in (("two", "a"), ("three", "b"))]

@@ -12,6 +12,8 @@ ABSENT = "absent"
 # By factor, where they are levels, whatever most cells have.
 REFERENCES = {"recipe": "fixed", "precision": "fp32", "device": "cpu"}
 
+MOST_NAMED = 3  # factors that a title names in any case
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -32,12 +34,18 @@ class Factor:
         return self.by_cell[cell.key]
 
 
-def describe_group(cells: Sequence[Cell], factors: Iterable[Factor]) -> str:
-    """Return what a comparison of norms holds fixed, in words; of an option of the norms' own, all levels there."""
+def describe_group(cells: Sequence[Cell], factors: Sequence[Factor]) -> str:
+    """Return what a comparison of norms holds fixed, in words; of an option of the norms' own, all levels there.
+
+    Of more than three factors, only those that are not at their reference level are named.
+    """
     levels = []
     for factor in factors:
         found = dict.fromkeys(level for cell in cells if not _absent(level := factor.level(cell))) or {ABSENT: None}
-        levels.append(f"{factor.name} {' or '.join(found)}".removeprefix("variant "))
+        if len(factors) <= MOST_NAMED or list(found) != [factor.reference]:
+            levels.append(f"{factor.name} {' or '.join(found)}".removeprefix("variant "))
+    if factors and not levels:
+        levels.append("every factor at its reference")
     return f"{cells[0].dataset} with {cells[0].model}" + (f" ({', '.join(levels)})" if levels else "")
 
 
