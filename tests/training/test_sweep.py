@@ -327,6 +327,13 @@ def test_a_run_without_a_result_of_its_own_is_told(
     assert ("NOT BEGUN" if left == "nothing" else "REFUSED") in caplog.text
 
 
+def finish(plan: RunPlan, elsewhere: Path, device: str = "cpu") -> None:
+    """Write a record into a run's folder, as if it had been trained."""
+    result = read_result(finish_run(elsewhere, plan.choices["norm"], plan.config.seed, 0.5, device=device))
+    assert result is not None
+    write_result(plan.directory, result)
+
+
 @pytest.mark.usefixtures("hydra")
 def test_a_run_that_was_refused_is_known_to_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A refusal removes its folder. Without it the primary comparison would be judged by the other seeds."""
@@ -338,9 +345,7 @@ def test_a_run_that_was_refused_is_known_to_be_missing(tmp_path: Path, caplog: p
         if plan.config.seed == 2:
             shutil.rmtree(plan.directory)
         else:
-            result = read_result(finish_run(tmp_path / "other", plan.choices["norm"], plan.config.seed, 0.5))
-            assert result is not None
-            write_result(plan.directory, result)
+            finish(plan, tmp_path / "other")
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
     assert caplog.text.count("NOT BEGUN") == 2
@@ -356,10 +361,7 @@ def test_a_look_that_cannot_be_taken_ends_in_a_report(
     callback = SweepCallback()
     callback.on_multirun_start(config)
     for plan, device in zip(callback.plans[:4], ["cpu", "cpu", "NVIDIA H200", "NVIDIA H200"], strict=True):
-        norm, seed = plan.choices["norm"], plan.config.seed
-        result = read_result(finish_run(tmp_path / "other", norm, seed, 0.5, device=device))
-        assert result is not None
-        write_result(plan.directory, result)
+        finish(plan, tmp_path / "other", device)
     assert callback.decided(1)  # nothing more is run
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
@@ -414,9 +416,7 @@ def test_a_sweep_that_is_cut_short_judges_nothing(tmp_path: Path, caplog: pytest
     callback = SweepCallback()
     callback.on_multirun_start(config)
     plan = callback.plans[0]
-    result = read_result(finish_run(tmp_path / "other", plan.choices["norm"], plan.config.seed, 0.5))
-    assert result is not None
-    write_result(plan.directory, result)
+    finish(plan, tmp_path / "other")
     callback.cut_short(1, "RuntimeError: job 3 has no result")
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit, match="1"):
         callback.on_multirun_end(config)
