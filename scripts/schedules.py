@@ -104,7 +104,8 @@ def _names(rows: dict[Row, Run]) -> dict[Row, str]:
         found = all_options(config)
         found = {key: value for key, value in found.items() if not key.startswith(("norm.", "seed", "init_"))}
         if config.get("init_from") is not None:  # of each seed its own
-            found["init_from"] = re.sub(r"seed-\d+/?$", "seed-${seed}", config["init_from"])
+            place = re.sub(r"seed-\d+/?$", "seed-${seed}", config["init_from"])
+            found["init_from"] = place.replace(f"/{run.norm}/", "/NORM/")
         options[row] = {"model": run.model, **found}
     keys = list(dict.fromkeys(key for one in options.values() for key in one if key != "recipe.epochs"))
     usual = {key: Counter(str(one.get(key)) for one in options.values()).most_common(1)[0][0] for key in keys}

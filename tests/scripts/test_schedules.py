@@ -85,7 +85,7 @@ def test_a_second_stage_is_named_by_the_command_that_was_typed(searched: Path) -
         )
         directory = start_run(searched, "bn", seed, variant="fixed_init-a", config=config)
         write_result(directory, result_in(directory, seed, 0.5, val_acc_last=0.9))
-    assert SCHEDULES.table(find_runs(searched))[1][0][0] == "init_from=results/first/bn/seed-${seed}"
+    assert SCHEDULES.table(find_runs(searched))[1][0][0] == "init_from=results/first/NORM/seed-${seed}"
 
 
 def test_the_page_is_written_between_its_marks(
