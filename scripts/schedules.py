@@ -55,16 +55,8 @@ def table(runs: Iterable[Run]) -> Table:
                     number_text(minutes.mean, 0),
                 ]
             )
-    header = [
-        "changed",
-        "epochs",
-        "norm",
-        "n",
-        "validation (95 % interval)",
-        "minus bn (validation, points)",
-        "test (95 % interval)",
-    ]
-    return [*header, "core-minutes"], lines
+    header = ["changed", "epochs", "norm", "n", "validation (95 % interval)", "minus bn (validation, points)"]
+    return [*header, "test (95 % interval)", "core-minutes"], lines
 
 
 def _minus_bn(runs: Sequence[Run], base: Sequence[Run]) -> str:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra import compose
 from PIL import Image
 from pydantic import Field
 from torch import nn
 
 from abn_exp import identity
-from abn_exp.config import Config, RecipeConfig, parse
+from abn_exp.config import Config, RecipeConfig, parse, read
 from abn_exp.errors import ConfigError
-from abn_exp.identity import RunPlan
+from abn_exp.identity import RunPlan, plan_of
 from abn_exp.options import differing_options
 from abn_exp.records import RECORDS, RUN_FILES, read_records, read_run_file, write_records
 from abn_exp.report.build import build_report
@@ -23,7 +24,7 @@ from abn_exp.results import Run, find_runs, load_runs, read_result
 from abn_exp.trained_network import read_config
 from abn_exp.training.run import run
 from abn_exp.training.setup import load_data
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, composing
 
 Make = Callable[..., RunPlan]
 QUOTED = REPOSITORY / "results" / "quoted"
@@ -218,3 +219,11 @@ def test_a_file_in_conf_that_was_changed_is_another_configuration(make_plan: Mak
     (plan.directory / "config.yaml").write_text(yaml.safe_dump(earlier))
     with pytest.raises(ConfigError, match=r"another configuration \(different: recipe.label_smoothing\)"):
         run(make_plan(), "python train.py")
+
+
+def test_a_name_in_other_letters_is_refused_where_the_file_system_takes_it() -> None:
+    """It would be another run: its folder, hash and initial weights have the name."""
+    with composing():
+        cfg = compose("config", ["norm=abn"], return_hydra_config=True)
+        with pytest.raises(ConfigError, match="norm=ABN is not allowed: no file in conf/norm has exactly this name"):
+            plan_of(read(cfg), dict(cfg.hydra.runtime.choices) | {"norm": "ABN"}, False)

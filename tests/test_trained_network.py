@@ -191,6 +191,9 @@ def test_input_format_comes_back_and_normalises(tmp_path: Path) -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     expected = torch.tensor([[-1.0, -1.0, 0.0], [1.0, 3.0, 1.0]]).view(2, 3, 1, 1).expand(2, 3, 4, 4)
     torch.testing.assert_close(written.normalize(images), expected)
+    pixels = images.float()
+    torch.testing.assert_close(written.normalize(pixels), expected)
+    assert torch.equal(pixels, images.float())  # not in place
     (directory / "input.json").write_text("{}")
     with pytest.raises(DamagedFile):
         load_input_format(directory)

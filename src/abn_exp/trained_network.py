@@ -210,7 +210,7 @@ class InputFormat:
         With the two roundings of training, u (1 / (255 std)) + (-mean / std): a sign may depend on them.
         """
         scale, shift = (value.to(images.device) for value in self.scale_and_shift())
-        return images.float().mul_(scale).add_(shift)
+        return images.float().mul(scale).add_(shift)  # float() of floats is no copy
 
     def scale_and_shift(self) -> "tuple[Tensor, Tensor]":
         """Return scale and shift of x = scale u + shift for pixels u, each (3, 1, 1), in float32."""

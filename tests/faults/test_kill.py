@@ -1,5 +1,6 @@
 """Killed anywhere, the same command again ends with bit-identical weights and an equal record."""
 
+import json
 import os
 import random
 import signal
@@ -140,6 +141,18 @@ def test_stopped_while_a_thread_starts(cli: Cli, tmp_path: Path, account: Accoun
 
 def goes_on(log: Path) -> bool:
     return "going on from" in log.read_text()
+
+
+def test_a_job_of_slurm_goes_on_after_sigterm(cli: Cli, tmp_path: Path) -> None:
+    """Of submitit, which ignores it: SLURM requeues what it ends later, not what stops by itself."""
+    words = [*SMALL, "recipe.epochs=60", f"results_dir={tmp_path}"]
+    started = cli.start(*words, env={"SUBMITIT_EXECUTOR": "slurm"})
+    assert until(appears(tmp_path, "last.ckpt")), started.err.read_text()
+    os.kill(started.pid, signal.SIGTERM)
+    done = cli.wait(started)
+    assert done.code == 0, done.err
+    (record,) = tmp_path.rglob("result.json")
+    assert json.loads(record.read_text())["epochs"] == 60
 
 
 @pytest.mark.parametrize("sweep", [False, True])

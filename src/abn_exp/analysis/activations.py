@@ -199,7 +199,7 @@ def band_shares(norm: nn.Module) -> dict[str, float] | None:
     changes their number only where it is 0. Without a gate in the forward pass there is one threshold.
     """
     attention = type(norm) is AttentionBatchNorm2d  # another formula's, of a class of one's own, is not known
-    if not isinstance(norm, AttentionBatchNorm2d | nn.BatchNorm2d) or not (attention or type(norm) is nn.BatchNorm2d):
+    if not isinstance(norm, nn.BatchNorm2d) or not (attention or type(norm) is nn.BatchNorm2d):
         return None
     beta, gamma = (
         torch.full((norm.num_features,), default) if value is None else value.detach().cpu()
